@@ -1,0 +1,38 @@
+"""Subspace optimizers for PyTorch from one declarative spec."""
+
+from .algebra import Basis, Change, Coords, Dim, LowRank, Rule, Selector, Slot, State, Step, Transport
+from .checkpoint import CheckpointError
+from .engine import NonFiniteGradient
+from .optimizer import SubspaceOptimizer, build
+from .plan import Entry, Plan, make_plan
+from .registry import RegistryError, load_plugin, register
+from .spec import Spec, SpecError, load_spec
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Basis",
+    "Change",
+    "CheckpointError",
+    "Coords",
+    "Dim",
+    "Entry",
+    "LowRank",
+    "NonFiniteGradient",
+    "Plan",
+    "RegistryError",
+    "Rule",
+    "Selector",
+    "Slot",
+    "Spec",
+    "SpecError",
+    "State",
+    "Step",
+    "SubspaceOptimizer",
+    "Transport",
+    "build",
+    "load_plugin",
+    "load_spec",
+    "make_plan",
+    "register",
+]

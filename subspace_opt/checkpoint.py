@@ -1,0 +1,162 @@
+"""State dictionaries: checked against the plan, matched by name, dtypes kept. Pure functions; nothing is changed before all is checked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .plan import Plan, Row
+
+MOST = 5  # differences shown
+
+
+class CheckpointError(ValueError):
+    """A state dictionary that is not of this optimizer; nothing has been loaded."""
+
+
+def matched(
+    state_dict: Mapping[str, Any], groups: Sequence[dict[str, Any]], plan: Plan
+) -> tuple[dict[Tensor, dict[str, Any]], list[dict[str, Any]]]:
+    """The state by parameter and the groups with the saved options, for `Optimizer.__setstate__`.
+
+    Raises:
+        CheckpointError: other spec, other parameters, missing or foreign slots, other shapes or dtypes, naming what differs.
+    """
+    if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(state_dict):
+        raise CheckpointError("this is no optimizer's state dictionary: it needs `state` and `param_groups`")
+    saved_groups = state_dict["param_groups"]
+    own = [p for group in groups for p in group["params"]]
+    pairs = _pairs(saved_groups, groups, own)
+    merged = _merged_groups(saved_groups, groups, pairs)
+    rows = dict(zip(map(id, own), plan.rows, strict=True))
+    state: dict[Tensor, dict[str, Any]] = {}
+    foreign = set(state_dict["state"]) - {saved for saved, _ in pairs}
+    if foreign:
+        raise CheckpointError(f"the checkpoint has state for parameters in none of its groups: {sorted(map(str, foreign))[:MOST]}")
+    problems: list[str] = []
+    for saved, param in pairs:
+        if saved in state_dict["state"] and state_dict["state"][saved]:
+            state[param] = _loaded(state_dict["state"][saved], rows[id(param)], param, problems)
+    if problems:
+        more = f"\n... and {len(problems) - MOST} more" if len(problems) > MOST else ""
+        raise CheckpointError("the checkpoint does not fit this optimizer:\n" + "\n".join(problems[:MOST]) + more)
+    return state, merged
+
+
+def _pairs(
+    saved_groups: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]], own: list[Tensor]
+) -> list[tuple[Any, Tensor]]:
+    """(saved id, parameter): by name where both sides have names, else by position."""
+    saved_ids = [i for group in saved_groups for i in group["params"]]
+    saved_names = [n for group in saved_groups for n in group.get("param_names", ())]
+    names = [n for group in groups for n in group.get("param_names", ())]
+    if saved_names and names and len(saved_names) == len(saved_ids):
+        ids = dict(zip(saved_names, saved_ids, strict=True))
+        missing, unknown = sorted(set(names) - set(ids)), sorted(set(ids) - set(names))
+        if missing or unknown:
+            raise CheckpointError(
+                "the checkpoint is of another model: "
+                + "; ".join(
+                    f"{what} {', '.join(some[:MOST])}{' ...' if len(some) > MOST else ''}"
+                    for what, some in (("it lacks", missing), ("it has besides", unknown))
+                    if some
+                )
+            )
+        return [(ids[name], p) for name, p in zip(names, own, strict=True)]
+    if len(saved_groups) != len(groups):
+        raise CheckpointError(
+            f"loaded state dict has a different number of parameter groups: {len(saved_groups)}, this optimizer has {len(groups)}; "
+            "build both from named parameters (or the model) to match by name"
+        )
+    for i, (a, b) in enumerate(zip(saved_groups, groups, strict=True)):
+        if len(a["params"]) != len(b["params"]):
+            raise CheckpointError(
+                f"loaded state dict contains a parameter group that doesn't match the size of optimizer's group: group {i} has "
+                f"{len(a['params'])} parameters there and {len(b['params'])} here"
+            )
+    return list(zip(saved_ids, own, strict=True))
+
+
+def _merged_groups(
+    saved_groups: Sequence[Mapping[str, Any]], groups: Sequence[dict[str, Any]], pairs: list[tuple[Any, Tensor]]
+) -> list[dict[str, Any]]:
+    """Own parameters and names, saved options: those of the saved group that holds the group's first parameter."""
+    home = {i: group for group in saved_groups for i in group["params"]}
+    saved_of = {id(p): saved for saved, p in pairs}
+    merged = []
+    for index, group in enumerate(groups):
+        if group["params"]:
+            source = home[saved_of[id(group["params"][0])]]
+        else:
+            source = saved_groups[index] if index < len(saved_groups) else group
+        _check_spec(source.get("spec"), group.get("spec"))
+        kept = {k: v for k, v in source.items() if k not in ("params", "param_names")}
+        merged.append({**group, **kept, "params": group["params"]})
+    return merged
+
+
+def _check_spec(saved: Any, own: Any) -> None:
+    if not isinstance(saved, str):
+        raise CheckpointError("the checkpoint is of another optimizer: its groups carry no spec")
+    if saved == own:
+        return
+    try:
+        there, here = json.loads(saved), json.loads(own)
+        difference = _difference(there["pipelines"], here["pipelines"], "pipelines") or _difference(
+            there["routes"], here["routes"], "routes"
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"the checkpoint's spec cannot be read: {error!r}") from None
+    if difference:
+        raise CheckpointError(
+            f"the checkpoint is of spec '{there.get('name')}', this optimizer of '{here.get('name')}': {difference}; build the optimizer "
+            "from the checkpoint's own spec to go on with it"
+        )
+
+
+def _difference(there: Any, here: Any, path: str) -> str | None:
+    """The first place where two plain values differ."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        for key in sorted(set(there) | set(here)):
+            if key not in there or key not in here:
+                return f"{path}.{key} is only in {'the checkpoint' if key in there else 'this spec'}"
+            found = _difference(there[key], here[key], f"{path}.{key}")
+            if found:
+                return found
+        return None
+    if isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
+        for i, (a, b) in enumerate(zip(there, here, strict=True)):
+            found = _difference(a, b, f"{path}.{i}")
+            if found:
+                return found
+        return None
+    return None if there == here else f"{path} is {there!r} there and {here!r} here"
+
+
+def _loaded(saved: Mapping[str, Any], row: Row, param: Tensor, problems: list[str]) -> dict[str, Any]:
+    """One parameter's state on its device, in its own storages; what does not fit goes to `problems`."""
+    name, out = row.entry.name, {}
+    for key in sorted(set(saved) ^ set(row.state)):
+        problems.append(f"'{name}': slot '{key}' is {'unknown here' if key in saved else 'missing'}")
+    for key, (shape, dtype) in row.state.items():
+        if key not in saved:
+            continue
+        value = saved[key]
+        if key == "step":
+            if isinstance(value, Tensor) and value.numel() != 1 or not isinstance(value, Tensor | int | float):
+                problems.append(f"'{name}': slot 'step' is {type(value).__name__}, not a number")
+                continue
+            out[key] = torch.tensor(float(value), dtype=torch.float32)
+        elif not isinstance(value, Tensor):
+            problems.append(f"'{name}': slot '{key}' is {type(value).__name__}, not a tensor")
+        elif tuple(value.shape) != shape:
+            problems.append(f"'{name}': slot '{key}' has shape {tuple(value.shape)}, here {shape}")
+        elif value.dtype != dtype:
+            problems.append(f"'{name}': slot '{key}' has dtype {value.dtype}, here {dtype}")
+        else:
+            out[key] = value.detach().to(device=param.device, copy=True).contiguous()
+    return out

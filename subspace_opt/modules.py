@@ -1,0 +1,61 @@
+"""What a parameter is in its model: embedding, output head, linear, convolution, norm; and its canonical name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal, get_args
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+
+ModuleKind = Literal["embedding", "head", "linear", "conv", "norm", "transposed"]
+MODULE_KINDS: tuple[str, ...] = get_args(ModuleKind)
+
+# Put between the names by wrappers that change nothing about the parameter.
+WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+
+
+def canonical_name(name: str) -> str:
+    """A parameter's name without the parts that `torch.compile`, activation checkpointing and FSDP put in."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def module_kinds(model: nn.Module) -> dict[int, frozenset[str]]:
+    """The kinds of every parameter, by `id`: all that the modules holding it are, so a tied weight is embedding and head."""
+    kinds: dict[int, set[str]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            kinds.setdefault(id(parameter), set()).update(_kinds_of(module, parameter))
+    for weight in _heads(model):
+        kinds.setdefault(id(weight), set()).add("head")
+    return {key: frozenset(value) for key, value in kinds.items()}
+
+
+def _kinds_of(module: nn.Module, parameter: Tensor) -> set[str]:
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        return {"embedding"}
+    if isinstance(module, _ConvNd):
+        return {"conv"}
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # GPT-2's linear layer in transformers: weight is (in, out)
+        return {"linear", "transposed"} if parameter.dim() == 2 else {"linear"}
+    if isinstance(module, nn.Linear):
+        return {"linear"}
+    if isinstance(module, _NormBase | nn.LayerNorm | nn.GroupNorm | nn.RMSNorm) or type(module).__name__.lower().endswith("norm"):
+        return {"norm"}
+    return set()
+
+
+def _heads(model: nn.Module) -> Iterator[Tensor]:
+    """Output heads: what the model itself names, and linear layers as wide as the vocabulary of an embedding."""
+    named = getattr(model, "get_output_embeddings", None)
+    if callable(named):
+        head = named()
+        if isinstance(head, nn.Module):
+            yield from head.parameters(recurse=False)
+    vocabularies = {m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)}
+    inner = {m.embedding_dim for m in model.modules() if isinstance(m, nn.Embedding)}
+    # A vocabulary as small as the width says nothing about a layer; then only the last linear layer is taken for the head.
+    wide = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features in vocabularies]
+    for module in wide if not vocabularies & inner else wide[-1:]:
+        yield from module.parameters(recurse=False)

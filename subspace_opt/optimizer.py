@@ -1,0 +1,320 @@
+"""`SubspaceOptimizer`, a `torch.optim.Optimizer` made of a spec, and `build`."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+
+from . import engine
+from .checkpoint import matched
+from .engine import Nonfinite, Options, Stacking, Work
+from .modules import canonical_name, module_kinds
+from .plan import Entry, Plan, make_plan
+from .registry import suggest
+from .spec import Spec, SpecError, load_spec
+from .update import Rounding
+
+SpecLike = Spec | Mapping[str, Any] | str | os.PathLike[str]
+Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
+
+GROUP_KEYS = ("params", "param_names", "lr", "weight_decay", "maximize", "spec", "overrides", "use")
+# What torch's schedulers and its checkpoints write into groups.
+FOREIGN_GROUP_KEYS = ("initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum", "momentum")
+
+
+@functools.lru_cache(maxsize=64)
+def _spec_of(text: str) -> Spec:
+    return Spec.model_validate_json(text)
+
+
+class SubspaceOptimizer(torch.optim.Optimizer):
+    """An optimizer of subspaces, by spec.
+
+    Args:
+        params: Parameters, (name, parameter) pairs, or parameter groups. A group may have its own `lr`, `weight_decay`, `maximize`,
+            `overrides` (dotted paths into the spec), `spec`, and `use` (the name of a pipeline, past the routes).
+        spec: A preset's name, a path to YAML or JSON, a mapping, or a `Spec`.
+        lr, weight_decay: None takes the spec's defaults.
+        overrides: Dotted paths into the spec, `{"matrix.selector.rank": 128}`.
+        modules: Kinds of module by parameter name, as `build` finds them in a model; without them routes on `module` match nothing.
+        nonfinite: What a NaN or infinity in a gradient does: `raise` (before anything changes), `skip` (this parameter, this step;
+            counted in `skipped`), `propagate`.
+        rounding: How a bf16 or fp16 parameter is rounded: `nearest`, `stochastic`, `kahan`.
+        stacking: Compute matrices of one shape together: `auto` decides by device and size.
+        batch_bytes: Bound for one temporary of a stack.
+        seed: Of all draws, together with parameter name and step; no global generator is touched.
+        strict: A route that matches no parameter is an error.
+
+    Raises:
+        SpecError: a spec that cannot be used, a parameter that no route accepts.
+        ValueError: a bad lr or weight decay, an unknown key in a group, a complex parameter.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        spec: SpecLike = "cosmos",
+        *,
+        lr: float | Tensor | None = None,
+        weight_decay: float | None = None,
+        overrides: Mapping[str, Any] | None = None,
+        modules: Mapping[str, frozenset[str]] | None = None,
+        maximize: bool = False,
+        nonfinite: Nonfinite = "raise",
+        rounding: Rounding = "nearest",
+        stacking: Stacking = "auto",
+        batch_bytes: int = 64 * 2**20,
+        seed: int = 0,
+        strict: bool = False,
+    ) -> None:
+        self._overrides = dict(overrides or {})
+        self._modules = dict(modules or {})
+        self._strict = strict
+        self._options = Options(
+            _choice("nonfinite", nonfinite, Nonfinite),
+            _choice("rounding", rounding, Rounding),
+            _choice("stacking", stacking, Stacking),
+            batch_bytes,
+            seed,
+        )
+        self._tables: dict[Any, Tensor] = {}
+        self._planned: tuple[Any, Plan] | None = None
+        self.skipped: dict[str, int] = {}
+        self.failures: dict[str, int] = {}
+        self.spec = load_spec(spec, self._overrides)
+        defaults = {
+            "lr": self.spec.defaults.lr if lr is None else lr,
+            "weight_decay": self.spec.defaults.weight_decay if weight_decay is None else weight_decay,
+            "maximize": maximize,
+            "spec": self.spec.to_json(),
+            "use": None,
+        }
+        _check_rates(defaults)
+        super().__init__(params, defaults)  # type: ignore[arg-type]
+        self._warn_if_blind()
+        self.plan  # noqa: B018  a parameter that cannot be routed is an error now, not at the first step
+
+    # ------------------------------------------------------------------------------------------------------------------ groups
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, checked as at construction: an unknown key is an error, since it would silently change nothing."""
+        for key in param_group:
+            if key not in GROUP_KEYS + FOREIGN_GROUP_KEYS:
+                raise ValueError(
+                    f"unknown key '{key}' in a parameter group; {suggest(key, GROUP_KEYS)} (options of the spec go into `overrides`, "
+                    "as {'matrix.selector.rank': 128})"
+                )
+        group = dict(param_group)
+        overrides = group.pop("overrides", None)
+        if "spec" in group or overrides:
+            base = group.get("spec", self.spec)
+            base = _spec_of(base) if isinstance(base, str) and base.startswith("{") else base
+            group["spec"] = load_spec(base, overrides).to_json()
+        _check_rates(group)
+        super().add_param_group(group)
+        for p in self.param_groups[-1]["params"]:
+            if p.is_complex():
+                self.param_groups.pop()
+                raise ValueError(
+                    f"a parameter of shape {tuple(p.shape)} is complex; optimize its real and imaginary parts: "
+                    "nn.Parameter(torch.view_as_real(p.data))"
+                )
+        self._planned = None
+
+    def _names(self) -> list[str]:
+        names: list[str] = []
+        for g, group in enumerate(self.param_groups):
+            given = group.get("param_names")
+            names += given or [f"group{g}.param{i}" for i in range(len(group["params"]))]
+        return names
+
+    def _warn_if_blind(self) -> None:
+        by_module = any(route.module for g in self.param_groups for route in _spec_of(g["spec"]).routes)
+        matrices = sum(p.dim() >= 2 for g in self.param_groups if g["use"] is None for p in g["params"])
+        if by_module and not self._modules and matrices > 1:
+            warnings.warn(
+                f"spec '{self.spec.name}' routes embeddings and output heads by their module, and no model was given: they are treated as "
+                "any matrix. Use subspace_opt.build(spec, model), or put them into a group with `use`",
+                UserWarning,
+                stacklevel=3,
+            )
+
+    # -------------------------------------------------------------------------------------------------------------------- plan
+
+    def _entries(self) -> list[Entry]:
+        entries = []
+        names = iter(self._names())
+        for group in self.param_groups:
+            for p in group["params"]:
+                name = next(names)
+                entries.append(
+                    Entry(
+                        name=name,
+                        shape=tuple(p.shape),
+                        dtype=p.dtype,
+                        modules=self._modules.get(canonical_name(name), frozenset()),
+                        frozen=not p.requires_grad,
+                        lr=float(group["lr"]),
+                        weight_decay=float(group["weight_decay"]),
+                        use=group["use"],
+                    )
+                )
+        return entries
+
+    @property
+    def plan(self) -> Plan:
+        """Routes, views, ranks and bytes of state of every parameter; made anew when groups or parameters change."""
+        key = tuple(
+            (id(p), p.shape, p.dtype, p.requires_grad, g["spec"], g["use"]) for g in self.param_groups for p in g["params"]
+        )
+        if self._planned is None or self._planned[0] != key:
+            specs = [_spec_of(g["spec"]) for g in self.param_groups for _ in g["params"]]
+            kahan = self._options.rounding == "kahan"
+            self._planned = (key, make_plan(specs, self._entries(), strict=self._strict, compensated=kahan))
+        return self._planned[1]
+
+    def explain(self) -> Plan:
+        """One row a parameter: name, shape, view, pipeline, rank after clamping, lr multiplier, weight decay, bytes, and why.
+
+        Print it, iterate over it, or take `.to_dict()`.
+        """
+        self._planned = None  # lr and weight decay of a group may have been scheduled since
+        return self.plan
+
+    # -------------------------------------------------------------------------------------------------------------------- step
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One update of every parameter that has a gradient. `closure` re-evaluates the model and returns the loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        rows = iter(self.plan.rows)
+        work = []
+        for group in self.param_groups:
+            for p in group["params"]:
+                row = next(rows)
+                if p.grad is not None and p.numel():
+                    work.append(self._work(group, p, row))
+        for name in engine.take_step(work, self._options, self._tables, self.failures):
+            self.skipped[name] = self.skipped.get(name, 0) + 1
+        return loss
+
+    def _work(self, group: dict[str, Any], p: Tensor, row: Any) -> Work:
+        grad = p.grad
+        assert grad is not None
+        if grad.is_sparse:
+            raise RuntimeError(
+                f"'{row.entry.name}' has a sparse gradient, which subspaces cannot use; build the embedding with sparse=False"
+            )
+        state = self.state[p]
+        if not state:
+            engine.allocate(row, p, state)
+        scale = row.lr_scale
+        lr = group["lr"]
+        if isinstance(lr, Tensor) and lr.device.type == "cpu":
+            lr = lr.item()
+        return Work(
+            row=row,
+            param=p.detach(),
+            grad=-grad if group["maximize"] else grad.detach(),
+            state=state,
+            lr=lr * scale,
+            weight_decay=float(group["weight_decay"]) * row.decay_scale,
+        )
+
+    # -------------------------------------------------------------------------------------------------------------- checkpoints
+
+    @torch._disable_dynamo
+    def load_state_dict(self, state_dict: Any) -> None:
+        """Load a state: dtypes are kept as saved, parameters are matched by name where names are known, and all is checked first.
+
+        Raises:
+            CheckpointError: the state is another spec's or another model's; nothing is changed then.
+        """
+        state_dict = dict(state_dict) if isinstance(state_dict, Mapping) else state_dict
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        state, groups = matched(state_dict, self.param_groups, self.plan)
+        self.__setstate__({"state": _state(state), "param_groups": groups})
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("spec", "skipped", "failures", "_overrides", "_modules", "_strict", "_options")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._planned = None
+        self.__dict__.setdefault("_tables", {})
+
+
+def _state(state: dict[Tensor, dict[str, Any]]) -> Any:
+    from collections import defaultdict
+
+    return defaultdict(dict, state)
+
+
+def _choice(name: str, value: Any, kind: Any) -> Any:
+    if value not in kind.__args__:
+        raise ValueError(f"{name} is '{value}'; {suggest(str(value), kind.__args__)}")
+    return value
+
+
+def _check_rates(group: Mapping[str, Any]) -> None:
+    lr, decay = group.get("lr", 0.0), group.get("weight_decay", 0.0)
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError("Tensor lr must be 1-element")
+    for name, value in (("learning rate", lr), ("weight_decay value", decay)):
+        number = isinstance(value, int | float | Tensor) and not isinstance(value, bool)
+        if not number or not math.isfinite(float(value)) or float(value) < 0:
+            raise ValueError(f"Invalid {name}: {value}; it must be a finite number, 0 or more")
+
+
+def build(
+    spec: SpecLike,
+    model_or_params: nn.Module | Params,
+    *,
+    lr: float | Tensor | None = None,
+    weight_decay: float | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> SubspaceOptimizer:
+    """An optimizer from a spec, for a model (whose modules then decide what is an embedding or a head) or for parameters.
+
+    Example:
+        >>> import torch, subspace_opt
+        >>> model = torch.nn.Sequential(torch.nn.Embedding(100, 16), torch.nn.Linear(16, 100))
+        >>> optimizer = subspace_opt.build("cosmos", model, lr=2e-3, overrides={"matrix.selector.rank": 8})
+
+    See `SubspaceOptimizer` for the options.
+    """
+    if not isinstance(model_or_params, nn.Module):
+        return SubspaceOptimizer(
+            model_or_params, spec, lr=lr, weight_decay=weight_decay, overrides=overrides, **options
+        )
+    found = module_kinds(model_or_params)
+    named = OrderedDict((canonical_name(name), p) for name, p in model_or_params.named_parameters())
+    if not named:
+        raise SpecError("the model has no parameters")
+    kinds = {name: found.get(id(p), frozenset()) for name, p in named.items()}
+    return SubspaceOptimizer(
+        named.items(), spec, lr=lr, weight_decay=weight_decay, overrides=overrides, modules=kinds, **options
+    )

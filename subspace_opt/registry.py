@@ -1,0 +1,244 @@
+"""Components and their names: one table of kinds, filled by `register`, read when a value is validated.
+
+A `Component` is a frozen pydantic model whose fields are the hyper-parameters and whose methods are the algorithm. A *family* is an
+abstract component (`Rule`, `Selector`); a *kind* is a final one, found by the value of its `kind` field. A field annotated with a
+family accepts a mapping with a `kind`, the bare name of a kind, or an instance. The look-up happens when a value is validated, so a
+plugin that is registered late is known at once and nothing is rebuilt.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib.util
+import inspect
+import sys
+import warnings
+from collections.abc import Iterable, Mapping
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+
+PLUGIN_GROUP = "subspace_opt.plugins"
+
+
+class Model(BaseModel):
+    """Strict, frozen, closed: an unknown key or a value of the wrong type is an error, at any depth."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=False)
+
+
+class RegistryError(ValueError):
+    """A kind or a plugin that cannot be registered or loaded."""
+
+
+class Component(Model):
+    """A named part of a spec: hyper-parameters as fields, the algorithm as methods."""
+
+    family: ClassVar[str] = ""
+    is_family: ClassVar[bool] = False  # the abstract head of a family, not a kind
+
+    def __init_subclass__(cls, family: str = "", **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.is_family = bool(family)
+        if family:
+            cls.family = family
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        if not cls.is_family:
+            return handler(source)
+        return core_schema.no_info_plain_validator_function(
+            lambda value: _resolve(cls, value),
+            serialization=core_schema.plain_serializer_function_ser_schema(_dump),
+        )
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        # `spec.json_schema` replaces the mark by a reference to the union of the kinds known by then.
+        return {"x-family": cls.family} if cls.is_family else handler(schema)
+
+
+C = TypeVar("C", bound=type[Component])
+
+_kinds: dict[str, dict[str, type[Component]]] = {}
+_failures: dict[str, str] = {}
+_loaded: set[str] = set()
+
+
+def _dump(component: Component) -> dict[str, Any]:
+    return component.model_dump()
+
+
+def kind_of(cls: type[Component]) -> str:
+    """The name of a kind: the default of its `kind` field."""
+    field = cls.model_fields.get("kind")
+    if field is None or not isinstance(field.default, str):
+        raise RegistryError(
+            f"{owner(cls)} cannot be registered: it needs a field such as `kind: Literal['my_kind'] = 'my_kind'`"
+        )
+    return field.default
+
+
+def names_of(cls: type[Component]) -> tuple[str, ...]:
+    """All names a kind answers to: the values of its `kind` Literal, the default first."""
+    main = kind_of(cls)
+    values: tuple[str, ...] = getattr(cls.model_fields["kind"].annotation, "__args__", (main,))
+    return (main, *(v for v in values if v != main))
+
+
+def owner(cls: type) -> str:
+    """Where a class comes from, for messages: `module.Class (file)`."""
+    try:
+        place = inspect.getfile(cls)
+    except (TypeError, OSError):
+        place = "interactive session"
+    return f"{cls.__module__}.{cls.__qualname__} ({place})"
+
+
+def register(cls: C) -> C:
+    """Class decorator: make a kind known under the value(s) of its `kind` field.
+
+    Raises:
+        RegistryError: no family, no `kind`, abstract methods left, or a kind that someone else already owns (both are named).
+    """
+    if not (isinstance(cls, type) and issubclass(cls, Component)) or cls.is_family or not cls.family:
+        raise RegistryError(f"{cls!r} cannot be registered: derive it from Rule or Selector")
+    table = _kinds.setdefault(cls.family, {})
+    for name in names_of(cls):
+        other = table.get(name)
+        if other is not None and other is not cls:
+            raise RegistryError(
+                f"two owners for the {cls.family} kind '{name}': {owner(other)} and {owner(cls)}; rename one of them"
+            )
+    for name in names_of(cls):
+        table[name] = cls
+    return cls
+
+
+def unregister(cls: type[Component]) -> None:
+    """Forget a kind (interactive work and tests)."""
+    table = _kinds.get(cls.family, {})
+    for name in [n for n, c in table.items() if c is cls]:
+        del table[name]
+
+
+def kinds(family: str) -> dict[str, type[Component]]:
+    """All kinds of a family that are known now, by name, installed plugins included."""
+    load_entry_points()
+    return dict(sorted(_kinds.get(family, {}).items()))
+
+
+def failures() -> dict[str, str]:
+    """Plugins that could not be imported, by name, with the reason."""
+    return dict(_failures)
+
+
+def find(family: str, kind: str) -> type[Component] | None:
+    """The class of a kind, or None. Installed plugins are imported only if no built-in kind has that name."""
+    if kind not in _kinds.get(family, {}):
+        load_entry_points()
+    return _kinds.get(family, {}).get(kind)
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """`did you mean 'x'?`, or the known words when none is near."""
+    known = sorted(known)
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known) or 'none'}"
+
+
+def _resolve(family: type[Component], value: Any) -> Component:
+    if isinstance(value, family):
+        return value
+    if value is None:
+        value = {"kind": "none"}
+    if isinstance(value, str):
+        value = {"kind": value}
+    if not isinstance(value, Mapping):
+        raise PydanticCustomError(
+            "component", "a {family} is a kind's name or a mapping with a `kind`", {"family": family.family}
+        )
+    kind = value.get("kind")
+    if kind is None:
+        raise PydanticCustomError(
+            "missing_kind",
+            "a {family} needs a `kind`; known: {known}",
+            {"family": family.family, "known": ", ".join(kinds(family.family))},
+        )
+    cls = find(family.family, kind) if isinstance(kind, str) else None
+    if cls is None:
+        broken = "".join(f"; plugin '{name}' failed to import: {why}" for name, why in _failures.items())
+        raise PydanticCustomError(
+            "unknown_kind",
+            "unknown {family} kind '{kind}'; {hint}{broken}",
+            {
+                "family": family.family,
+                "kind": str(kind)[:80],
+                "hint": suggest(str(kind), kinds(family.family)),
+                "broken": broken,
+            },
+        )
+    return cls.model_validate(dict(value))
+
+
+# ---------------------------------------------------------------------------------------------------------------- plugins
+
+
+def plugin_entry_points() -> list[EntryPoint]:
+    """The installed plugins, by entry point, without importing them."""
+    return sorted(entry_points(group=PLUGIN_GROUP), key=lambda e: e.name)
+
+
+def load_entry_points() -> None:
+    """Import every installed plugin once; one that fails is kept by name in `failures` and breaks nothing else."""
+    for point in plugin_entry_points():
+        key = f"{point.name} = {point.value}"
+        if key in _loaded:
+            continue
+        _loaded.add(key)
+        before = {family: dict(table) for family, table in _kinds.items()}
+        try:
+            point.load()
+        except Exception as error:  # a plugin is foreign code: whatever it raises must not take the library with it
+            _kinds.clear()
+            _kinds.update(before)
+            where = f" (from {point.dist.name} {point.dist.version})" if point.dist else ""
+            _failures[point.name] = f"{type(error).__name__}: {error}"[:500]
+            warnings.warn(
+                f"plugin '{point.name}'{where} failed to import and is left out: {_failures[point.name]}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+
+def load_plugin(path: str | Path) -> None:
+    """Run a plugin file, so that its `@register` classes are known (`--plugin path.py`).
+
+    Raises:
+        RegistryError: the file does not exist, raises on import, or registers a kind that is taken.
+    """
+    file = Path(path).resolve()
+    if not file.is_file():
+        raise RegistryError(f"plugin file '{path}' does not exist or is not a regular file")
+    if str(file) in _loaded:
+        return
+    # The module's name depends on the full path: two files of one name in two folders are two plugins.
+    module_name = f"subspace_opt_plugin_{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
+    spec = importlib.util.spec_from_file_location(module_name, file)
+    if spec is None or spec.loader is None:
+        raise RegistryError(f"plugin file '{path}' is not a Python file: its name should end in .py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module  # pydantic resolves a class's annotations through its module
+    before = {family: dict(table) for family, table in _kinds.items()}
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[module_name]
+        _kinds.clear()
+        _kinds.update(before)
+        raise RegistryError(f"plugin file '{path}' failed to import: {type(error).__name__}: {error}") from error
+    _loaded.add(str(file))

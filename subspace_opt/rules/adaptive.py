@@ -1,0 +1,67 @@
+"""Rules that act entry by entry with statistics of the gradient: Adam, sign."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from ..algebra import Dim, Rule, Slot, State, Step, Transport
+from ..registry import register
+
+Beta2 = Field(0.999, ge=0.0, lt=1.0, description="Part of the second moment that is kept at each update.")
+Eps = Field(1e-8, ge=0.0, description="Added to the root of the second moment.")
+
+
+def precondition(x: Tensor, v: Tensor, correction: Tensor | float, eps: float, eps_inside: bool) -> Tensor:
+    """`X / (sqrt(V / correction) + eps)`, or `X / sqrt((V + eps) / correction)` with eps inside the root."""
+    if eps_inside:
+        return x / ((v + eps) / correction).sqrt()
+    return x / (v.sqrt() / correction**0.5).add(eps)
+
+
+@register
+class Adam(Rule):
+    """`M <- b1 M + (1 - b1) X; V <- b2 V + (1 - b2) G.G; M^ / (sqrt(V^) + eps)` (arXiv:1412.6980).
+
+    With `debias`, M^ = M / (1 - b1^t), V^ = V / (1 - b2^t); without it, M^ = M, V^ = V: a `debias` rule in `finish` then gives the
+    form of Hugging Face and GaLore, where eps is not corrected.
+    """
+
+    kind: Literal["adam"] = "adam"
+    beta1: float = Field(0.9, ge=0.0, lt=1.0, description="Part of the first moment that is kept; 0 keeps no first moment.")
+    beta2: float = Beta2
+    eps: float = Eps
+    eps_inside: bool = Field(False, description="Add eps to the second moment before its root and its correction.")
+    debias: bool = Field(True, description="Divide both moments by the sum of their weights.")
+    on_refresh: Transport = Field("keep", description="What becomes of the moments when the subspace is refreshed.")
+
+    def slots(self, rows: Dim, cols: Dim) -> dict[str, Slot]:
+        # A projected second moment must stay positive.
+        second: Transport = "project_abs" if self.on_refresh == "project" else self.on_refresh
+        slots = {"exp_avg": Slot((rows, cols), self.on_refresh), "exp_avg_sq": Slot((rows, cols), second)}
+        return slots if self.beta1 else {"exp_avg_sq": slots["exp_avg_sq"]}
+
+    def apply(self, x: Tensor, grad: Tensor, state: State, step: Step) -> tuple[Tensor, State]:
+        clock = step.age if self.on_refresh == "reset" else step.t
+        new = {"exp_avg_sq": (state["exp_avg_sq"] * self.beta2).addcmul(grad, grad, value=1 - self.beta2)}
+        if self.beta1:
+            x = new["exp_avg"] = state["exp_avg"].lerp(x, 1 - self.beta1)
+        correction = 1 - self.beta2**clock if self.debias else 1.0
+        out = precondition(x, new["exp_avg_sq"], correction, self.eps, self.eps_inside)
+        if self.debias and self.beta1:
+            out = out / (1 - self.beta1**clock)
+        return out, new
+
+
+@register
+class Sign(Rule):
+    """`sign(X)`; sign(0) = 0 (arXiv:1802.04434)."""
+
+    uses_grad: ClassVar[bool] = False
+    scale_free: ClassVar[bool] = True
+    kind: Literal["sign"] = "sign"
+
+    def apply(self, x: Tensor, grad: Tensor, state: State, step: Step) -> tuple[Tensor, State]:
+        return x.sign(), {}

@@ -1,0 +1,84 @@
+"""Rules linear in the signal: moving averages, the identity, nothing."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from ..algebra import Dim, Rule, Slot, State, Step, Transport
+from ..registry import register
+
+Beta = Field(0.95, ge=0.0, lt=1.0, description="Part of the average that is kept at each update.")
+OnRefresh = Field("keep", description="What becomes of the average when the subspace it lives in is refreshed.")
+
+
+@register
+class Ema(Rule):
+    """`M <- beta M + (1 - beta) X`, passed on as it is or looked ahead: `(1 - beta) X + beta M` (Nesterov)."""
+
+    uses_grad: ClassVar[bool] = False
+    kind: Literal["ema"] = "ema"
+    beta: float = Beta
+    nesterov: bool = Field(False, description="Pass on the average that the next update would have for the same signal.")
+    debias: bool = Field(False, description="Divide by the sum of the weights of the signals seen, so that it is an average.")
+    on_refresh: Transport = OnRefresh
+
+    def slots(self, rows: Dim, cols: Dim) -> dict[str, Slot]:
+        return {"exp_avg": Slot((rows, cols), self.on_refresh)}
+
+    def apply(self, x: Tensor, grad: Tensor, state: State, step: Step) -> tuple[Tensor, State]:
+        m = state["exp_avg"].lerp(x, 1 - self.beta)
+        out = x.lerp(m, self.beta) if self.nesterov else m
+        if self.debias:
+            clock = step.age if self.on_refresh == "reset" else step.t
+            out = out / (1 - self.beta ** (clock + 1 if self.nesterov else clock))
+        return out, {"exp_avg": m}
+
+
+@register
+class HeavyBall(Rule):
+    """`M <- beta M + X`, passed on as it is or looked ahead: `X + beta M` (Nesterov). Polyak 1964."""
+
+    uses_grad: ClassVar[bool] = False
+    kind: Literal["heavy_ball"] = "heavy_ball"
+    beta: float = Beta
+    nesterov: bool = Field(False, description="Pass on X + beta M, what the next update would have for the same signal.")
+    debias: bool = Field(False, description="Divide by the sum of the weights of the signals seen, so that it is an average.")
+    on_refresh: Transport = OnRefresh
+
+    def slots(self, rows: Dim, cols: Dim) -> dict[str, Slot]:
+        return {"momentum_buffer": Slot((rows, cols), self.on_refresh)}
+
+    def apply(self, x: Tensor, grad: Tensor, state: State, step: Step) -> tuple[Tensor, State]:
+        m = x.add(state["momentum_buffer"], alpha=self.beta)
+        out = x.add(m, alpha=self.beta) if self.nesterov else m
+        if self.debias:
+            clock = step.age if self.on_refresh == "reset" else step.t
+            weights = (1 - self.beta**clock) / (1 - self.beta)
+            out = out / (1 + self.beta * weights if self.nesterov else weights)
+        return out, {"momentum_buffer": m}
+
+
+@register
+class Identity(Rule):
+    """`X`: the signal is the update; as a complement, plain SGD on what the subspace leaves."""
+
+    uses_grad: ClassVar[bool] = False
+    kind: Literal["identity", "sgd"] = "identity"
+
+    def apply(self, x: Tensor, grad: Tensor, state: State, step: Step) -> tuple[Tensor, State]:
+        return x, {}
+
+
+@register
+class Nothing(Rule):
+    """`0`: the place makes no update and is not computed."""
+
+    uses_grad: ClassVar[bool] = False
+    silent: ClassVar[bool] = True
+    kind: Literal["none"] = "none"
+
+    def apply(self, x: Tensor, grad: Tensor, state: State, step: Step) -> tuple[Tensor, State]:
+        return x.new_zeros(x.shape), {}

@@ -1,0 +1,87 @@
+"""Rules that replace a matrix by its polar factor, exactly or by Newton-Schulz iterations."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import BeforeValidator, Field, PositiveInt, model_validator
+from torch import Tensor
+
+from .. import linalg
+from ..algebra import Rule, State, Step
+from ..registry import register
+
+Named = Literal["keller", "quintic", "cubic", "classical", "cans"]
+ComputeDtype = Literal["auto", "bfloat16", "float16", "float32", "float64"]
+
+
+def _to_tuples(value: Any) -> Any:
+    """YAML has lists where the model is frozen and wants tuples."""
+    return tuple(tuple(p) if isinstance(p, list) else p for p in value) if isinstance(value, list) else value
+
+
+Coefficients = Annotated[Named | tuple[tuple[float, float, float], ...], BeforeValidator(_to_tuples)]
+
+
+@register
+class Orthogonalize(Rule):
+    """`U V'` of `X = U S V'`: by Newton-Schulz (Muon), Polar Express (arXiv:2505.16932) or an exact SVD (arXiv:2505.24749)."""
+
+    uses_grad: ClassVar[bool] = False
+    scale_free: ClassVar[bool] = True
+    kind: Literal["orthogonalize"] = "orthogonalize"
+    method: Literal["newton_schulz", "polar_express", "svd"] = Field(
+        "newton_schulz", description="How the polar factor is found; `svd` is exact."
+    )
+    steps: PositiveInt = Field(5, description="Iterations of Newton-Schulz or Polar Express.")
+    coefficients: Coefficients = Field(
+        "keller", description="The polynomials of `newton_schulz`: a named schedule or a list of [a, b, c], the last repeated."
+    )
+    safety: float = Field(
+        1.02, ge=1.0, lt=2.0, description="How far above 1 singular values may lie with `polar_express` and `cans`."
+    )
+    eps: float = Field(1e-7, ge=0.0, description="Guards the division by the Frobenius norm.")
+    eps_floor: bool = Field(False, description="Divide by max(norm, eps) instead of norm + eps.")
+    dtype: ComputeDtype = Field(
+        "auto", description="In which to iterate; `auto` is float64 for float64 signals and bfloat16 for others."
+    )
+
+    @model_validator(mode="after")
+    def _polynomials_fit(self) -> Orthogonalize:
+        if self.method != "newton_schulz" and self.coefficients != "keller":
+            raise ValueError(f"`coefficients` belong to method newton_schulz; method {self.method} has its own")
+        if not self.coefficients:
+            raise ValueError("`coefficients` is an empty list; give at least one [a, b, c]")
+        return self
+
+    def apply(self, x: Tensor, grad: Tensor, state: State, step: Step) -> tuple[Tensor, State]:
+        return self.orthogonalized(x), {}
+
+    def orthogonalized(self, x: Tensor) -> Tensor:
+        """The polar factor of a stack, in the dtype of `x`."""
+        if self.method == "svd":
+            return linalg.polar(x)
+        name = "polar_express" if self.method == "polar_express" else self.coefficients
+        polynomials = linalg.schedule(name, self.steps, self.safety if name in ("polar_express", "cans") else 1.0)
+        if self.dtype == "auto":
+            dtype = x.dtype if x.dtype == torch.float64 else torch.bfloat16
+        else:
+            dtype = getattr(torch, self.dtype)
+        return linalg.newton_schulz(x, polynomials, eps=self.eps, floor=self.eps_floor, dtype=dtype).to(x.dtype)
+
+
+@register
+class Muon(Orthogonalize):
+    """`O = UV'` of X, brought to root mean square 1 per entry: `sqrt(mn) O / (|O|_F + norm_eps)`; with `norm: none`, O itself."""
+
+    kind: Literal["muon"] = "muon"  # type: ignore[assignment]
+    norm: Literal["rms", "none"] = Field("rms", description="Bring the result to root mean square 1 per entry, or leave it.")
+    norm_eps: float = Field(1e-8, ge=0.0, description="Added to the norm by which the result is divided.")
+
+    def apply(self, x: Tensor, grad: Tensor, state: State, step: Step) -> tuple[Tensor, State]:
+        o = self.orthogonalized(x)
+        if self.norm == "rms":
+            o = o * (math.sqrt(x.size(-2) * x.size(-1)) / (linalg.norm(o) + self.norm_eps))
+        return o, {}

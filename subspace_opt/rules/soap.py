@@ -1,0 +1,61 @@
+"""SOAP: Adam in the eigenbasis of its coordinates."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from .. import linalg
+from ..algebra import Dim, Rule, Slot, State, Step
+from ..registry import register
+from .adaptive import precondition
+
+
+@register
+class Soap(Rule):
+    """`V <- b2 V + (1 - b2) (G Q).(G Q); (X Q) / (sqrt(V^) + eps) Q'`, Q the eigenbasis of EMA(G'G) (arXiv:2409.11321).
+
+    Where the coordinates are eigen-coordinates already (selectors `eigen`, `kron_eigen`), Q = I and no covariance is kept. Elsewhere
+    the r x r covariance is, and Q follows it by one power iteration and a QR each update.
+    """
+
+    kind: Literal["soap"] = "soap"
+    beta2: float = Field(0.95, ge=0.0, lt=1.0, description="Part of the second moment that is kept at each update.")
+    eps: float = Field(1e-8, ge=0.0, description="Added to the root of the second moment.")
+    eps_inside: bool = Field(False, description="Add eps to the second moment before its root and its correction.")
+    debias: bool = Field(True, description="Divide the second moment by the sum of its weights.")
+    cov_beta: float = Field(
+        0.95, ge=0.0, lt=1.0, description="Part of the covariance kept at each update, where one is kept."
+    )
+
+    def slots(self, rows: Dim, cols: Dim) -> dict[str, Slot]:
+        slots = {"exp_avg_sq": Slot((rows, cols))}
+        if not cols.eigen:
+            slots["covariance"] = Slot((cols, cols), "project")
+            slots["rotation"] = Slot((cols, Dim("eigen", cols.size)), "project")
+        return slots
+
+    def apply(self, x: Tensor, grad: Tensor, state: State, step: Step) -> tuple[Tensor, State]:
+        if "covariance" not in state:
+            v = self._second_moment(grad, state)
+            return self._precondition(x, v, step), {"exp_avg_sq": v}
+        cov = linalg.addmm(state["covariance"], grad.mT, grad, beta=self.cov_beta, alpha=1 - self.cov_beta)
+        if step.first:
+            q = linalg.fix_signs(linalg.eigh(cov)[1])
+        else:
+            # After a refresh of the subspace the carried rotation is no longer orthonormal; the QR makes it so again. The ridge
+            # keeps directions without any covariance from being chosen by round-off.
+            ridge = cov.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] * 1e-6
+            q = linalg.orthonormal(linalg.mm(cov, state["rotation"]) + ridge * state["rotation"])
+        v = self._second_moment(linalg.mm(grad, q), state)
+        out = self._precondition(linalg.mm(x, q), v, step)
+        return linalg.mm(out, q.mT), {"exp_avg_sq": v, "covariance": cov, "rotation": q}
+
+    def _second_moment(self, grad: Tensor, state: State) -> Tensor:
+        return (state["exp_avg_sq"] * self.beta2).addcmul(grad, grad, value=1 - self.beta2)
+
+    def _precondition(self, x: Tensor, v: Tensor, step: Step) -> Tensor:
+        correction = 1 - self.beta2**step.t if self.debias else 1.0
+        return precondition(x, v, correction, self.eps, self.eps_inside)

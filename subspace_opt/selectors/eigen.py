@@ -1,0 +1,54 @@
+"""The leading eigenvectors of the gradient's covariance, tracked by one warm-started power iteration a refresh (COSMOS)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from .. import linalg
+from ..algebra import Dim, LowRank, Order, Rank, Slot, State, Step
+from ..registry import register
+
+
+@register
+class Eigen(LowRank):
+    """`U <- qr(beta U S + (1 - beta) G'(G U)); S <- beta T'S T + (1 - beta)(GU)'(GU), T = U_old' U` (arXiv:2502.17410).
+
+    `U S U'` stands for the covariance EMA(G'G) restricted to the subspace, so the n x n covariance is never formed. The first basis
+    is that of the first gradient's leading right singular vectors.
+    """
+
+    kind: Literal["eigen"] = "eigen"
+    rank: Rank = Field(
+        64, description="Number of columns of the basis, clamped to the short side; below 1, that part of the short side."
+    )
+    beta: float = Field(0.95, ge=0.0, lt=1.0, description="Part of the covariance that is kept at each update.")
+    init: Literal["gram", "exact", "randomized"] = Field(
+        "gram",
+        description="First basis: eigh of the smaller Gram matrix, a thin SVD, or a randomized range (cheapest, approximate).",
+    )
+
+    def coords(self, rows: Dim, cols: Dim) -> tuple[Dim, Dim]:
+        return rows, Dim("rank", self.columns(rows, cols), eigen=True)
+
+    def slots(self, rows: Dim, cols: Dim) -> dict[str, Slot]:
+        rank = self.coords(rows, cols)[1]
+        return {"basis": Slot((cols, rank)), "covariance": Slot((rank, rank))}
+
+    def draws(self, rows: Dim, cols: Dim) -> tuple[int, ...] | None:
+        return (cols.size, self.columns(rows, cols)) if self.init == "randomized" else None
+
+    def observe(self, x: Tensor, c: Tensor, state: State, step: Step) -> State:
+        cov = linalg.addmm(state["covariance"], c.mT, c, beta=self.beta, alpha=1 - self.beta)
+        return {"basis": state["basis"], "covariance": cov}
+
+    def refresh(self, x: Tensor, state: State, step: Step) -> tuple[State, Order | None]:
+        u, s = state["basis"], state["covariance"]
+        if step.first:
+            return {"basis": linalg.leading_right(x, u.size(-1), self.init, step.noise), "covariance": s}, None
+        moved = linalg.mm(x.mT, linalg.mm(x, u))  # G'(G U)
+        new = linalg.orthonormal(linalg.addmm(moved, u, s, beta=1 - self.beta, alpha=self.beta))
+        turn = linalg.mm(u.mT, new)
+        return {"basis": new, "covariance": linalg.mm(linalg.mm(turn.mT, s), turn)}, None

@@ -1,0 +1,306 @@
+"""The spec: named pipelines, routes that send parameters to them, defaults; read from YAML, JSON or a mapping, and written back."""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+import io
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+from ruamel.yaml import YAML
+
+from . import rules, selectors
+from .document import Document, DocumentError, parse_document, read_document
+from .messages import describe
+from .modules import ModuleKind
+from .registry import Model, kinds, suggest
+from .split import Pipeline
+
+__all__ = ["Defaults", "Route", "Spec", "SpecError", "json_schema", "load_spec", "rules", "selectors"]
+
+PRESETS = Path(__file__).parent / "presets"
+
+
+class SpecError(ValueError):
+    """A spec that cannot be used. The message names the place, what was found there and what to do."""
+
+
+def _listed(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+
+class Defaults(Model):
+    """What `build` takes when it is given nothing."""
+
+    lr: float = Field(1e-3, ge=0.0, description="Learning rate.")
+    weight_decay: float = Field(0.0, ge=0.0, description="Decoupled weight decay, multiplied by the learning rate.")
+
+
+class Route(Model):
+    """Which parameters go to which pipeline, and how they are seen; all conditions given must hold."""
+
+    use: str = Field(description="Name of the pipeline.")
+    name: Annotated[tuple[str, ...], BeforeValidator(_listed)] = Field((), description="Globs, one of which fits the name.")
+    module: Annotated[tuple[ModuleKind, ...], BeforeValidator(_listed)] = Field(
+        (), description="Kinds of module, one of which the parameter belongs to (known when a model is given)."
+    )
+    min_dims: NonNegativeInt | None = Field(None, description="Fewest dimensions.")
+    max_dims: NonNegativeInt | None = Field(None, description="Most dimensions.")
+    min_side: PositiveInt | None = Field(None, description="Shortest side of its matrices at least.")
+    max_side: PositiveInt | None = Field(None, description="Longest side of its matrices at most.")
+    view: Literal["auto", "flatten", "stack"] = Field(
+        "auto", description="Three dimensions and more: (O, rest) or a stack of matrices; auto flattens convolutions."
+    )
+    split: dict[str, PositiveInt] | None = Field(None, description="Cut the rows of a fused weight into named blocks.")
+    heads: PositiveInt | None = Field(None, description="Cut the rows into this many equal blocks.")
+    transposed: bool | None = Field(None, description="Stored as (in, out); omitted, as the module tells.")
+
+    @model_validator(mode="after")
+    def _one_cut(self) -> Route:
+        if self.split is not None and self.heads is not None:
+            raise ValueError("`split` and `heads` both cut the rows; give one of them")
+        return self
+
+    def accepts(self, name: str, dims: int, sides: tuple[int, int], modules: frozenset[str]) -> bool:
+        """Whether a parameter takes this route. `sides`: shorter and longer side of its matrices."""
+        return (
+            (not self.name or any(fnmatch.fnmatchcase(name, glob) for glob in self.name))
+            and (not self.module or bool(modules.intersection(self.module)))
+            and (self.min_dims is None or dims >= self.min_dims)
+            and (self.max_dims is None or dims <= self.max_dims)
+            and (self.min_side is None or sides[0] >= self.min_side)
+            and (self.max_side is None or sides[1] <= self.max_side)
+        )
+
+    def __str__(self) -> str:
+        given = self.model_dump(exclude={"use"}, exclude_defaults=True)
+        said = [f"{key} {'|'.join(v) if isinstance(v, tuple) else v}" for key, v in given.items()]
+        return ", ".join(said) or "everything else"
+
+
+# What is meant when a spec has a pipeline `matrix` and no routes; `other` is then AdamW unless the spec has its own.
+STANDARD_ROUTES = (
+    {"module": "embedding", "use": "other"},
+    {"module": "head", "use": "other"},
+    {"name": "*head*", "use": "other"},
+    {"min_dims": 2, "use": "matrix"},
+    {"use": "other"},
+)
+STANDARD_OTHER = {"complement": {"kind": "adam", "beta1": 0.9, "beta2": 0.95}}
+
+
+class Spec(Model):
+    """A whole optimizer."""
+
+    version: Literal[1] = Field(1, description="Version of the format.")
+    name: str = Field("unnamed", min_length=1, description="What to call it.")
+    source: tuple[str, ...] = Field((), strict=False, description="Paper and reference code, with the commit.")
+    notes: str = Field("", description="How it relates to its sources.")
+    defaults: Defaults = Field(default=Defaults(), description="Learning rate and weight decay if none are given.")
+    pipelines: dict[str, Pipeline] = Field(min_length=1, description="Named pipelines.")
+    routes: tuple[Route, ...] = Field(
+        (), strict=False, description="In order; the first that accepts a parameter sends it to its pipeline."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _standard(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping) or data.get("routes") or not isinstance(data.get("pipelines"), Mapping):
+            return data
+        pipelines = data["pipelines"]
+        if "matrix" not in pipelines:
+            raise ValueError("without `routes` the pipelines must be named `matrix` and, if wanted, `other`; add `routes`")
+        return {**data, "pipelines": {"other": STANDARD_OTHER, **pipelines}, "routes": list(STANDARD_ROUTES)}
+
+    @model_validator(mode="after")
+    def _routes_lead_somewhere(self) -> Spec:
+        for i, route in enumerate(self.routes):
+            if route.use not in self.pipelines:
+                raise ValueError(f"routes.{i}.use: no pipeline '{route.use}'; {suggest(route.use, self.pipelines)}")
+        unused = set(self.pipelines) - {route.use for route in self.routes}
+        if unused:
+            raise ValueError(f"no route uses the pipeline '{min(unused)}'; add a route or remove it")
+        return self
+
+    def to_json(self) -> str:
+        """The whole spec as one line of JSON, the same for equal specs."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+
+    def to_yaml(self) -> str:
+        """YAML that reads back as an equal spec; what has its default value is left out."""
+        out = io.StringIO()
+        yaml = YAML()
+        yaml.default_flow_style = None
+        yaml.width = 120
+        yaml.dump({"version": self.version, **_without_defaults(self)}, out)
+        return out.getvalue()
+
+
+def _without_defaults(model: Model) -> dict[str, Any]:
+    """A model's fields that differ from their defaults, and its `kind`."""
+    plain: dict[str, Any] = {}
+    for name, field in type(model).model_fields.items():
+        value = getattr(model, name)
+        if name == "kind" or field.is_required() or value != field.get_default(call_default_factory=True, validated_data={}):
+            plain[name] = _plain(value)
+    if plain.get("selector") == {"kind": "none"}:
+        del plain["selector"]
+    return {"kind": plain.pop("kind"), **plain} if "kind" in plain else plain
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Model):
+        return _without_defaults(value)
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, tuple):
+        return [_plain(v) for v in value]
+    return value
+
+
+# ----------------------------------------------------------------------------------------------------------------- reading
+
+
+def preset_names() -> list[str]:
+    """The presets that come with the package."""
+    return sorted(p.stem for p in PRESETS.glob("*.yaml"))
+
+
+def load_spec(source: Spec | Mapping[str, Any] | str | os.PathLike[str], overrides: Mapping[str, Any] | None = None) -> Spec:
+    """A spec from a preset's name, a path to YAML or JSON, a mapping, or a `Spec`; `overrides` by dotted path.
+
+    Raises:
+        SpecError: with file:line:column where there is a file, the field's path, and what is known or meant.
+    """
+    if isinstance(source, Spec) and not overrides:
+        return source
+    document = _document(source)
+    data = copy.deepcopy(document.data)
+    overridden = {_override(data, path, value): path for path, value in (overrides or {}).items()}
+
+    def locate(path: tuple[int | str, ...]) -> str:
+        for place, override in overridden.items():
+            if path[: len(place)] == place:
+                return f"override '{override}'"
+        return document.locate(path)
+
+    return _validated(data, locate)
+
+
+def parse_spec(text: str, source: str = "<string>") -> Spec:
+    """A spec from YAML text."""
+    try:
+        document = parse_document(text, source)
+    except DocumentError as error:
+        raise SpecError(str(error)) from None
+    return _validated(document.data, document.locate)
+
+
+def _validated(data: Any, locate: Callable[[tuple[int | str, ...]], str]) -> Spec:
+    try:
+        return Spec.model_validate(data)
+    except ValidationError as error:
+        raise SpecError(describe(error, data, locate, Spec)) from None
+
+
+def _document(source: Spec | Mapping[str, Any] | str | os.PathLike[str]) -> Document:
+    if isinstance(source, Spec):
+        return Document(source.model_dump(mode="json"), f"spec '{source.name}'")
+    if isinstance(source, Mapping):
+        return Document(_mutable(source), "the given mapping")
+    text = os.fspath(source)
+    try:
+        if isinstance(source, str) and not text.endswith((".yaml", ".yml", ".json")) and os.sep not in text:
+            if text not in preset_names():
+                raise SpecError(
+                    f"no preset '{text[:80]}'; {suggest(text, preset_names())} (a file is given with its ending: ./{text[:80]}.yaml)"
+                )
+            return read_document(PRESETS / f"{text}.yaml")
+        return read_document(source)
+    except DocumentError as error:
+        raise SpecError(str(error)) from None
+
+
+def _mutable(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _mutable(v) for key, v in value.items()}
+    return [_mutable(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def _override(data: dict[str, Any], path: str, value: Any) -> tuple[int | str, ...]:
+    """Set one value by dotted path and return its place; the first part is a field of the spec or the name of a pipeline."""
+    parts = path.split(".")
+    if parts[0] not in Spec.model_fields:
+        pipelines = data.setdefault("pipelines", {})
+        known = list(pipelines) if data.get("routes") else [*pipelines, "other"]
+        if parts[0] not in known:
+            raise SpecError(
+                f"override '{path}': '{parts[0]}' is neither a pipeline nor a field of a spec; "
+                f"{suggest(parts[0], [*known, *Spec.model_fields])}"
+            )
+        if parts[0] not in pipelines:
+            pipelines[parts[0]] = copy.deepcopy(STANDARD_OTHER)
+        parts = ["pipelines", *parts]
+    node: Any = data
+    place: list[int | str] = []
+    for i, part in enumerate(parts):
+        if isinstance(node, str):
+            raise SpecError(f"override '{path}': {'.'.join(parts[:i])} is '{node}', which has no parts")
+        key: int | str = part
+        if isinstance(node, list):
+            if not part.isdigit() or int(part) >= len(node):
+                raise SpecError(f"override '{path}': {'.'.join(parts[:i])} is a list of {len(node)}; give a number below that")
+            key = int(part)
+        place.append(key)
+        if i == len(parts) - 1:
+            node[key] = value
+            break
+        if isinstance(node, dict) and key not in node:
+            node[key] = {}
+        if isinstance(node[key], str) and parts[0] == "pipelines":
+            node[key] = {"kind": node[key]}  # a bare kind, about to get options
+        if not isinstance(node[key], dict | list):
+            raise SpecError(f"override '{path}': {'.'.join(parts[: i + 1])} is {node[key]!r}, which has no parts")
+        node = node[key]
+    return tuple(place)
+
+
+# ------------------------------------------------------------------------------------------------------------------- schema
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of a spec file, with every kind that is installed."""
+    schema = Spec.model_json_schema()
+    defs: dict[str, Any] = schema.setdefault("$defs", {})
+    for family in ("rule", "selector"):
+        known = kinds(family)
+        for name, cls in known.items():
+            own = cls.model_json_schema()
+            defs |= own.pop("$defs", {})
+            own["properties"]["kind"] = {"const": name, "title": "Kind", "type": "string"}
+            own["required"] = sorted({*own.get("required", []), "kind"})
+            defs[f"{family}.{name}"] = own
+        refs = [{"$ref": f"#/$defs/{family}.{name}"} for name in known]
+        defs[family] = {"anyOf": [{"enum": list(known), "type": "string"}, *refs]}
+    schema = _with_families(schema)
+    schema["required"] = ["pipelines"]
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def _with_families(node: Any) -> Any:
+    if isinstance(node, list):
+        return [_with_families(v) for v in node]
+    if not isinstance(node, dict):
+        return node
+    if "x-family" in node:
+        return {"$ref": f"#/$defs/{node['x-family']}", **{k: v for k, v in node.items() if k != "x-family"}}
+    out = {k: _with_families(v) for k, v in node.items()}
+    if out.get("type") == "array" and out.get("items") == {"$ref": "#/$defs/rule"}:
+        del out["type"], out["items"]
+        out["anyOf"] = [{"$ref": "#/$defs/rule"}, {"type": "array", "items": {"$ref": "#/$defs/rule"}}, {"type": "null"}]
+    return out

@@ -1,0 +1,288 @@
+"""A pipeline: feedback, momentum, selection, the rule inside the subspace, the rule for its complement, mix, finish.
+
+    G --> [feedback] --> [momentum ...] --> SPLIT( selector | inside ... | complement ... ) --> mix --> [finish ...] --> update
+
+`Pipeline` is the spec of it, `Split` the same for matrices of one shape. `Split.apply` is pure: it is all the mathematics that runs
+between a gradient and an update, on a stack of matrices, and it knows no concrete kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BeforeValidator, Field, field_validator, model_validator
+from torch import Tensor
+
+from . import linalg
+from .algebra import Change, Coords, Dim, Rule, Selector, Slot, State, Step, add_lift, lift, project
+from .registry import Model
+
+
+def _listed(value: Any) -> Any:
+    """One rule may stand for a list of one; `none` or nothing for the empty list."""
+    if value is None:
+        return ()
+    if isinstance(value, list | tuple):
+        return tuple(value)
+    return (value,)
+
+
+Rules = Annotated[tuple[Rule, ...], BeforeValidator(_listed)]
+
+
+class Mix(Model):
+    """`inside * lift(update inside) + complement * update of the complement`."""
+
+    inside: float = Field(1.0, ge=0.0, description="Weight of the update made inside the subspace.")
+    complement: float = Field(1.0, ge=0.0, description="Weight of the update made from the complement.")
+
+
+class Pipeline(Model):
+    """What happens to the gradient of a matrix, place by place."""
+
+    orient: Literal["right", "left", "short", "long"] = Field(
+        "right", description="The side of the matrix on which the basis lives: columns, rows, the shorter, the longer."
+    )
+    square: Literal["right", "left"] = Field(
+        "right", description="The side taken for a square matrix with `short` and `long`."
+    )
+    feedback: float | None = Field(
+        None,
+        ge=0.0,
+        lt=1.0,
+        description="Error feedback: add what was not transmitted before to the gradient; the part of what was transmitted that is "
+        "kept all the same (0.95 is the momentum of Trion and Dion, 0 plain error feedback).",
+    )
+    momentum: Rules = Field((), description="Rules on the whole signal before it is split.")
+    selector: Selector = Field("none", validate_default=True, description="What opens the subspace.")  # type: ignore[assignment]
+    inside: Rules = Field((), description="Rules on the signal's coordinates in the subspace.")
+    complement: Rules = Field((), description="Rules on what the subspace leaves of the signal.")
+    mix: Mix = Field(default=Mix(), description="Weights of the two updates.")
+    finish: Rules = Field((), description="Rules on the whole update, in the weight's own orientation.")
+    decay: Literal["before", "after"] = Field(
+        "before", description="Weight decay on the weight before the update, or on the updated weight."
+    )
+    lr_scale: float = Field(1.0, gt=0.0, description="Multiplies the learning rate, for the update and for weight decay.")
+    decay_scale: float = Field(1.0, ge=0.0, description="Multiplies weight decay; 0 for none.")
+
+    @field_validator("momentum", "inside", "complement", "finish", mode="after")
+    @classmethod
+    def _without_silence(cls, rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
+        # A silent rule makes the whole place silent, which is what an empty place is.
+        return () if any(rule.silent for rule in rules) else rules
+
+    @model_validator(mode="after")
+    def _makes_an_update(self) -> Pipeline:
+        rank = self.selector.coords(Dim("rows", 2), Dim("cols", 2))
+        opens = rank[0].size * rank[1].size > 0
+        if opens and not self.inside:
+            raise ValueError(f"selector '{self.selector.kind}' opens a subspace, and `inside` names no rule for it")  # type: ignore[attr-defined]
+        if self.inside and not opens:
+            raise ValueError("`inside` needs a `selector` that opens a subspace; for a rule on the whole signal use `complement`")
+        if not self.inside and not (self.complement and self.mix.complement > 0):
+            raise ValueError("neither `inside` nor `complement` makes an update; give one of them a rule")
+        if self.feedback is not None and not opens:
+            raise ValueError("`feedback` keeps what the subspace leaves; it needs a `selector` that opens one")
+        return self
+
+    def on(self, rows: int, cols: int) -> Split:
+        """The pipeline for weights of `rows` x `cols`."""
+        side = self.orient
+        if side in ("short", "long"):
+            long = "left" if rows > cols else "right"
+            short = "right" if rows > cols else "left"
+            side = self.square if rows == cols else (short if side == "short" else long)
+        turned = side == "left"
+        return Split(self, Dim("rows", cols if turned else rows), Dim("cols", rows if turned else cols), turned)
+
+
+@dataclass(frozen=True)
+class Split:
+    """A pipeline for matrices of one shape. `rows`, `cols`: in the working orientation; `turned`: that is the transpose."""
+
+    pipeline: Pipeline
+    rows: Dim
+    cols: Dim
+    turned: bool
+
+    # --------------------------------------------------------------------------------------------------------- what it keeps
+
+    @cached_property
+    def inner(self) -> tuple[Dim, Dim]:
+        """The dimensions of coordinates."""
+        return self.pipeline.selector.coords(self.rows, self.cols)
+
+    @property
+    def rank(self) -> int | None:
+        """The rank after clamping; None without a subspace."""
+        return min(self.inner[0].size, self.inner[1].size) if self.opens else None
+
+    @property
+    def opens(self) -> bool:
+        """Whether there is a subspace."""
+        return self.inner[0].size * self.inner[1].size > 0
+
+    @property
+    def leaves(self) -> bool:
+        """Whether an update is made from the complement: of a full basis nothing is left but round-off."""
+        full = (self.inner[0].size, self.inner[1].size) == (self.rows.size, self.cols.size)
+        return bool(self.pipeline.complement) and self.pipeline.mix.complement > 0 and not full
+
+    @property
+    def primes(self) -> bool:
+        """Whether the first gradient only sets the basis."""
+        return self.opens and self.pipeline.selector.timing == "after"
+
+    def places(self) -> Iterator[tuple[str, Rule, Dim, Dim]]:
+        """Every rule with its key and the dimensions it works on."""
+        p, (rows, cols) = self.pipeline, (self.rows, self.cols)
+        yield from ((key, rule, rows, cols) for key, rule in _keyed("momentum", p.momentum))
+        if self.opens:
+            yield from ((key, rule, *self.inner) for key, rule in _keyed("inside", p.inside))
+        if self.leaves:
+            yield from ((key, rule, rows, cols) for key, rule in _keyed("complement", p.complement))
+        own = (cols, rows) if self.turned else (rows, cols)
+        yield from ((key, rule, *own) for key, rule in _keyed("finish", p.finish))
+
+    @cached_property
+    def slots(self) -> dict[str, Slot]:
+        """The state of one matrix, by dotted key."""
+        slots: dict[str, Slot] = {}
+        if self.pipeline.feedback is not None:
+            slots["feedback.error"] = Slot((self.rows, self.cols))
+        if self.opens:
+            chosen = self.pipeline.selector.slots(self.rows, self.cols)
+            slots |= {f"selector.{name}": slot for name, slot in chosen.items()}
+        for key, rule, rows, cols in self.places():
+            slots |= {f"{key}.{name}": slot for name, slot in rule.slots(rows, cols).items()}
+        return slots
+
+    # ------------------------------------------------------------------------------------------------------------ what it does
+
+    def apply(self, grad: Tensor, weight: Tensor | None, state: State, step: Step) -> tuple[Tensor, State]:
+        """The update of a stack, to be subtracted times lr, and the new state.
+
+        Args:
+            grad: `(B, m, n)` in the weight's own orientation.
+            weight: the weights, if the selector's source is `weight`.
+            state: one tensor `(B, *dims)` for each of `slots`.
+        """
+        p, new = self.pipeline, dict(state)
+        grad, weight = self._turn(grad), None if weight is None else self._turn(weight)
+        g = grad if p.feedback is None else grad + state["feedback.error"]
+        x = self._run("momentum", p.momentum, g, g, new, step)
+        if not self.opens:
+            update = self._run("complement", p.complement, x, g, new, step) * p.mix.complement
+        else:
+            update = self._split(x, g, {"gradient": g, "momentum": x, "weight": weight}, new, step)
+        update, g = self._turn(update), self._turn(g)
+        return self._run("finish", p.finish, update, g, new, step), new
+
+    def prime(self, grad: Tensor, weight: Tensor | None, state: State, step: Step) -> State:
+        """The state after a first gradient that only sets the basis."""
+        new = dict(state)
+        g = self._turn(grad)
+        source = {"gradient": g, "momentum": g, "weight": None if weight is None else self._turn(weight)}
+        x = source[self.pipeline.selector.source]
+        assert x is not None
+        c = x.new_zeros(x.size(0), *(d.size for d in self.inner))
+        self._store("selector", self.pipeline.selector.observe(x, c, _part("selector", new), step), new)
+        self._refresh(x, new, step)
+        return new
+
+    def _split(self, x: Tensor, g: Tensor, sources: dict[str, Tensor | None], new: State, step: Step) -> Tensor:
+        p, selector = self.pipeline, self.pipeline.selector
+        source = sources[selector.source]
+        if source is None:
+            raise ValueError(f"selector source '{selector.source}' needs the weights")
+        if step.refresh and selector.timing == "before":
+            self._refresh(source, new, step)
+        basis = selector.basis(_part("selector", new), step.constants)
+
+        c = project(x, basis)
+        cg = c if g is x else project(g, basis)
+        observed = cg if source is g else c if source is x else project(source, basis)
+        inner = self._run("inside", p.inside, c, cg, new, step)
+        update = None if p.mix.inside == 0 else inner if p.mix.inside == 1 else inner * p.mix.inside
+
+        if self.leaves:
+            residual = add_lift(x, c, basis, -1.0)
+            # The gradient's residual is one more product: only for rules that look at it.
+            looked_at = g is not x and any(rule.uses_grad for rule in p.complement)
+            residual_g = add_lift(g, cg, basis, -1.0) if looked_at else residual
+            if any(rule.scale_free for rule in p.complement):
+                residual = _without_round_off(residual, x)
+            inside = step._replace(inside=Coords(c, cg, inner), whole=x)
+            outer = self._run("complement", p.complement, residual, residual_g, new, inside) * p.mix.complement
+            result = outer if update is None else add_lift(outer, update, basis)
+        elif update is None:
+            result = torch.zeros_like(x)
+        else:
+            result = lift(update, basis, self.rows.size, self.cols.size)
+
+        if p.feedback is not None:
+            new["feedback.error"] = add_lift(g, cg, basis, p.feedback - 1.0)
+        self._store("selector", selector.observe(source, observed, _part("selector", new), step), new)
+        if step.refresh and selector.timing == "after":
+            self._refresh(source, new, step)
+        return result
+
+    def _refresh(self, source: Tensor, new: State, step: Step) -> None:
+        """A new basis; what is kept in coordinates is carried over."""
+        selector, before = self.pipeline.selector, _part("selector", new)
+        after, order = selector.refresh(source, before, step)
+        after = _settled(before, after, source)
+        self._store("selector", after, new)
+        if step.first:
+            return
+        old, now = selector.basis(before, step.constants), selector.basis(after, step.constants)
+        change = Change(old, now, *self.inner, order)
+        for key, rule in _keyed("inside", self.pipeline.inside):
+            slots = rule.slots(*self.inner)
+            if slots:
+                self._store(key, rule.transport(_part(key, new), slots, change, step), new)
+
+    def _run(self, place: str, rules: tuple[Rule, ...], x: Tensor, grad: Tensor, new: State, step: Step) -> Tensor:
+        for key, rule in _keyed(place, rules):
+            x, state = rule.apply(x, grad, _part(key, new), step)
+            self._store(key, state, new)
+        return x
+
+    def _store(self, key: str, state: State, new: State) -> None:
+        for name, value in state.items():
+            new[f"{key}.{name}"] = value
+
+    def _turn(self, x: Tensor) -> Tensor:
+        return x.mT if self.turned else x
+
+
+def _keyed(place: str, rules: tuple[Rule, ...]) -> list[tuple[str, Rule]]:
+    """Rules with the first part of their state's keys: the place, and a number where several share it."""
+    return [(place if len(rules) == 1 else f"{place}.{i}", rule) for i, rule in enumerate(rules)]
+
+
+def _part(key: str, state: State) -> State:
+    prefix = key + "."
+    return {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
+
+
+def _without_round_off(residual: Tensor, whole: Tensor) -> Tensor:
+    """A residual that is only the round-off of `X - P X`, set to 0: a scale-free rule would blow it up to full size."""
+    floor = 64 * torch.finfo(whole.dtype).eps
+    return residual * (linalg.norm(residual) > floor * linalg.norm(whole))
+
+
+def _settled(before: State, after: State, source: Tensor) -> State:
+    """The new basis where it is sound; the old where the source is 0 or the decomposition returned NaN or infinity."""
+    sound = torch.linalg.vector_norm(source, ord=float("inf"), dim=(-2, -1)) > 0
+    for value in after.values():
+        if value.is_floating_point():
+            sound = sound & value.isfinite().flatten(1).all(-1)
+    return {
+        name: torch.where(sound.view(-1, *[1] * (value.dim() - 1)), value, before[name]) for name, value in after.items()
+    }
+

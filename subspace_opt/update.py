@@ -1,0 +1,63 @@
+"""The last move: decay and update a weight in its own dtype, with a choice of rounding."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Rounding = Literal["nearest", "stochastic", "kahan"]
+
+# dtype -> (bits of mantissa, exponent of the smallest positive number)
+FORMATS = {torch.bfloat16: (7, -133), torch.float16: (10, -24)}
+
+
+def update_weight(
+    w: Tensor,
+    update: Tensor,
+    lr: float | Tensor,
+    weight_decay: float,
+    *,
+    decay_after: bool = False,
+    rounding: Rounding = "nearest",
+    compensation: Tensor | None = None,
+    noise: Tensor | None = None,
+) -> None:
+    """`W <- W (1 - lr wd) - lr U`, in place; with `decay_after`, `W <- (W - lr U)(1 - lr wd)`.
+
+    A weight of lower precision than the update is computed in the update's dtype and rounded once: to nearest, stochastically (the
+    expectation is exact; `noise` uniform in [0, 1)), or with what rounding lost carried to the next update (`compensation`).
+    """
+    same = w.dtype == update.dtype
+    y = w if same else w.to(update.dtype)
+    if compensation is not None:
+        y = y + compensation.to(update.dtype)
+    if weight_decay != 0 and not decay_after:
+        y = y.mul_(1 - lr * weight_decay)
+    y = y.sub_(update * lr) if isinstance(lr, Tensor) else y.sub_(update, alpha=lr)
+    if weight_decay != 0 and decay_after:
+        y = y.mul_(1 - lr * weight_decay)
+    if same:
+        return
+    if rounding == "stochastic" and noise is not None:
+        w.copy_(stochastic(y, w.dtype, noise))
+        return
+    w.copy_(y)
+    if compensation is not None:
+        compensation.copy_(y - w.to(y.dtype))
+
+
+def stochastic(y: Tensor, dtype: torch.dtype, noise: Tensor) -> Tensor:
+    """`y` rounded to one of its two neighbours in `dtype`, the nearer more often, so that the expectation is y."""
+    bits, smallest = FORMATS[dtype]
+    exponent = torch.frexp(y).exponent - 1  # y = 1.f * 2^exponent
+    ulp = torch.ldexp(torch.ones_like(y), (exponent - bits).clamp_min(smallest))
+    return (y + (noise - 0.5) * ulp).to(dtype)
+
+
+def generator(device: torch.device, *words: object) -> torch.Generator:
+    """A private generator whose seed is a hash of `words`: the same on every rank and after every resume."""
+    digest = hashlib.sha256("/".join(map(str, words)).encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -1,0 +1,131 @@
+"""How a parameter is seen as matrices: views in and out, without copies where the storage allows it.
+
+    (n,) -> 1 x n        (m, n) -> m x n        conv (O, I, kh, kw) -> O x (I kh kw)        experts (E, m, n) -> E matrices m x n
+
+`transposed` marks weights stored as (in, out). `split` cuts the rows of a fused weight into named blocks (q, k, v), `heads` into equal
+ones; every block is then a matrix of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+class ViewError(ValueError):
+    """A parameter's shape does not fit the way in which a route wants it seen."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """`count` matrices of `rows` x `cols`; `start` is the first row they take of each matrix of the parameter."""
+
+    name: str
+    count: int
+    rows: int
+    cols: int
+    start: int
+    heads: int
+
+    def __str__(self) -> str:
+        size = f"{self.rows}x{self.cols}" if self.count == 1 else f"{self.count} of {self.rows}x{self.cols}"
+        return f"{self.name} {size}" if self.name else size
+
+
+@dataclass(frozen=True)
+class View:
+    """The matrices of one parameter of a given shape."""
+
+    count: int
+    rows: int
+    cols: int
+    transposed: bool
+    blocks: tuple[Block, ...]
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        """`(count, rows, cols)`; shares the tensor's storage if its strides allow it."""
+        stored = (self.count, self.cols, self.rows) if self.transposed else (self.count, self.rows, self.cols)
+        whole = tensor.reshape(stored)
+        return whole.mT if self.transposed else whole
+
+    def cut(self, whole: Tensor) -> list[Tensor]:
+        """One stack `(count, rows, cols)` per block, views of `whole`."""
+        out = []
+        for block in self.blocks:
+            part = whole if len(self.blocks) == 1 else whole.narrow(1, block.start, block.rows)
+            if block.heads > 1:
+                part = part.unflatten(1, (block.heads, block.rows)).view(-1, block.rows, block.cols)
+            out.append(part)
+        return out
+
+    def restore(self, blocks: list[Tensor], shape: torch.Size) -> Tensor:
+        """The parameter from its blocks."""
+        whole = torch.cat([b.reshape(self.count, -1, self.cols) for b in blocks], dim=1)
+        return (whole.mT if self.transposed else whole).reshape(shape)
+
+    def __str__(self) -> str:
+        text = " + ".join(str(block) for block in self.blocks) or "empty"
+        return f"{text}, stored transposed" if self.transposed else text
+
+
+def make_view(
+    shape: tuple[int, ...],
+    *,
+    layout: Literal["auto", "flatten", "stack"] = "auto",
+    conv: bool = False,
+    transposed: bool = False,
+    split: dict[str, int] | None = None,
+    heads: int | None = None,
+) -> View:
+    """The view of a parameter.
+
+    Args:
+        layout: `flatten` joins all dimensions but the first, `stack` all but the last two; `auto` flattens four dimensions and more, and
+            three if the module is a convolution.
+
+    Raises:
+        ViewError: blocks that do not fill the rows, heads that do not divide them, a vector that should be cut.
+    """
+    count, rows, cols = _matrices(shape, layout, conv)
+    if transposed:
+        if len(shape) < 2:
+            raise ViewError("is not a matrix, so it cannot be stored transposed")
+        rows, cols = cols, rows
+    if (split or heads) and len(shape) < 2:
+        raise ViewError("is not a matrix, so `split` and `heads` have no rows to cut")
+    if math.prod(shape) == 0:
+        return View(count, rows, cols, transposed, ())
+    if split is not None:
+        if sum(split.values()) != rows:
+            parts = " + ".join(f"{name} {size}" for name, size in split.items())
+            raise ViewError(f"has {rows} rows, and `split` ({parts} = {sum(split.values())}) does not fill them")
+        return View(count, rows, cols, transposed, _cut(split, count, cols))
+    if heads is not None:
+        if transposed and count > 1:
+            raise ViewError("is a stack of transposed matrices, whose rows `heads` cannot cut")
+        if rows % heads:
+            raise ViewError(f"has {rows} rows, which {heads} heads do not divide")
+        return View(count, rows, cols, transposed, (Block("", count * heads, rows // heads, cols, 0, heads),))
+    return View(count, rows, cols, transposed, (Block("", count, rows, cols, 0, 1),))
+
+
+def _matrices(shape: tuple[int, ...], layout: str, conv: bool) -> tuple[int, int, int]:
+    if len(shape) < 2:
+        return 1, 1, math.prod(shape)
+    if len(shape) == 2:
+        return 1, shape[0], shape[1]
+    if layout == "flatten" or (layout == "auto" and (conv or len(shape) > 3)):
+        return 1, shape[0], math.prod(shape[1:])
+    return math.prod(shape[:-2]), shape[-2], shape[-1]
+
+
+def _cut(split: dict[str, int], count: int, cols: int) -> tuple[Block, ...]:
+    blocks, start = [], 0
+    for name, size in split.items():
+        blocks.append(Block(name, count, size, cols, start, 1))
+        start += size
+    return tuple(blocks)
