@@ -129,6 +129,10 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                 )
         self._planned = None
 
+    def spec_of(self, group: Mapping[str, Any]) -> Spec:
+        """The spec in force for a parameter group."""
+        return _spec_of(group["spec"])
+
     def _names(self) -> list[str]:
         names: list[str] = []
         for g, group in enumerate(self.param_groups):

@@ -18,7 +18,7 @@ from . import rules, selectors
 from .document import Document, DocumentError, parse_document, read_document
 from .messages import describe
 from .modules import ModuleKind
-from .registry import Model, kinds, suggest
+from .registry import Component, Model, kinds, suggest
 from .split import Pipeline
 
 __all__ = ["Defaults", "Route", "Spec", "SpecError", "json_schema", "load_spec", "rules", "selectors"]
@@ -148,18 +148,20 @@ def _without_defaults(model: Model) -> dict[str, Any]:
         value = getattr(model, name)
         if name == "kind" or field.is_required() or value != field.get_default(call_default_factory=True, validated_data={}):
             plain[name] = _plain(value)
-    if plain.get("selector") == {"kind": "none"}:
+    if plain.get("selector") == "none":
         del plain["selector"]
     return {"kind": plain.pop("kind"), **plain} if "kind" in plain else plain
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Model):
-        return _without_defaults(value)
+        plain = _without_defaults(value)
+        return plain["kind"] if list(plain) == ["kind"] else plain
     if isinstance(value, Mapping):
         return {k: _plain(v) for k, v in value.items()}
     if isinstance(value, tuple):
-        return [_plain(v) for v in value]
+        items = [_plain(v) for v in value]
+        return items[0] if len(items) == 1 and isinstance(value[0], Component) else items
     return value
 
 
@@ -252,6 +254,11 @@ def _override(data: dict[str, Any], path: str, value: Any) -> tuple[int | str, .
         if isinstance(node, str):
             raise SpecError(f"override '{path}': {'.'.join(parts[:i])} is '{node}', which has no parts")
         key: int | str = part
+        if isinstance(node, list) and len(node) == 1 and not part.isdigit():
+            place.append(0)  # a list of one rule may be meant without its number
+            if isinstance(node[0], str):
+                node[0] = {"kind": node[0]}
+            node = node[0]
         if isinstance(node, list):
             if not part.isdigit() or int(part) >= len(node):
                 raise SpecError(f"override '{path}': {'.'.join(parts[:i])} is a list of {len(node)}; give a number below that")

@@ -65,3 +65,22 @@ class Sign(Rule):
 
     def apply(self, x: Tensor, grad: Tensor, state: State, step: Step) -> tuple[Tensor, State]:
         return x.sign(), {}
+
+
+@register
+class Lion(Rule):
+    """`sign(b1 M + (1 - b1) X)`, then `M <- b2 M + (1 - b2) X` (arXiv:2302.06675)."""
+
+    scale_free: ClassVar[bool] = True
+    uses_grad: ClassVar[bool] = False
+    kind: Literal["lion"] = "lion"
+    beta1: float = Field(0.9, ge=0.0, lt=1.0, description="Weight of the average in the update's direction.")
+    beta2: float = Field(0.99, ge=0.0, lt=1.0, description="Part of the average that is kept at each update.")
+    on_refresh: Transport = Field("keep", description="What becomes of the average when the subspace is refreshed.")
+
+    def slots(self, rows: Dim, cols: Dim) -> dict[str, Slot]:
+        return {"exp_avg": Slot((rows, cols), self.on_refresh)}
+
+    def apply(self, x: Tensor, grad: Tensor, state: State, step: Step) -> tuple[Tensor, State]:
+        m = state["exp_avg"]
+        return x.lerp(m, self.beta1).sign(), {"exp_avg": m.lerp(x, 1 - self.beta2)}

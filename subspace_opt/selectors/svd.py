@@ -8,13 +8,16 @@ from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from .. import linalg
-from ..algebra import Dim, LowRank, Order, State, Step
+from ..algebra import Basis, Constants, Dim, LowRank, Order, Slot, State, Step
 from ..registry import register
 
 
 @register
 class Svd(LowRank):
-    """`U` = the leading `rank` right singular vectors of the source, kept between refreshes (arXiv:2403.03507)."""
+    """`U` = the leading `rank` right singular vectors of the source, kept between refreshes (arXiv:2403.03507).
+
+    With `sides: both` also the left ones, `P`; coordinates are then the r x r core `P'GU`.
+    """
 
     kind: Literal["svd"] = "svd"
     every: PositiveInt = Field(200, description="Updates between refreshes.")
@@ -24,10 +27,27 @@ class Svd(LowRank):
         "power iterations on random draws (cheapest; captures about the same energy).",
     )
     oversample: PositiveInt = Field(8, description="Columns beyond the rank that `randomized` works with.")
+    sides: Literal["right", "both"] = Field("right", description="A basis for the columns, or one for each side.")
+
+    def coords(self, rows: Dim, cols: Dim) -> tuple[Dim, Dim]:
+        right = super().coords(rows, cols)[1]
+        return (rows if self.sides == "right" else Dim("left_rank", right.size)), right
+
+    def slots(self, rows: Dim, cols: Dim) -> dict[str, Slot]:
+        left, right = self.coords(rows, cols)
+        slots = {"basis": Slot((cols, right))}
+        return slots if self.sides == "right" else {**slots, "left_basis": Slot((rows, left))}
+
+    def basis(self, state: State, constants: Constants) -> Basis:
+        return Basis(left=state.get("left_basis"), right=state["basis"])
 
     def draws(self, rows: Dim, cols: Dim) -> tuple[int, ...] | None:
         width = min(self.columns(rows, cols) + self.oversample, rows.size, cols.size)
         return (cols.size, width) if self.method == "randomized" else None
 
     def refresh(self, x: Tensor, state: State, step: Step) -> tuple[State, Order | None]:
-        return {"basis": linalg.leading_right(x, state["basis"].size(-1), self.method, step.noise)}, None
+        u = linalg.leading_right(x, state["basis"].size(-1), self.method, step.noise)
+        if self.sides == "right":
+            return {"basis": u}, None
+        # X U = P S: its columns are orthogonal, and P is what normalising them gives.
+        return {"basis": u, "left_basis": linalg.orthonormal(linalg.mm(linalg.unit_peak(x), u))}, None

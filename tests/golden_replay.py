@@ -1,0 +1,124 @@
+"""Replay a golden trajectory: initial parameters, gradients, and what the authors' own code made of them, in float64.
+
+Error of a step: the largest over parameters of |p - reference| / |reference - start|, relative to how far the reference has moved.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from subspace_opt import linalg
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@dataclass
+class Golden:
+    """One file, in memory."""
+
+    path: Path
+    meta: dict[str, Any] = field(init=False)
+    arrays: dict[str, np.ndarray] = field(init=False)
+
+    def __post_init__(self) -> None:
+        with np.load(self.path, allow_pickle=False) as z:
+            self.arrays = {k: z[k] for k in z.files}
+        self.meta = json.loads(str(self.arrays.pop("meta")))
+
+    @classmethod
+    def named(cls, name: str) -> Golden:
+        return cls(GOLDEN / f"{name}.npz")
+
+    @property
+    def names(self) -> list[str]:
+        return [p["name"] for p in self.meta["params"]]
+
+    @property
+    def tolerance(self) -> float:
+        return float(self.meta["tolerance"]["float64"])
+
+    def parameters(self, dtype: torch.dtype = torch.float64) -> dict[str, torch.nn.Parameter]:
+        return {n: torch.nn.Parameter(torch.from_numpy(self.arrays[f"init/{n}"]).to(dtype)) for n in self.names}
+
+    def gradient(self, t: int, name: str) -> torch.Tensor | None:
+        g = self.arrays.get(f"grad/{t}/{name}")
+        return None if g is None else torch.from_numpy(g)
+
+    def basis(self, t: int, name: str) -> dict[str, np.ndarray]:
+        """The latest stored basis of a parameter up to and including step t."""
+        out: dict[str, np.ndarray] = {}
+        for s in range(t + 1):
+            prefix = f"basis/{s}/{name}/"
+            out |= {k[len(prefix) :]: v for k, v in self.arrays.items() if k.startswith(prefix)}
+        return out
+
+
+def replay(
+    golden: Golden,
+    make: Callable[[Golden, dict[str, torch.nn.Parameter]], torch.optim.Optimizer],
+    *,
+    exclude: tuple[str, ...] = (),
+    before_step: Callable[[int, torch.optim.Optimizer], None] | None = None,
+) -> dict[str, float]:
+    """The largest error of every parameter that is not excluded."""
+    params = golden.parameters()
+    optimizer = make(golden, params)
+    factors = golden.meta.get("lr_factors")
+    base = [g["lr"] for g in optimizer.param_groups]
+    errors = {n: 0.0 for n in golden.names if n not in exclude}
+    moment = {"t": -1}
+    with signs_of(golden, moment):
+        for t in range(golden.meta["steps"]):
+            moment["t"] = t
+            for group, lr in zip(optimizer.param_groups, base, strict=True):
+                group["lr"] = lr * (factors[t] if factors else 1.0)
+            for n, p in params.items():
+                g = golden.gradient(t, n)
+                p.grad = None if g is None else g.to(p.dtype)
+            if before_step is not None:
+                before_step(t, optimizer)
+            optimizer.step()
+            for n in errors:
+                reference, start = golden.arrays[f"param/{t}/{n}"], golden.arrays[f"init/{n}"].astype(np.float64)
+                moved = max(np.linalg.norm(reference - start), 1e-8 * np.linalg.norm(start), 1e-300)
+                error = float(np.linalg.norm(params[n].detach().double().numpy() - reference) / moved)
+                errors[n] = max(errors[n], error if np.isfinite(error) else np.inf)
+    return errors
+
+
+@contextlib.contextmanager
+def signs_of(golden: Golden, moment: dict[str, int]) -> Iterator[None]:
+    """Give basis vectors the signs that they have in the file.
+
+    A singular vector's sign is arbitrary: the library fixes it by a rule of its own, the authors take what LAPACK returns. Where moments
+    stay in old coordinates at a refresh the trajectory depends on it, so parity is compared under the same choice.
+    """
+    own = linalg.fix_signs
+
+    def like_the_file(u: torch.Tensor) -> torch.Tensor:
+        vectors = []
+        for key, value in golden.arrays.items():
+            if key.startswith(f"basis/{moment['t']}/") and value.ndim == 2 and value.dtype == np.float64:
+                vectors += [v.T for v in (value, value.T) if v.shape[0] == u.size(-2)]
+        if not vectors:
+            return own(u)
+        known = torch.from_numpy(np.concatenate([v if v.shape[1] == u.size(-2) else v.T for v in vectors]))
+        known = known / known.norm(dim=1, keepdim=True)
+        cosine = known @ u  # (B, known, r)
+        best = cosine.gather(-2, cosine.abs().argmax(-2, keepdim=True))
+        sure = best.abs() > 1 - 1e-6
+        return torch.where(sure, u * best.sign(), own(u))
+
+    linalg.fix_signs = like_the_file
+    try:
+        yield
+    finally:
+        linalg.fix_signs = own
