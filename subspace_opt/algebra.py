@@ -26,11 +26,16 @@ Constants = dict[str, Tensor]
 
 
 class Dim(NamedTuple):
-    """A named side of a slot. `eigen`: coordinates along it are those of an eigenbasis of the gradient's covariance."""
+    """A named side of a slot.
+
+    `eigen`: coordinates along it are those of an eigenbasis of the gradient's covariance. `modes`: the sizes of the dimensions that were
+    joined in it, where that matters (a convolution's (in, kh, kw)).
+    """
 
     name: str
     size: int
     eigen: bool = False
+    modes: tuple[int, ...] = ()
 
 
 class Slot(NamedTuple):
@@ -45,11 +50,17 @@ class Slot(NamedTuple):
         return tuple(d.size for d in self.dims)
 
 
-class Basis(NamedTuple):
-    """Orthonormal columns on each side, `(B, side, r)`, or picked coordinates, int64 `(B, r)`; None is the identity."""
+# One side of a basis: columns `(B, side, r)`; picked coordinates, int64 `(B, r)`; a Kronecker product of square factors, one for each
+# mode of the side, an int standing for the identity of that size; None is the identity.
+Side = Tensor | tuple[Tensor | int, ...] | None
 
-    left: Tensor | None = None
-    right: Tensor | None = None
+
+class Basis(NamedTuple):
+    """Orthonormal columns on each side. `gate` `(B,)`, if given, is 0 for matrices whose subspace is {0} for now."""
+
+    left: Side = None
+    right: Side = None
+    gate: Tensor | None = None
 
 
 class Coords(NamedTuple):
@@ -67,9 +78,15 @@ class Step(NamedTuple):
     age: Tensor  # 0-d float64, 1-based count of updates since the last refresh
     first: bool = False
     refresh: bool = False
+    decay: float = 0.0  # weight decay, where it is coupled to the gradient
+    rows: Dim = Dim("rows", 0)  # the sides of the matrices, as oriented
+    cols: Dim = Dim("cols", 0)
+    position: Tensor | None = None  # int64 (B, 2): place of each matrix's parameter among those of its pipeline, and their number
     noise: Tensor | None = None  # standard normal, the shape that the selector's `draws` asks for
     inside: Coords | None = None  # for complement rules
     whole: Tensor | None = None  # for complement rules: the unsplit signal
+    basis: Basis | None = None  # for complement rules: the basis in force
+    inner: State = {}  # for selectors: the inner rules' state, in coordinates of the old basis
     constants: Constants = {}  # the selector's shared tables
 
 
@@ -80,17 +97,38 @@ def _picks(u: Tensor) -> bool:
     return u.dtype == torch.int64
 
 
-def _project_right(x: Tensor, u: Tensor) -> Tensor:
+def _project_right(x: Tensor, u: Tensor | tuple[Tensor | int, ...]) -> Tensor:
+    if isinstance(u, tuple):
+        return _by_modes(x, u, transpose=False)
     if _picks(u):
         return x.gather(-1, u.unsqueeze(-2).expand(-1, x.size(-2), -1))
     return linalg.mm(x, u)
 
 
-def _lift_right(c: Tensor, u: Tensor, size: int) -> Tensor:
+def _lift_right(c: Tensor, u: Tensor | tuple[Tensor | int, ...], size: int) -> Tensor:
+    if isinstance(u, tuple):
+        return _by_modes(c, u, transpose=True)
     if _picks(u):
         index = u.unsqueeze(-2).expand(-1, c.size(-2), -1)
         return c.new_zeros(*c.shape[:-1], size).scatter(-1, index, c)
     return linalg.mm(c, u.mT)
+
+
+def _by_modes(x: Tensor, factors: tuple[Tensor | int, ...], transpose: bool) -> Tensor:
+    """`X (Q_1 x Q_2 x ...)`, factor by factor, without the product."""
+    sizes = [f if isinstance(f, int) else f.size(-1) for f in factors]
+    y = x.reshape(*x.shape[:-1], *sizes)  # (B, m, n_1, n_2, ...)
+    for i, factor in enumerate(factors):
+        if isinstance(factor, Tensor):
+            q = factor.mT if transpose else factor
+            moved = y.movedim(2 + i, -1)
+            flat = linalg.mm(moved.reshape(x.size(0), -1, sizes[i]), q)
+            y = flat.reshape(moved.shape).movedim(-1, 2 + i)
+    return y.reshape(x.shape)
+
+
+def _gated(c: Tensor, basis: Basis) -> Tensor:
+    return c if basis.gate is None else c * basis.gate.to(c.dtype)[:, None, None]
 
 
 def project(x: Tensor, basis: Basis) -> Tensor:
@@ -99,7 +137,7 @@ def project(x: Tensor, basis: Basis) -> Tensor:
         x = _project_right(x, basis.right)
     if basis.left is not None:
         x = _project_right(x.mT, basis.left).mT
-    return x
+    return _gated(x, basis)
 
 
 def lift(c: Tensor, basis: Basis, rows: int, cols: int) -> Tensor:
@@ -108,14 +146,15 @@ def lift(c: Tensor, basis: Basis, rows: int, cols: int) -> Tensor:
         c = _lift_right(c.mT, basis.left, rows).mT
     if basis.right is not None:
         c = _lift_right(c, basis.right, cols)
-    return c
+    return _gated(c, basis)
 
 
 def add_lift(y: Tensor, c: Tensor, basis: Basis, weight: float = 1.0) -> Tensor:
-    """`Y + weight P C U'` in one product where the basis is dense and one-sided."""
-    if basis.left is None and basis.right is not None and not _picks(basis.right):
-        return linalg.addmm(y, c, basis.right.mT, alpha=weight)
-    return y + weight * lift(c, basis, y.size(-2), y.size(-1))
+    """`Y + weight P C U'`, in one product where the basis is dense and one-sided."""
+    u = basis.right
+    if basis.left is None and basis.gate is None and isinstance(u, Tensor) and not _picks(u):
+        return linalg.addmm(y, c, u.mT, alpha=weight)
+    return y.add(lift(c, basis, y.size(-2), y.size(-1)), alpha=weight)
 
 
 # --------------------------------------------------------------------------------------------------------------- transport
@@ -132,10 +171,11 @@ class Change(NamedTuple):
 
     def rotation(self, dim: Dim) -> Tensor | None:
         """`U_old' U_new` `(B, r_old, r_new)` of a coordinate dimension; None where nothing changes along `dim`."""
-        if dim == self.cols and self.old.right is not None and self.new.right is not None:
-            return overlap(self.old.right, self.new.right)
-        if dim == self.rows and self.old.left is not None and self.new.left is not None:
-            return overlap(self.old.left, self.new.left)
+        for own, old, new in ((self.cols, self.old.right, self.new.right), (self.rows, self.old.left, self.new.left)):
+            if dim == own and old is not None and new is not None:
+                if not isinstance(old, Tensor) or not isinstance(new, Tensor):
+                    raise ValueError(f"coordinates along '{dim.name}' are those of a Kronecker product, which cannot be rotated")
+                return overlap(old, new)
         return None
 
     def carry(self, value: Tensor, slot: Slot) -> Tensor:
@@ -175,6 +215,7 @@ class Rule(Component, family="rule"):
     scale_free: ClassVar[bool] = False  # the size of the output does not depend on the size of the input
     uses_grad: ClassVar[bool] = True  # `apply` reads `grad`
     silent: ClassVar[bool] = False  # the update is zero: the place need not be computed
+    takes_whole: ClassVar[bool] = False  # as a complement, starts from the unsplit signal
 
     def slots(self, rows: Dim, cols: Dim) -> dict[str, Slot]:
         """The state kept for one matrix of `rows` x `cols`."""
@@ -187,6 +228,11 @@ class Rule(Component, family="rule"):
     def transport(self, state: State, slots: dict[str, Slot], change: Change, step: Step) -> State:
         """The state after a refresh; by default slot by slot as declared."""
         return {name: change.carry(value, slots[name]) for name, value in state.items()}
+
+    def untransmitted(self, before: State, after: State) -> tuple[Tensor, Tensor, float] | None:
+        """With error feedback: coordinates in the old and in the new basis of a moment that a refresh cut, and the weight at which what it
+        lost is fed back; None if nothing is."""
+        return None
 
 
 def _check_rank(value: Any) -> Any:
@@ -204,26 +250,45 @@ Rank = Annotated[
 class Selector(Component, family="selector"):
     """Opens a subspace: a basis, kept in state, refreshed by its own schedule."""
 
-    every: PositiveInt = Field(1, description="Updates between refreshes.")
+    every: PositiveInt | None = Field(
+        1, description="Updates between refreshes; null for none but the first and those asked for by `refresh_bases()`."
+    )
     offset: NonNegativeInt = Field(
         0, description="Refresh on update t when t = 1 or t - 1 + offset is a multiple of `every`."
     )
     timing: Literal["before", "after"] = Field(
-        "before",
-        description="Refresh before the update is made, or after it; with `after`, the first gradient only primes the basis.",
+        "before", description="Refresh before the update is made, or after it (the first basis is always there before)."
     )
     source: Literal["gradient", "momentum", "weight"] = Field(
         "gradient", description="The matrix from which the basis is taken."
     )
 
     def refreshes(self, t: int) -> bool:
-        """Whether update `t` (1-based) refreshes the basis."""
-        return t == 1 or (t - 1 + self.offset) % self.every == 0
+        """Whether update `t` (1-based) refreshes the basis by schedule."""
+        if t == 1 and not self.primes:
+            return True
+        return self.every is not None and t >= 1 and (t - 1 + self.offset) % self.every == 0
 
     def age(self, t: int) -> int:
         """Updates since the last refresh before or at update `t`, that update counted."""
-        since = (t - 1 + self.offset) % self.every
-        return min(since, t - 1) + 1
+        if self.every is None:
+            return t
+        return min((t - 1 + self.offset) % self.every, t - 1) + 1
+
+    @property
+    def primes(self) -> bool:
+        """Whether the first gradient only sets the basis and makes no update; such a step is not counted."""
+        return False
+
+    @property
+    def orthonormal(self) -> bool:
+        """Whether the basis has orthonormal columns, so that what is left of a signal is orthogonal to the subspace."""
+        return True
+
+    @property
+    def gated(self) -> bool:
+        """Whether the subspace may be {0} for some matrices, so that even a full basis has a complement."""
+        return False
 
     @abstractmethod
     def coords(self, rows: Dim, cols: Dim) -> tuple[Dim, Dim]:
@@ -234,7 +299,7 @@ class Selector(Component, family="selector"):
         """The state kept for one matrix of `rows` x `cols`."""
 
     @abstractmethod
-    def basis(self, state: State, constants: Constants) -> Basis:
+    def basis(self, state: State, step: Step) -> Basis:
         """The basis in force."""
 
     def observe(self, x: Tensor, c: Tensor, state: State, step: Step) -> State:
@@ -253,19 +318,27 @@ class Selector(Component, family="selector"):
         """The shape of the normal draws that a refresh needs for one matrix; None if none."""
         return None
 
+    def draws_at(self, t: int) -> bool:
+        """Whether the refresh at update `t` makes use of draws."""
+        return True
+
 
 class LowRank(Selector):
     """A selector with a column basis of a given rank."""
 
     rank: Rank = Field(
         128,
-        description="Number of columns of the basis, clamped to the short side; a number below 1 is that part of the short side.",
+        description="Number of columns of the basis, clamped to the most there can be; a number below 1 is that part of the most.",
     )
 
+    def limit(self, rows: Dim, cols: Dim) -> int:
+        """The most columns that make sense: the rank of a gradient, which is where its singular vectors end."""
+        return min(rows.size, cols.size)
+
     def columns(self, rows: Dim, cols: Dim) -> int:
-        """The rank for one shape: clamped to the short side, at least 1."""
-        short = min(rows.size, cols.size)
-        return max(1, min(short, int(self.rank) if self.rank >= 1 else math.floor(self.rank * short + 0.5)))
+        """The rank for one shape, clamped."""
+        most = self.limit(rows, cols)
+        return max(1, min(most, int(self.rank) if self.rank >= 1 else math.floor(self.rank * most + 0.5)))
 
     def coords(self, rows: Dim, cols: Dim) -> tuple[Dim, Dim]:
         return rows, Dim("rank", self.columns(rows, cols))
@@ -273,5 +346,5 @@ class LowRank(Selector):
     def slots(self, rows: Dim, cols: Dim) -> dict[str, Slot]:
         return {"basis": Slot((cols, self.coords(rows, cols)[1]))}
 
-    def basis(self, state: State, constants: Constants) -> Basis:
+    def basis(self, state: State, step: Step) -> Basis:
         return Basis(right=state["basis"])

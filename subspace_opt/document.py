@@ -100,10 +100,10 @@ def read_document(path: str | os.PathLike[str]) -> Document:
         raise DocumentError(
             f"{source}: cannot be read ({error.strerror}); check the path and its permissions"
         ) from None
-    except ValueError as error:
-        if isinstance(error, DocumentError):
-            raise
-        raise DocumentError(f"{source}: not a path ({error})") from None
+    except DocumentError:
+        raise
+    except ValueError:  # a null character, half a surrogate pair
+        raise DocumentError(f"{source}: not a path on this system; check its characters") from None
     _check_size(len(raw), source)
     try:
         text = raw.decode()

@@ -53,6 +53,7 @@ class Work:
     lr: float | Tensor
     weight_decay: float
     scale: float = 1.0  # brings a gradient too large to be squared back into range
+    refresh: bool = False  # asked for by a call
     count: int = 0  # updates before this one
     weights: list[Tensor] = field(default_factory=list)  # per block, `(count, rows, cols)`
     grads: list[Tensor] = field(default_factory=list)
@@ -213,7 +214,7 @@ def _advance(
         old = {key: _stored(pieces, key, slot) for key, slot in split.slots.items()}
         new: State = old
         weight = None
-        if split.pipeline.selector.source == "weight":
+        if split.needs_weight:
             weight = _joined((p.work.weights[p.index][p.start : p.stop] for p in pieces), first.row.compute_dtype)
         step = _step(split, pieces, options, tables)
         try:
@@ -259,9 +260,9 @@ def _step(split: Split, pieces: list[Piece], options: Options, tables: dict[Any,
     # Where the first gradient only primes the basis, updates are counted from the second.
     t = call - 1 if split.primes else call
     first = call == 1
-    refresh = split.opens and (first or (t >= 1 and (selector.refreshes(t) if not split.primes else t % selector.every == 0)))
+    refresh = split.opens and (first or selector.refreshes(t) or work.refresh)
     noise = None
-    shape = selector.draws(split.rows, split.cols) if refresh else None
+    shape = selector.draws(split.rows, split.cols) if refresh and selector.draws_at(call) else None
     if shape is not None:
         noise = torch.cat([_noise(piece, call, shape, options.seed) for piece in pieces]).to(work.param.device)
     return Step(
@@ -269,6 +270,10 @@ def _step(split: Split, pieces: list[Piece], options: Options, tables: dict[Any,
         age=torch.tensor(float(selector.age(max(t, 1))), dtype=torch.float64),
         first=first,
         refresh=refresh,
+        decay=work.weight_decay,
+        rows=split.rows,
+        cols=split.cols,
+        position=torch.tensor([p.work.row.position for p in pieces for _ in range(p.stop - p.start)]),
         noise=noise,
         constants=_constants(split, work, tables) if split.opens else {},
     )
@@ -331,7 +336,7 @@ def _update(pieces: list[Piece], update: Tensor | None, split: Split, options: O
             w,
             part,
             work.lr,
-            work.weight_decay,
+            0.0 if split.pipeline.decay == "coupled" else work.weight_decay,
             decay_after=split.pipeline.decay == "after",
             rounding=options.rounding,
             compensation=work.compensations[piece.index][here] if work.compensations else None,

@@ -41,6 +41,11 @@ def unit_peak(x: Tensor) -> Tensor:
     return x / torch.where(peak > 0, peak, torch.ones_like(peak))
 
 
+def unit_columns(x: Tensor, eps: float) -> Tensor:
+    """Every column divided by its norm plus eps."""
+    return x / (torch.linalg.vector_norm(x, dim=-2, keepdim=True) + eps)
+
+
 # --------------------------------------------------------------------------------------------------------- orthogonalization
 
 #: Odd polynomials `a x + b x^3 + c x^5`, one per step, and what follows the last: `cycle` through the list or `repeat` its end.

@@ -25,7 +25,7 @@ from .update import Rounding
 SpecLike = Spec | Mapping[str, Any] | str | os.PathLike[str]
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 
-GROUP_KEYS = ("params", "param_names", "lr", "weight_decay", "maximize", "spec", "overrides", "use")
+GROUP_KEYS = ("params", "param_names", "lr", "weight_decay", "maximize", "spec", "overrides", "use", "refresh")
 # What torch's schedulers and its checkpoints write into groups.
 FOREIGN_GROUP_KEYS = ("initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum", "momentum")
 
@@ -96,6 +96,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             "maximize": maximize,
             "spec": self.spec.to_json(),
             "use": None,
+            "refresh": False,
         }
         _check_rates(defaults)
         super().__init__(params, defaults)  # type: ignore[arg-type]
@@ -215,7 +216,10 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                 row = next(rows)
                 if p.grad is not None and p.numel():
                     work.append(self._work(group, p, row))
-        for name in engine.take_step(work, self._options, self._tables, self.failures):
+        skipped = engine.take_step(work, self._options, self._tables, self.failures)
+        for group in self.param_groups:
+            group["refresh"] = False
+        for name in skipped:
             self.skipped[name] = self.skipped.get(name, 0) + 1
         return loss
 
@@ -240,7 +244,13 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             state=state,
             lr=lr * scale,
             weight_decay=float(group["weight_decay"]) * row.decay_scale,
+            refresh=group["refresh"],
         )
+
+    def refresh_bases(self) -> None:
+        """Have every selector take a new basis at the next step, whatever its schedule: a new task begins (arXiv:2504.07097)."""
+        for group in self.param_groups:
+            group["refresh"] = True
 
     # -------------------------------------------------------------------------------------------------------------- checkpoints
 

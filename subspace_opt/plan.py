@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 from typing import Any
@@ -49,6 +50,7 @@ class Row:
     decay: float = 0.0
     lr_scale: float = 1.0
     decay_scale: float = 1.0
+    position: tuple[int, int] = (0, 1)  # its place among the parameters of its pipeline, and their number
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -186,7 +188,7 @@ def make_plan(
         SpecError: a parameter that no route accepts, or whose shape does not fit its route; with `strict`, a route without parameters.
     """
     specs = [spec] * len(entries) if isinstance(spec, Spec) else list(spec)
-    splits: dict[tuple[int, int, int], Split] = {}
+    splits: dict[Any, Split] = {}
     taken: dict[int, set[int]] = {}
     rows = []
     for own, entry in zip(specs, entries, strict=True):
@@ -198,7 +200,19 @@ def make_plan(
             for i, route in enumerate(own.routes):
                 if i not in taken.get(id(own), set()):
                     raise SpecError(f"routes.{i} ({route}) of '{own.name}' matches no parameter; correct it, or leave out strict")
+    rows = _placed(rows)
     return Plan(tuple(rows), specs[0].name if specs else "", {row.entry.name: row for row in rows})
+
+
+def _placed(rows: list[Row]) -> list[Row]:
+    """Every row with its position among the rows of its pipeline."""
+    total = Counter(row.pipeline for row in rows)
+    seen: Counter[str] = Counter()
+    out = []
+    for row in rows:
+        out.append(replace(row, position=(seen[row.pipeline], total[row.pipeline])))
+        seen[row.pipeline] += 1
+    return out
 
 
 def _route(spec: Spec, entry: Entry) -> tuple[int, Route]:
@@ -222,7 +236,7 @@ def _route(spec: Spec, entry: Entry) -> tuple[int, Route]:
 
 
 def _row(
-    spec: Spec, entry: Entry, index: int, route: Route, splits: dict[tuple[int, int, int], Split], compensated: bool
+    spec: Spec, entry: Entry, index: int, route: Route, splits: dict[Any, Split], compensated: bool
 ) -> Row:
     try:
         view = make_view(
@@ -238,9 +252,9 @@ def _row(
     pipeline = spec.pipelines[route.use]
     pairs = []
     for block in view.blocks:
-        key = (id(pipeline), block.rows, block.cols)
+        key = (id(pipeline), block.rows, block.cols, view.modes)
         if key not in splits:
-            splits[key] = pipeline.on(block.rows, block.cols)
+            splits[key] = pipeline.on(block.rows, block.cols, view.modes)
         pairs.append((block, splits[key]))
     return Row(
         entry=entry,

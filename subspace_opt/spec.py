@@ -53,8 +53,10 @@ class Route(Model):
     max_dims: NonNegativeInt | None = Field(None, description="Most dimensions.")
     min_side: PositiveInt | None = Field(None, description="Shortest side of its matrices at least.")
     max_side: PositiveInt | None = Field(None, description="Longest side of its matrices at most.")
-    view: Literal["auto", "flatten", "stack"] = Field(
-        "auto", description="Three dimensions and more: (O, rest) or a stack of matrices; auto flattens convolutions."
+    view: Literal["auto", "flatten", "stack", "modes"] = Field(
+        "auto",
+        description="Three dimensions and more: (O, rest), a stack of matrices, or (O, rest) whose joined dimensions each get a basis "
+        "(selector `kron_eigen`); auto flattens convolutions.",
     )
     split: dict[str, PositiveInt] | None = Field(None, description="Cut the rows of a fused weight into named blocks.")
     heads: PositiveInt | None = Field(None, description="Cut the rows into this many equal blocks.")

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import linalg
 from .algebra import Change, Coords, Dim, Rule, Selector, Slot, State, Step, add_lift, lift, project
-from .registry import Model
+from .registry import Model, kind_of
 
 
 def _listed(value: Any) -> Any:
@@ -63,8 +63,9 @@ class Pipeline(Model):
     complement: Rules = Field((), description="Rules on what the subspace leaves of the signal.")
     mix: Mix = Field(default=Mix(), description="Weights of the two updates.")
     finish: Rules = Field((), description="Rules on the whole update, in the weight's own orientation.")
-    decay: Literal["before", "after"] = Field(
-        "before", description="Weight decay on the weight before the update, or on the updated weight."
+    decay: Literal["before", "after", "coupled"] = Field(
+        "before",
+        description="Weight decay on the weight before the update, on the updated weight, or added to the gradient that rules see.",
     )
     lr_scale: float = Field(1.0, gt=0.0, description="Multiplies the learning rate, for the update and for weight decay.")
     decay_scale: float = Field(1.0, ge=0.0, description="Multiplies weight decay; 0 for none.")
@@ -79,25 +80,36 @@ class Pipeline(Model):
     def _makes_an_update(self) -> Pipeline:
         rank = self.selector.coords(Dim("rows", 2), Dim("cols", 2))
         opens = rank[0].size * rank[1].size > 0
-        if opens and not self.inside:
-            raise ValueError(f"selector '{self.selector.kind}' opens a subspace, and `inside` names no rule for it")  # type: ignore[attr-defined]
+        outside = bool(self.complement) and self.mix.complement > 0
+        if opens and not self.inside and not outside:
+            raise ValueError(f"selector '{kind_of(type(self.selector))}' opens a subspace, and `inside` names no rule for it")
         if self.inside and not opens:
             raise ValueError("`inside` needs a `selector` that opens a subspace; for a rule on the whole signal use `complement`")
-        if not self.inside and not (self.complement and self.mix.complement > 0):
-            raise ValueError("neither `inside` nor `complement` makes an update; give one of them a rule")
+        if not (self.inside and self.mix.inside > 0) and not outside:
+            raise ValueError("neither `inside` nor `complement` makes an update; give one of them a rule and a weight")
         if self.feedback is not None and not opens:
             raise ValueError("`feedback` keeps what the subspace leaves; it needs a `selector` that opens one")
+        if not self.selector.orthonormal and (self.feedback is not None or (outside and not self.complement[0].takes_whole)):
+            raise ValueError(
+                f"the columns of selector '{kind_of(type(self.selector))}' are not orthonormal here, so nothing that it leaves of a signal "
+                "is well defined: use neither `feedback` nor a `complement` that takes the residual"
+            )
+        if self.selector.every is None and any(getattr(rule, "on_refresh", "keep") == "reset" for rule in self.inside):
+            raise ValueError("`on_refresh: reset` needs a selector with a period: give `every` a number")
         return self
 
-    def on(self, rows: int, cols: int) -> Split:
-        """The pipeline for weights of `rows` x `cols`."""
+    def on(self, rows: int, cols: int, modes: tuple[int, ...] = ()) -> Split:
+        """The pipeline for weights of `rows` x `cols`, the columns being `modes` joined."""
         side = self.orient
         if side in ("short", "long"):
             long = "left" if rows > cols else "right"
             short = "right" if rows > cols else "left"
             side = self.square if rows == cols else (short if side == "short" else long)
         turned = side == "left"
-        return Split(self, Dim("rows", cols if turned else rows), Dim("cols", rows if turned else cols), turned)
+        own = (Dim("rows", rows), Dim("cols", cols, modes=modes))
+        if turned:
+            own = (Dim("rows", cols, modes=modes), Dim("cols", rows))
+        return Split(self, *own, turned)
 
 
 @dataclass(frozen=True)
@@ -129,13 +141,19 @@ class Split:
     @property
     def leaves(self) -> bool:
         """Whether an update is made from the complement: of a full basis nothing is left but round-off."""
-        full = (self.inner[0].size, self.inner[1].size) == (self.rows.size, self.cols.size)
-        return bool(self.pipeline.complement) and self.pipeline.mix.complement > 0 and not full
+        p = self.pipeline
+        full = (self.inner[0].size, self.inner[1].size) == (self.rows.size, self.cols.size) and not p.selector.gated
+        return bool(p.complement) and p.mix.complement > 0 and (not full or p.complement[0].takes_whole)
+
+    @property
+    def needs_weight(self) -> bool:
+        """Whether `apply` has to be given the weights."""
+        return self.pipeline.decay == "coupled" or (self.opens and self.pipeline.selector.source == "weight")
 
     @property
     def primes(self) -> bool:
         """Whether the first gradient only sets the basis."""
-        return self.opens and self.pipeline.selector.timing == "after"
+        return self.opens and self.pipeline.selector.primes
 
     def places(self) -> Iterator[tuple[str, Rule, Dim, Dim]]:
         """Every rule with its key and the dimensions it works on."""
@@ -168,17 +186,19 @@ class Split:
 
         Args:
             grad: `(B, m, n)` in the weight's own orientation.
-            weight: the weights, if the selector's source is `weight`.
+            weight: the weights, if the pipeline `needs_weight`.
             state: one tensor `(B, *dims)` for each of `slots`.
         """
         p, new = self.pipeline, dict(state)
         grad, weight = self._turn(grad), None if weight is None else self._turn(weight)
-        g = grad if p.feedback is None else grad + state["feedback.error"]
+        source = g = grad if p.feedback is None else grad + state["feedback.error"]
+        if p.decay == "coupled":
+            g = g + step.decay * _given(weight)  # rules see it, selectors do not
         x = self._run("momentum", p.momentum, g, g, new, step)
         if not self.opens:
             update = self._run("complement", p.complement, x, g, new, step) * p.mix.complement
         else:
-            update = self._split(x, g, {"gradient": g, "momentum": x, "weight": weight}, new, step)
+            update = self._split(x, g, {"gradient": source, "momentum": x, "weight": weight}, new, step)
         update, g = self._turn(update), self._turn(g)
         return self._run("finish", p.finish, update, g, new, step), new
 
@@ -187,8 +207,7 @@ class Split:
         new = dict(state)
         g = self._turn(grad)
         source = {"gradient": g, "momentum": g, "weight": None if weight is None else self._turn(weight)}
-        x = source[self.pipeline.selector.source]
-        assert x is not None
+        x = _given(source[self.pipeline.selector.source])
         c = x.new_zeros(x.size(0), *(d.size for d in self.inner))
         self._store("selector", self.pipeline.selector.observe(x, c, _part("selector", new), step), new)
         self._refresh(x, new, step)
@@ -196,27 +215,27 @@ class Split:
 
     def _split(self, x: Tensor, g: Tensor, sources: dict[str, Tensor | None], new: State, step: Step) -> Tensor:
         p, selector = self.pipeline, self.pipeline.selector
-        source = sources[selector.source]
-        if source is None:
-            raise ValueError(f"selector source '{selector.source}' needs the weights")
-        if step.refresh and selector.timing == "before":
-            self._refresh(source, new, step)
-        basis = selector.basis(_part("selector", new), step.constants)
+        source = _given(sources[selector.source])
+        if step.refresh and (selector.timing == "before" or step.first):
+            g_lost = self._refresh(source, new, step)
+        else:
+            g_lost = None
+        basis = selector.basis(_part("selector", new), step)
 
         c = project(x, basis)
         cg = c if g is x else project(g, basis)
         observed = cg if source is g else c if source is x else project(source, basis)
         inner = self._run("inside", p.inside, c, cg, new, step)
-        update = None if p.mix.inside == 0 else inner if p.mix.inside == 1 else inner * p.mix.inside
+        update = None if p.mix.inside == 0 or not p.inside else inner if p.mix.inside == 1 else inner * p.mix.inside
 
         if self.leaves:
             residual = add_lift(x, c, basis, -1.0)
             # The gradient's residual is one more product: only for rules that look at it.
             looked_at = g is not x and any(rule.uses_grad for rule in p.complement)
             residual_g = add_lift(g, cg, basis, -1.0) if looked_at else residual
-            if any(rule.scale_free for rule in p.complement):
+            if any(rule.scale_free for rule in p.complement) and not p.complement[0].takes_whole:
                 residual = _without_round_off(residual, x)
-            inside = step._replace(inside=Coords(c, cg, inner), whole=x)
+            inside = step._replace(inside=Coords(c, cg, inner), whole=x, basis=basis)
             outer = self._run("complement", p.complement, residual, residual_g, new, inside) * p.mix.complement
             result = outer if update is None else add_lift(outer, update, basis)
         elif update is None:
@@ -225,26 +244,37 @@ class Split:
             result = lift(update, basis, self.rows.size, self.cols.size)
 
         if p.feedback is not None:
-            new["feedback.error"] = add_lift(g, cg, basis, p.feedback - 1.0)
+            error = add_lift(g, cg, basis, p.feedback - 1.0)
+            new["feedback.error"] = error if g_lost is None else error + g_lost
         self._store("selector", selector.observe(source, observed, _part("selector", new), step), new)
-        if step.refresh and selector.timing == "after":
+        if step.refresh and selector.timing == "after" and not step.first:
             self._refresh(source, new, step)
         return result
 
-    def _refresh(self, source: Tensor, new: State, step: Step) -> None:
-        """A new basis; what is kept in coordinates is carried over."""
+    def _refresh(self, source: Tensor, new: State, step: Step) -> Tensor | None:
+        """A new basis; what is kept in coordinates is carried over. Returns what that lost, if it is to be fed back."""
         selector, before = self.pipeline.selector, _part("selector", new)
-        after, order = selector.refresh(source, before, step)
+        keyed = _keyed("inside", self.pipeline.inside)
+        inner = {name: value for key, _ in keyed for name, value in _part(key, new).items()}
+        after, order = selector.refresh(source, before, step._replace(inner=inner))
         after = _settled(before, after, source)
         self._store("selector", after, new)
-        if step.first:
-            return
-        old, now = selector.basis(before, step.constants), selector.basis(after, step.constants)
+        carried = [(key, rule, slots) for key, rule in keyed if (slots := rule.slots(*self.inner))]
+        if step.first or not carried:
+            return None
+        old, now = selector.basis(before, step), selector.basis(after, step)
         change = Change(old, now, *self.inner, order)
-        for key, rule in _keyed("inside", self.pipeline.inside):
-            slots = rule.slots(*self.inner)
-            if slots:
-                self._store(key, rule.transport(_part(key, new), slots, change, step), new)
+        lost: Tensor | None = None
+        for key, rule, slots in carried:
+            state = _part(key, new)
+            moved = rule.transport(state, slots, change, step)
+            self._store(key, moved, new)
+            cut = rule.untransmitted(state, moved) if self.pipeline.feedback is not None else None
+            if cut is not None:
+                there, here, weight = cut
+                gap = lift(there, old, self.rows.size, self.cols.size) - lift(here, now, self.rows.size, self.cols.size)
+                lost = gap * weight if lost is None else lost + gap * weight
+        return lost
 
     def _run(self, place: str, rules: tuple[Rule, ...], x: Tensor, grad: Tensor, new: State, step: Step) -> Tensor:
         for key, rule in _keyed(place, rules):
@@ -270,6 +300,12 @@ def _part(key: str, state: State) -> State:
     return {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
 
 
+def _given(weight: Tensor | None) -> Tensor:
+    if weight is None:
+        raise ValueError("this pipeline looks at the weights (selector source `weight`, or decay `coupled`), and none were given")
+    return weight
+
+
 def _without_round_off(residual: Tensor, whole: Tensor) -> Tensor:
     """A residual that is only the round-off of `X - P X`, set to 0: a scale-free rule would blow it up to full size."""
     floor = 64 * torch.finfo(whole.dtype).eps
@@ -281,8 +317,10 @@ def _settled(before: State, after: State, source: Tensor) -> State:
     sound = torch.linalg.vector_norm(source, ord=float("inf"), dim=(-2, -1)) > 0
     for value in after.values():
         if value.is_floating_point():
-            sound = sound & value.isfinite().flatten(1).all(-1)
+            sound = sound & value.isfinite().reshape(value.size(0), -1).all(-1)
+    # What is not a slot serves this update alone and has no older value to fall back on.
     return {
-        name: torch.where(sound.view(-1, *[1] * (value.dim() - 1)), value, before[name]) for name, value in after.items()
+        name: torch.where(sound.view(-1, *[1] * (value.dim() - 1)), value, before.get(name, torch.zeros_like(value)))
+        for name, value in after.items()
     }
 

@@ -45,6 +45,7 @@ class View:
     cols: int
     transposed: bool
     blocks: tuple[Block, ...]
+    modes: tuple[int, ...] = ()  # the dimensions joined in the columns, if they are to be told apart
 
     def whole(self, tensor: Tensor) -> Tensor:
         """`(count, rows, cols)`; shares the tensor's storage if its strides allow it."""
@@ -75,7 +76,7 @@ class View:
 def make_view(
     shape: tuple[int, ...],
     *,
-    layout: Literal["auto", "flatten", "stack"] = "auto",
+    layout: Literal["auto", "flatten", "stack", "modes"] = "auto",
     conv: bool = False,
     transposed: bool = False,
     split: dict[str, int] | None = None,
@@ -85,7 +86,7 @@ def make_view(
 
     Args:
         layout: `flatten` joins all dimensions but the first, `stack` all but the last two; `auto` flattens four dimensions and more, and
-            three if the module is a convolution.
+            three if the module is a convolution; `modes` flattens and remembers what it joined.
 
     Raises:
         ViewError: blocks that do not fill the rows, heads that do not divide them, a vector that should be cut.
@@ -110,7 +111,8 @@ def make_view(
         if rows % heads:
             raise ViewError(f"has {rows} rows, which {heads} heads do not divide")
         return View(count, rows, cols, transposed, (Block("", count * heads, rows // heads, cols, 0, heads),))
-    return View(count, rows, cols, transposed, (Block("", count, rows, cols, 0, 1),))
+    modes = tuple(shape[1:]) if layout == "modes" and len(shape) > 2 else ()
+    return View(count, rows, cols, transposed, (Block("", count, rows, cols, 0, 1),), modes)
 
 
 def _matrices(shape: tuple[int, ...], layout: str, conv: bool) -> tuple[int, int, int]:
@@ -118,7 +120,7 @@ def _matrices(shape: tuple[int, ...], layout: str, conv: bool) -> tuple[int, int
         return 1, 1, math.prod(shape)
     if len(shape) == 2:
         return 1, shape[0], shape[1]
-    if layout == "flatten" or (layout == "auto" and (conv or len(shape) > 3)):
+    if layout in ("flatten", "modes") or (layout == "auto" and (conv or len(shape) > 3)):
         return 1, shape[0], math.prod(shape[1:])
     return math.prod(shape[:-2]), shape[-2], shape[-1]
 

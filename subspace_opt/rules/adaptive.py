@@ -36,10 +36,12 @@ class Adam(Rule):
     eps_inside: bool = Field(False, description="Add eps to the second moment before its root and its correction.")
     debias: bool = Field(True, description="Divide both moments by the sum of their weights.")
     on_refresh: Transport = Field("keep", description="What becomes of the moments when the subspace is refreshed.")
+    on_refresh_sq: Transport | None = Field(None, description="The same for the second moment, if it is something else.")
 
     def slots(self, rows: Dim, cols: Dim) -> dict[str, Slot]:
-        # A projected second moment must stay positive.
-        second: Transport = "project_abs" if self.on_refresh == "project" else self.on_refresh
+        second = self.on_refresh_sq or self.on_refresh
+        if second == "project":
+            second = "project_abs"  # it must stay positive
         slots = {"exp_avg": Slot((rows, cols), self.on_refresh), "exp_avg_sq": Slot((rows, cols), second)}
         return slots if self.beta1 else {"exp_avg_sq": slots["exp_avg_sq"]}
 
@@ -65,6 +67,18 @@ class Sign(Rule):
 
     def apply(self, x: Tensor, grad: Tensor, state: State, step: Step) -> tuple[Tensor, State]:
         return x.sign(), {}
+
+
+@register
+class Power(Rule):
+    """`sign(X) |X|^beta`: steepest descent under an l_p norm, beta = 1 / (p - 1); power(0) = 0 (PowerStep, arXiv:2605.10335)."""
+
+    uses_grad: ClassVar[bool] = False
+    kind: Literal["power"] = "power"
+    beta: float = Field(0.1, gt=0.0, le=1.0, description="The exponent: 1 leaves the signal, towards 0 it tends to its sign.")
+
+    def apply(self, x: Tensor, grad: Tensor, state: State, step: Step) -> tuple[Tensor, State]:
+        return x.sign() * x.abs().pow(self.beta), {}
 
 
 @register

@@ -1,5 +1,17 @@
 """The built-in selectors; importing this package registers them."""
 
-from . import eigen, fft, none, random, svd
+from . import blocks, eigen, fft, kron_eigen, learned, none, power_iteration, random, svd, switch, top_norm
 
-__all__ = ["eigen", "fft", "none", "random", "svd"]
+__all__ = [
+    "blocks",
+    "eigen",
+    "fft",
+    "kron_eigen",
+    "learned",
+    "none",
+    "power_iteration",
+    "random",
+    "svd",
+    "switch",
+    "top_norm",
+]

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from .. import linalg
-from ..algebra import Basis, Constants, Dim, LowRank, Order, Slot, State, Step
+from ..algebra import Basis, Dim, LowRank, Order, Slot, State, Step
 from ..registry import register
 
 
@@ -28,6 +28,9 @@ class Fft(LowRank):
         description="Rank by a product with the n x n table (one for all layers of that width) or by an FFT, without the table.",
     )
 
+    def limit(self, rows: Dim, cols: Dim) -> int:
+        return cols.size
+
     def slots(self, rows: Dim, cols: Dim) -> dict[str, Slot]:
         return {"index": Slot((self.coords(rows, cols)[1],), dtype=torch.int64)}
 
@@ -37,8 +40,8 @@ class Fft(LowRank):
             return {f"{self.dictionary}.{n}": lambda: linalg.dct_table(n, self.dictionary)}
         return {f"cosines.{n}": lambda: linalg.cosines(n)}
 
-    def basis(self, state: State, constants: Constants) -> Basis:
-        (table,) = constants.values()
+    def basis(self, state: State, step: Step) -> Basis:
+        (table,) = step.constants.values()
         if self.transform == "table":
             return Basis(right=table.mT[state["index"]].mT)  # (B, n, r)
         return Basis(right=linalg.dct_atoms(state["index"], table, self.dictionary))

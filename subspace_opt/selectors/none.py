@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from ..algebra import Basis, Constants, Dim, Order, Selector, Slot, State, Step
+from ..algebra import Basis, Dim, Order, Selector, Slot, State, Step
 from ..registry import register
 
 
@@ -22,7 +22,7 @@ class NoSelector(Selector):
     def slots(self, rows: Dim, cols: Dim) -> dict[str, Slot]:
         return {}
 
-    def basis(self, state: State, constants: Constants) -> Basis:
+    def basis(self, state: State, step: Step) -> Basis:
         return Basis()
 
     def refresh(self, x: Tensor, state: State, step: Step) -> tuple[State, Order | None]:

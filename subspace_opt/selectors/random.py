@@ -10,7 +10,7 @@ from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from .. import linalg
-from ..algebra import Basis, Constants, Dim, LowRank, Order, Slot, State, Step
+from ..algebra import Basis, Dim, LowRank, Order, Slot, State, Step
 from ..registry import register
 
 
@@ -20,15 +20,22 @@ class Random(LowRank):
     or `coordinates` (r columns of the identity)."""
 
     kind: Literal["random"] = "random"
-    every: PositiveInt = Field(200, description="Updates between refreshes.")
+    every: PositiveInt | None = Field(200, description="Updates between refreshes.")
     draw: Literal["orthonormal", "gaussian", "coordinates"] = Field("orthonormal", description="What is drawn.")
+
+    def limit(self, rows: Dim, cols: Dim) -> int:
+        return cols.size
 
     def slots(self, rows: Dim, cols: Dim) -> dict[str, Slot]:
         rank = self.coords(rows, cols)[1]
         return {"index": Slot((rank,), dtype=torch.int64)} if self.draw == "coordinates" else {"basis": Slot((cols, rank))}
 
-    def basis(self, state: State, constants: Constants) -> Basis:
+    def basis(self, state: State, step: Step) -> Basis:
         return Basis(right=state["index" if self.draw == "coordinates" else "basis"])
+
+    @property
+    def orthonormal(self) -> bool:
+        return self.draw != "gaussian"
 
     def draws(self, rows: Dim, cols: Dim) -> tuple[int, ...] | None:
         return (cols.size,) if self.draw == "coordinates" else (cols.size, self.columns(rows, cols))
@@ -37,7 +44,7 @@ class Random(LowRank):
         noise = step.noise
         assert noise is not None  # the core draws what `draws` asks for
         if self.draw == "coordinates":
-            return {"index": noise.topk(state["index"].size(-1)).indices.sort().values}, None
+            return {"index": noise.topk(state["index"].size(-1)).indices}, None
         noise = noise.to(x.dtype)
         if self.draw == "gaussian":
             return {"basis": noise / math.sqrt(noise.size(-1))}, None

@@ -8,7 +8,7 @@ from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from .. import linalg
-from ..algebra import Basis, Constants, Dim, LowRank, Order, Slot, State, Step
+from ..algebra import Basis, Dim, LowRank, Order, Slot, State, Step
 from ..registry import register
 
 
@@ -20,7 +20,7 @@ class Svd(LowRank):
     """
 
     kind: Literal["svd"] = "svd"
-    every: PositiveInt = Field(200, description="Updates between refreshes.")
+    every: PositiveInt | None = Field(200, description="Updates between refreshes.")
     method: Literal["exact", "gram", "randomized"] = Field(
         "exact",
         description="A thin SVD; eigh of the smaller Gram matrix (exact above sqrt(round-off), several times cheaper); or two "
@@ -38,7 +38,7 @@ class Svd(LowRank):
         slots = {"basis": Slot((cols, right))}
         return slots if self.sides == "right" else {**slots, "left_basis": Slot((rows, left))}
 
-    def basis(self, state: State, constants: Constants) -> Basis:
+    def basis(self, state: State, step: Step) -> Basis:
         return Basis(left=state.get("left_basis"), right=state["basis"])
 
     def draws(self, rows: Dim, cols: Dim) -> tuple[int, ...] | None:

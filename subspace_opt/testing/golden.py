@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from subspace_opt import linalg
-
-GOLDEN = Path(__file__).parent / "golden"
+from .. import engine, linalg
+from ..algebra import Order, State, Step
+from ..selectors.fft import Fft
 
 
 @dataclass
@@ -32,10 +33,6 @@ class Golden:
         with np.load(self.path, allow_pickle=False) as z:
             self.arrays = {k: z[k] for k in z.files}
         self.meta = json.loads(str(self.arrays.pop("meta")))
-
-    @classmethod
-    def named(cls, name: str) -> Golden:
-        return cls(GOLDEN / f"{name}.npz")
 
     @property
     def names(self) -> list[str]:
@@ -75,7 +72,7 @@ def replay(
     base = [g["lr"] for g in optimizer.param_groups]
     errors = {n: 0.0 for n in golden.names if n not in exclude}
     moment = {"t": -1}
-    with signs_of(golden, moment):
+    with signs_of(golden, moment), draws_of(golden, moment), order_of(golden, moment):
         for t in range(golden.meta["steps"]):
             moment["t"] = t
             for group, lr in zip(optimizer.param_groups, base, strict=True):
@@ -122,3 +119,57 @@ def signs_of(golden: Golden, moment: dict[str, int]) -> Iterator[None]:
         yield
     finally:
         linalg.fix_signs = own
+
+
+@contextlib.contextmanager
+def draws_of(golden: Golden, moment: dict[str, int]) -> Iterator[None]:
+    """Give refreshes the random draws of the file: Gaussian or orthonormal bases, picked coordinates, Dion's first factor."""
+    if not golden.meta["needs_injection"]:
+        yield
+        return
+    own = engine._noise
+
+    def as_in_the_file(piece: engine.Piece, call: int, shape: tuple[int, ...], seed: int) -> Tensor:
+        name = piece.work.row.entry.name
+        start = golden.arrays.get(f"inject/0/{name}/Q")
+        if start is not None:
+            return torch.from_numpy(start)[None]
+        stored = golden.basis(moment["t"], name)
+        index = next((v for k, v in stored.items() if k.startswith("ind")), None)
+        if index is not None:
+            order = torch.zeros(1, *shape, dtype=torch.float64)
+            order[0, torch.from_numpy(index)] = torch.arange(len(index), 0, -1, dtype=torch.float64)
+            return order
+        basis = torch.from_numpy(stored["ortho"])
+        basis = basis if tuple(basis.shape) == shape else basis.mT
+        gaussian = getattr(piece.work.row.splits[piece.index][1].pipeline.selector, "draw", "") == "gaussian"
+        return basis[None] * (shape[-1] ** 0.5 if gaussian else 1.0)
+
+    engine._noise = as_in_the_file
+    try:
+        yield
+    finally:
+        engine._noise = own
+
+
+@contextlib.contextmanager
+def order_of(golden: Golden, moment: dict[str, int]) -> Iterator[None]:
+    """Give selected atoms the order that they have in the file, where moments are kept by position and the reference leaves it open."""
+    if not golden.meta["order_sensitive"]:
+        yield
+        return
+    own = Fft.refresh
+
+    def in_the_files_order(self: Fft, x: Tensor, state: State, step: Step) -> tuple[State, Order | None]:
+        after, order = own(self, x, state, step)
+        chosen = set(after["index"][0].tolist())
+        for key, value in golden.arrays.items():
+            if key.startswith(f"basis/{moment['t']}/") and key.endswith("/indices") and set(value.tolist()) == chosen:
+                return {"index": torch.from_numpy(value)[None]}, order
+        raise AssertionError(f"step {moment['t']}: the file selects no such atoms as {sorted(chosen)}")
+
+    Fft.refresh = in_the_files_order  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Fft.refresh = own  # type: ignore[method-assign]

@@ -1,0 +1,92 @@
+"""Statistics shared by groups of entries, and size by the whole matrix."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar, Literal
+
+from pydantic import Field, field_validator
+from torch import Tensor
+
+from .. import linalg
+from ..algebra import Dim, Rule, Slot, State, Step
+from ..registry import register
+
+
+@register
+class SubsetNorm(Rule):
+    """`S_i <- b2 S_i + (1 - b2) |G_i|^2` for every subset i of entries; `X_j / (sqrt(S_i) + eps)` for j in i (arXiv:2411.07120).
+
+    Subsets are the lines along the short side, so one statistic is kept for each row or column of the long side, or runs of entries in
+    row-major order. With `beta2: 1` squares are summed as in AdaGrad. In `finish` it divides the whole update.
+    """
+
+    kind: Literal["subset_norm"] = "subset_norm"
+    subsets: Literal["lines"] | int = Field(
+        "lines",
+        description="`lines` along the short side; a size k, taken down to a divisor of the number of entries; -k for sqrt(entries) / k.",
+    )
+    beta2: float = Field(0.999, ge=0.0, le=1.0, description="Part of the statistic kept at each update; 1 sums without forgetting.")
+    eps: float = Field(1e-6, ge=0.0, description="Added to the root of the statistic.")
+    reduce: Literal["sum", "mean"] = Field("sum", description="Sum or mean of a subset's squares; the paper and its code sum.")
+
+    @field_validator("subsets")
+    @classmethod
+    def _a_size(cls, value: str | int) -> str | int:
+        if value == 0:
+            raise ValueError("a subset of size 0 has no norm; give `lines`, a size, or minus a part of sqrt(entries)")
+        return value
+
+    def slots(self, rows: Dim, cols: Dim) -> dict[str, Slot]:
+        if self.subsets == "lines":
+            return {"exp_avg_sq": Slot((rows if rows.size >= cols.size else cols,))}
+        entries = rows.size * cols.size
+        return {"exp_avg_sq": Slot((Dim("subsets", entries // self.subset_size(entries)),))}
+
+    def subset_size(self, entries: int) -> int:
+        """Entries of a subset: the largest divisor of their number that is at most the size asked for."""
+        assert isinstance(self.subsets, int)
+        asked = self.subsets if self.subsets > 0 else int(math.sqrt(entries) / -self.subsets)
+        return next(k for k in range(max(1, min(asked, entries)), 0, -1) if entries % k == 0)
+
+    def apply(self, x: Tensor, grad: Tensor, state: State, step: Step) -> tuple[Tensor, State]:
+        b, m, n = x.shape
+        if self.subsets == "lines":
+            size, dim = (n, -1) if m >= n else (m, -2)
+            squares = grad.square().sum(dim)
+        else:
+            size = self.subset_size(m * n)
+            squares = grad.reshape(b, -1, size).square().sum(-1)
+        if self.reduce == "mean":
+            squares = squares / size
+        s = state["exp_avg_sq"] * self.beta2 + squares * (1 - self.beta2 if self.beta2 < 1 else 1.0)
+        root = s.sqrt() + self.eps
+        if self.subsets == "lines":
+            return x / root.unsqueeze(dim), {"exp_avg_sq": s}
+        return (x.reshape(b, -1, size) / root.unsqueeze(-1)).reshape(b, m, n), {"exp_avg_sq": s}
+
+
+@register
+class ColumnNormalize(Rule):
+    """`X_j / (|X_j| + eps)` for every column j (the right factor of Dion, arXiv:2504.05295)."""
+
+    scale_free: ClassVar[bool] = True
+    uses_grad: ClassVar[bool] = False
+    kind: Literal["column_normalize"] = "column_normalize"
+    eps: float = Field(1e-8, ge=0.0, description="Added to the norm of a column.")
+
+    def apply(self, x: Tensor, grad: Tensor, state: State, step: Step) -> tuple[Tensor, State]:
+        return linalg.unit_columns(x, self.eps), {}
+
+
+@register
+class RmsClip(Rule):
+    """`X min(1, limit / rms(X))`: the root mean square of an entry is at most `limit`."""
+
+    uses_grad: ClassVar[bool] = False
+    kind: Literal["rms_clip"] = "rms_clip"
+    limit: float = Field(1.0, gt=0.0, description="Largest root mean square.")
+
+    def apply(self, x: Tensor, grad: Tensor, state: State, step: Step) -> tuple[Tensor, State]:
+        rms = linalg.norm(x) / math.sqrt(x.size(-2) * x.size(-1))
+        return x * (self.limit / rms.clamp_min(self.limit)), {}

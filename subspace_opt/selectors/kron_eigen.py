@@ -1,0 +1,149 @@
+"""Eigenbases of both sides of the gradient (SOAP), or of every mode of a convolution."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from pydantic import Field, NonNegativeInt, PositiveInt
+from torch import Tensor
+
+from .. import linalg
+from ..algebra import Basis, Dim, Order, Selector, Side, Slot, State, Step
+from ..registry import register
+
+
+class _Mode(NamedTuple):
+    """One mode of the matrix: its place among the sizes `(rows..., cols...)`."""
+
+    name: str
+    side: str
+    axis: int
+    size: int
+    rotated: bool
+
+
+@register
+class KronEigen(Selector):
+    """`L <- beta L + (1 - beta) GG', R <- beta R + (1 - beta) G'G; Q <- qr(P Q)` for P in {L, R}, Q first by eigh (arXiv:2409.11321).
+
+    Columns are sorted by the eigenvalues that they stand for before each QR, and kept second moments are permuted with them. A side longer
+    than `max_dim`, or with `sides: short` the longer one, is left as it is. Where the columns are several dimensions joined (route
+    `view: modes`), each has a basis of its own; neighbours are merged while their product is at most `merge`.
+    """
+
+    kind: Literal["kron_eigen"] = "kron_eigen"
+    every: PositiveInt | None = Field(10, description="Updates between refreshes.")
+    offset: NonNegativeInt = Field(1, description="Refresh on update t when t - 1 + offset is a multiple of `every`.")
+    timing: Literal["before", "after"] = Field(
+        "after", description="Refresh before the update is made, or after it; with `after`, the first gradient only sets the basis."
+    )
+    beta: float = Field(0.95, ge=0.0, lt=1.0, description="Part of the covariances kept at each update.")
+    debias: bool = Field(False, description="Divide the covariances by the sum of their weights.")
+    solver: Literal["power", "eigh"] = Field("power", description="One power iteration and QR from the basis there is, or eigh.")
+    sort: bool = Field(True, description="Sort columns by eigenvalue before the QR, and permute what is kept in them.")
+    sides: Literal["both", "short"] = Field("both", description="A basis for each side, or for the shorter one (rows if square).")
+    max_dim: PositiveInt = Field(10000, description="Longest side that gets a basis.")
+    merge: PositiveInt = Field(1, description="Merge neighbouring modes while their product is at most this.")
+
+    @property
+    def primes(self) -> bool:
+        return self.timing == "after"
+
+    def modes(self, rows: Dim, cols: Dim) -> list[_Mode]:
+        """The modes of a matrix, in the order of its sizes, and whether each gets a basis."""
+        short = "rows" if rows.size <= cols.size else "cols"
+        out: list[_Mode] = []
+        for side, dim in (("rows", rows), ("cols", cols)):
+            for i, size in enumerate(_merged(dim.modes, self.merge) or (dim.size,)):
+                name = f"{side}{i}" if dim.modes else side
+                wanted = 1 < size <= self.max_dim and (self.sides == "both" or side == short)
+                out.append(_Mode(name, side, len(out), size, wanted))
+        return out
+
+    def coords(self, rows: Dim, cols: Dim) -> tuple[Dim, Dim]:
+        return Dim("eigen_rows", rows.size, eigen=True), Dim("eigen_cols", cols.size, eigen=True)
+
+    def slots(self, rows: Dim, cols: Dim) -> dict[str, Slot]:
+        out: dict[str, Slot] = {}
+        for mode in self.modes(rows, cols):
+            if mode.rotated:
+                dim = Dim(mode.name, mode.size)
+                out |= {f"{mode.name}.covariance": Slot((dim, dim)), f"{mode.name}.basis": Slot((dim, dim))}
+        return out
+
+    def basis(self, state: State, step: Step) -> Basis:
+        modes = self.modes(step.rows, step.cols)
+        return Basis(self._side("rows", modes, state), self._side("cols", modes, state))
+
+    def _side(self, side: str, modes: list[_Mode], state: State) -> Side:
+        factors = [state[f"{m.name}.basis"] if m.rotated else m.size for m in modes if m.side == side]
+        if all(isinstance(f, int) for f in factors):
+            return None
+        return factors[0] if len(factors) == 1 and isinstance(factors[0], Tensor) else tuple(factors)
+
+    def observe(self, x: Tensor, c: Tensor, state: State, step: Step) -> State:
+        # A refresh before the update has taken the gradient in already.
+        return state if step.refresh and self.timing == "before" else self._accumulated(x, state, step)
+
+    def refresh(self, x: Tensor, state: State, step: Step) -> tuple[State, Order | None]:
+        if self.timing == "before":
+            state = self._accumulated(x, state, step)
+        new = dict(state)
+        orders: dict[str, Tensor] = {}
+        for mode in self.modes(step.rows, step.cols):
+            if not mode.rotated:
+                continue
+            p, q = state[f"{mode.name}.covariance"], state[f"{mode.name}.basis"]
+            if step.first or self.solver == "eigh":
+                new[f"{mode.name}.basis"] = linalg.fix_signs(linalg.eigh(p)[1])
+                continue
+            turned = linalg.mm(p, q)
+            if self.sort:
+                energy = (q * turned).sum(-2)  # diag(Q'PQ)
+                order = orders[mode.name] = energy.argsort(dim=-1, descending=True, stable=True)
+                turned = turned.gather(-1, order.unsqueeze(-2).expand_as(turned))
+            new[f"{mode.name}.basis"] = linalg.orthonormal(turned)
+        return new, self._order(orders, step) if orders else None
+
+    def _accumulated(self, x: Tensor, state: State, step: Step) -> State:
+        """The covariances with the gradient taken in; debiased, by weights that make them an average from the first on."""
+        count = step.t.item() + (1 if self.primes else 0)
+        weight = (1 - self.beta) / (1 - self.beta**count) if self.debias else 1 - self.beta
+        new = dict(state)
+        modes = self.modes(step.rows, step.cols)
+        sizes = [mode.size for mode in modes]
+        for mode in modes:
+            if mode.rotated:
+                unfolded = x.reshape(-1, *sizes).movedim(1 + mode.axis, 1).reshape(x.size(0), mode.size, -1)
+                key = f"{mode.name}.covariance"
+                new[key] = linalg.addmm(state[key], unfolded, unfolded.mT, beta=1 - weight, alpha=weight)
+        return new
+
+    def _order(self, orders: dict[str, Tensor], step: Step) -> Order:
+        """The orders of the modes of a side as one order of its coordinates."""
+        out: Order = {}
+        for side, dim in (("rows", "eigen_rows"), ("cols", "eigen_cols")):
+            index: Tensor | None = None
+            for mode in self.modes(step.rows, step.cols):
+                if mode.side != side:
+                    continue
+                any_order = next(iter(orders.values()))
+                own = orders.get(mode.name)
+                if own is None:
+                    own = torch.arange(mode.size, device=any_order.device).expand(any_order.size(0), -1)
+                index = own if index is None else (index.unsqueeze(-1) * mode.size + own.unsqueeze(-2)).flatten(1)
+            assert index is not None
+            out[dim] = index
+        return out
+
+
+def _merged(sizes: tuple[int, ...], most: int) -> tuple[int, ...]:
+    """Neighbours joined from the left while their product stays at most `most`."""
+    out: list[int] = []
+    for size in sizes:
+        if out and out[-1] * size <= most:
+            out[-1] *= size
+        else:
+            out.append(size)
+    return tuple(out)

@@ -1,0 +1,54 @@
+"""A basis that is itself trained, one optimizer step an update (Online Subspace Descent)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from .. import linalg
+from ..algebra import Dim, LowRank, Order, Slot, State, Step
+from ..registry import register
+
+
+@register
+class Learned(LowRank):
+    """`U <- step of AdamW or SGD on |G^ U U' - G^|_F^2`, `G^ = G / |G|_F`, after each update; at first the SVD of G (arXiv:2408.12857).
+
+    The columns are never made orthonormal again, which the objective itself only keeps near.
+    """
+
+    kind: Literal["learned"] = "learned"
+    timing: Literal["before", "after"] = Field("after", description="The update is made with the basis it started with.")
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="What moves the basis.")
+    lr: float = Field(0.005, ge=0.0, description="Learning rate of the basis.")
+    beta1: float = Field(0.9, ge=0.0, lt=1.0, description="Of AdamW.")
+    beta2: float = Field(0.999, ge=0.0, lt=1.0, description="Of AdamW.")
+    eps: float = Field(1e-8, ge=0.0, description="Of AdamW.")
+    weight_decay: float = Field(0.01, ge=0.0, description="Of AdamW, on the basis.")
+
+    @property
+    def orthonormal(self) -> bool:
+        return False
+
+    def slots(self, rows: Dim, cols: Dim) -> dict[str, Slot]:
+        slot = Slot((cols, self.coords(rows, cols)[1]))
+        return {"basis": slot, "exp_avg": slot, "exp_avg_sq": slot} if self.optimizer == "adamw" else {"basis": slot}
+
+    def refresh(self, x: Tensor, state: State, step: Step) -> tuple[State, Order | None]:
+        u = state["basis"]
+        if step.first:
+            return {**state, "basis": linalg.leading_right(x, u.size(-1))}, None
+        g = x / linalg.norm(x).clamp_min(torch.finfo(x.dtype).tiny)
+        gu = linalg.mm(g, u)
+        error = linalg.addmm(g, gu, u.mT, beta=-1.0)  # G^ U U' - G^
+        slope = 2 * (linalg.mm(g.mT, linalg.mm(error, u)) + linalg.mm(error.mT, gu))
+        if self.optimizer == "sgd":
+            return {"basis": u - self.lr * slope}, None
+        count = step.t - 1  # the first basis is no step of AdamW
+        m = state["exp_avg"].lerp(slope, 1 - self.beta1)
+        v = state["exp_avg_sq"] * self.beta2 + slope * slope * (1 - self.beta2)
+        update = m / (1 - self.beta1**count) / ((v / (1 - self.beta2**count)).sqrt() + self.eps)
+        return {"basis": u * (1 - self.lr * self.weight_decay) - self.lr * update, "exp_avg": m, "exp_avg_sq": v}, None

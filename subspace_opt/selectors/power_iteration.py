@@ -1,0 +1,78 @@
+"""Bases that follow their source by one warm-started power iteration an update (LDAdam, Dion)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, PositiveInt
+from torch import Tensor
+
+from .. import linalg
+from ..algebra import Basis, Dim, LowRank, Order, Slot, State, Step, lift
+from ..registry import register
+
+
+@register
+class PowerIteration(LowRank):
+    """`U <- qr(B'(B U))`, `B = rho U M' / (1 - beta1^(t-1)) + (1 - rho) G` (arXiv:2410.16103); at first the SVD of G.
+
+    M is the first moment that the rule inside keeps; with rho 0 the basis follows the source alone.
+    """
+
+    kind: Literal["power_iteration"] = "power_iteration"
+    rho: float = Field(0.0, ge=0.0, lt=1.0, description="Share of the inner first moment in the matrix that is iterated on.")
+    beta1: float = Field(0.908, ge=0.0, lt=1.0, description="That of the inner first moment, to debias it.")
+    method: Literal["power", "svd"] = Field("power", description="One power iteration from the last basis, or an SVD of B.")
+
+    def refresh(self, x: Tensor, state: State, step: Step) -> tuple[State, Order | None]:
+        u = state["basis"]
+        rank = u.size(-1)
+        if step.first:
+            return {"basis": linalg.leading_right(x, rank)}, None
+        if self.rho:
+            if "exp_avg" not in step.inner:
+                raise ValueError("`power_iteration` with rho > 0 needs a rule inside that keeps `exp_avg`")
+            mean = lift(step.inner["exp_avg"], Basis(right=u), x.size(-2), x.size(-1)) / (1 - self.beta1 ** (step.t - 1))
+            x = x.lerp(mean, self.rho)
+        if self.method == "svd":
+            return {"basis": linalg.leading_right(x, rank)}, None
+        return {"basis": linalg.orthonormal(linalg.mm(x.mT, linalg.mm(x, u)))}, None
+
+
+@register
+class Dion(LowRank):
+    """`P = qr(B'Q)`, the basis; `Q <- R / |R|` column by column, `R = B P` its coordinates (arXiv:2504.05295).
+
+    Q, the warm start, is kept; P is found anew from it at every update. Q is at first drawn from N(0, 1).
+    """
+
+    kind: Literal["dion"] = "dion"
+    every: Literal[1] = Field(1, description="The basis is found anew at every update.")  # type: ignore[assignment]
+    iterations: PositiveInt = Field(1, description="Power iterations an update.")
+    eps: float = Field(1e-8, ge=0.0, description="Added to the norm of a column of R.")
+
+    def slots(self, rows: Dim, cols: Dim) -> dict[str, Slot]:
+        return {"warm_start": Slot((rows, self.coords(rows, cols)[1]))}
+
+    def draws(self, rows: Dim, cols: Dim) -> tuple[int, ...] | None:
+        return rows.size, self.columns(rows, cols)
+
+    def draws_at(self, t: int) -> bool:
+        return t == 1
+
+    def basis(self, state: State, step: Step) -> Basis:
+        return Basis(right=state["basis"])
+
+    def refresh(self, x: Tensor, state: State, step: Step) -> tuple[State, Order | None]:
+        q = state["warm_start"]
+        if step.first:
+            assert step.noise is not None  # the core draws what `draws` asks for
+            q = step.noise.to(x.dtype)
+        for i in range(self.iterations):
+            if i:
+                q = linalg.mm(x, basis)  # noqa: F821  of the iteration before
+            basis = linalg.orthonormal(linalg.mm(x.mT, q))
+        return {"warm_start": q, "basis": basis}, None
+
+    def observe(self, x: Tensor, c: Tensor, state: State, step: Step) -> State:
+        return {"warm_start": linalg.unit_columns(c, self.eps)}

@@ -1,0 +1,32 @@
+"""The columns of largest norm (GRASS; the top-k selector of Subspace-Momentum)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field, PositiveInt
+from torch import Tensor
+
+from ..algebra import Basis, Dim, LowRank, Order, Slot, State, Step
+from ..registry import register
+
+
+@register
+class TopNorm(LowRank):
+    """The `rank` columns of largest l2 norm, as coordinates: a basis of r indices (arXiv:2406.17660, arXiv:2411.07120)."""
+
+    kind: Literal["top_norm"] = "top_norm"
+    every: PositiveInt | None = Field(200, description="Updates between refreshes.")
+
+    def limit(self, rows: Dim, cols: Dim) -> int:
+        return cols.size
+
+    def slots(self, rows: Dim, cols: Dim) -> dict[str, Slot]:
+        return {"index": Slot((self.coords(rows, cols)[1],), dtype=torch.int64)}
+
+    def basis(self, state: State, step: Step) -> Basis:
+        return Basis(right=state["index"])
+
+    def refresh(self, x: Tensor, state: State, step: Step) -> tuple[State, Order | None]:
+        return {"index": torch.linalg.vector_norm(x, dim=-2).topk(state["index"].size(-1)).indices}, None
