@@ -221,6 +221,10 @@ class Rule(Component, family="rule"):
         """The state kept for one matrix of `rows` x `cols`."""
         return {}
 
+    def flops(self, rows: Dim, cols: Dim) -> float:
+        """Floating-point operations of one update of one matrix, those of products and decompositions; 0 for what is entry by entry."""
+        return 0.0
+
     @abstractmethod
     def apply(self, x: Tensor, grad: Tensor, state: State, step: Step) -> tuple[Tensor, State]:
         """The new signal and the new state; pure: inputs are not written to."""
@@ -289,6 +293,21 @@ class Selector(Component, family="selector"):
     def gated(self) -> bool:
         """Whether the subspace may be {0} for some matrices, so that even a full basis has a complement."""
         return False
+
+    def refresh_flops(self, rows: Dim, cols: Dim) -> float:
+        """Floating-point operations of one refresh for one matrix."""
+        return 0.0
+
+    def observe_flops(self, rows: Dim, cols: Dim) -> float:
+        """Floating-point operations of one `observe`."""
+        return 0.0
+
+    def project_flops(self, rows: Dim, cols: Dim) -> float:
+        """Floating-point operations to project, or to lift, one matrix: by default a dense product for each side that has a basis."""
+        k, r = self.coords(rows, cols)
+        right = 2.0 * rows.size * cols.size * r.size if r != cols else 0.0
+        left = 2.0 * rows.size * k.size * r.size if k != rows else 0.0
+        return right + left
 
     @abstractmethod
     def coords(self, rows: Dim, cols: Dim) -> tuple[Dim, Dim]:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
 
 from . import rules, selectors
 from .document import Document, DocumentError, parse_document, read_document
@@ -102,7 +103,9 @@ class Spec(Model):
     version: Literal[1] = Field(1, description="Version of the format.")
     name: str = Field("unnamed", min_length=1, description="What to call it.")
     source: tuple[str, ...] = Field((), strict=False, description="Paper and reference code, with the commit.")
-    notes: str = Field("", description="How it relates to its sources.")
+    about: str = Field("", description="What it does, in a few lines.")
+    notes: str = Field("", description="Where it differs from its sources, or they from each other.")
+    published: tuple[str, ...] = Field((), strict=False, description="Settings that its authors published, by scale.")
     defaults: Defaults = Field(default=Defaults(), description="Learning rate and weight decay if none are given.")
     pipelines: dict[str, Pipeline] = Field(min_length=1, description="Named pipelines.")
     routes: tuple[Route, ...] = Field(
@@ -130,41 +133,58 @@ class Spec(Model):
         return self
 
     def to_json(self) -> str:
-        """The whole spec as one line of JSON, the same for equal specs."""
-        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        """What the spec computes, without its prose, as one line of JSON: the form in which it travels in a checkpoint."""
+        plain = self.model_dump(mode="json", exclude={"about", "notes", "published"})
+        return json.dumps(plain, sort_keys=True, separators=(",", ":"))
 
-    def to_yaml(self) -> str:
-        """YAML that reads back as an equal spec; what has its default value is left out."""
+    def to_yaml(self, *, full: bool = False) -> str:
+        """YAML that reads back as an equal spec; what has its default value is left out unless `full`."""
+        plain = {"version": self.version, **_fields(self, full)}
+        plain["pipelines"] = {
+            name: {place: _on_a_line(part) for place, part in pipeline.items()} for name, pipeline in plain["pipelines"].items()
+        }
         out = io.StringIO()
         yaml = YAML()
-        yaml.default_flow_style = None
         yaml.width = 120
-        yaml.dump({"version": self.version, **_without_defaults(self)}, out)
+        yaml.dump({key: value if key == "pipelines" else _on_a_line(value) for key, value in plain.items()}, out)
         return out.getvalue()
 
 
-def _without_defaults(model: Model) -> dict[str, Any]:
-    """A model's fields that differ from their defaults, and its `kind`."""
+def _fields(model: Model, full: bool) -> dict[str, Any]:
+    """A model's fields as plain data, its `kind` first; those that have their default value only if `full`."""
     plain: dict[str, Any] = {}
     for name, field in type(model).model_fields.items():
         value = getattr(model, name)
-        if name == "kind" or field.is_required() or value != field.get_default(call_default_factory=True, validated_data={}):
-            plain[name] = _plain(value)
+        default = field.get_default(call_default_factory=True, validated_data={})
+        # Where nothing is the default, nothing says it best.
+        if name == "kind" or field.is_required() or value != default or (full and value not in (None, ())):
+            plain[name] = _plain(value, full)
     if plain.get("selector") == "none":
         del plain["selector"]
     return {"kind": plain.pop("kind"), **plain} if "kind" in plain else plain
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, full: bool) -> Any:
     if isinstance(value, Model):
-        plain = _without_defaults(value)
+        plain = _fields(value, full)
         return plain["kind"] if list(plain) == ["kind"] else plain
     if isinstance(value, Mapping):
-        return {k: _plain(v) for k, v in value.items()}
+        return {k: _plain(v, full) for k, v in value.items()}
     if isinstance(value, tuple):
-        items = [_plain(v) for v in value]
+        items = [_plain(v, full) for v in value]
         return items[0] if len(items) == 1 and isinstance(value[0], Component) else items
     return value
+
+
+def _on_a_line(value: Any) -> Any:
+    """A mapping or a list as YAML writes it on one line, if it fits one; a list of mappings with a line for each."""
+    if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        return [_on_a_line(item) for item in value]
+    if not isinstance(value, dict | list) or len(str(value)) > 100:
+        return value
+    node = CommentedMap(value) if isinstance(value, dict) else CommentedSeq(value)
+    node.fa.set_flow_style()
+    return node
 
 
 # ----------------------------------------------------------------------------------------------------------------- reading

@@ -179,6 +179,18 @@ class Split:
             slots |= {f"{key}.{name}": slot for name, slot in rule.slots(rows, cols).items()}
         return slots
 
+    @cached_property
+    def flops(self) -> tuple[float, float]:
+        """Floating-point operations of one update of one matrix: between refreshes, and of a refresh."""
+        p, selector, dims = self.pipeline, self.pipeline.selector, (self.rows, self.cols)
+        rules = sum(rule.flops(rows, cols) for _, rule, rows, cols in self.places())
+        if not self.opens:
+            return rules, 0.0
+        own_signal = bool(p.momentum) or p.decay == "coupled"  # gradient and signal are projected apart
+        lifts = self.leaves + (p.mix.inside > 0 and bool(p.inside)) + (p.feedback is not None)
+        moved = (1 + own_signal + lifts) * selector.project_flops(*dims)
+        return rules + moved + selector.observe_flops(*dims), selector.refresh_flops(*dims)
+
     # ------------------------------------------------------------------------------------------------------------ what it does
 
     def apply(self, grad: Tensor, weight: Tensor | None, state: State, step: Step) -> tuple[Tensor, State]:

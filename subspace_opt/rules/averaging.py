@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from pydantic import Field
+import torch
+from pydantic import Field, model_validator
 from torch import Tensor
 
+from .. import linalg
 from ..algebra import Dim, Rule, Slot, State, Step, Transport
 from ..registry import register
 
@@ -39,7 +41,11 @@ class Ema(Rule):
 
 @register
 class HeavyBall(Rule):
-    """`M <- beta M + X`, passed on as it is or looked ahead: `X + beta M` (Nesterov). Polyak 1964."""
+    """`M <- beta M + X`, passed on as it is or looked ahead: `X + beta M` (Nesterov). Polyak 1964.
+
+    With `state: int8` M is kept as 8-bit codes with one scale for each 128 entries (arXiv:2605.10335); what is passed on is the M that was
+    just computed, before it is rounded.
+    """
 
     uses_grad: ClassVar[bool] = False
     kind: Literal["heavy_ball"] = "heavy_ball"
@@ -47,18 +53,37 @@ class HeavyBall(Rule):
     nesterov: bool = Field(False, description="Pass on X + beta M, what the next update would have for the same signal.")
     debias: bool = Field(False, description="Divide by the sum of the weights of the signals seen, so that it is an average.")
     on_refresh: Transport = OnRefresh
+    state: Literal["float", "int8"] = Field("float", description="Keep M in the dtype of computation, or in 8 bits by blocks.")
+
+    @model_validator(mode="after")
+    def _codes_stay(self) -> HeavyBall:
+        if self.state == "int8" and self.on_refresh in ("project", "project_abs"):
+            raise ValueError("`state: int8` cannot be rotated; use `on_refresh: keep` or `reset`, or `state: float`")
+        return self
 
     def slots(self, rows: Dim, cols: Dim) -> dict[str, Slot]:
-        return {"momentum_buffer": Slot((rows, cols), self.on_refresh)}
+        if self.state == "float":
+            return {"momentum_buffer": Slot((rows, cols), self.on_refresh)}
+        blocks = Dim("blocks", -(-rows.size * cols.size // linalg.BLOCK))
+        return {
+            "momentum_buffer": Slot((rows, cols), self.on_refresh, torch.int8),
+            "scale": Slot((blocks,), self.on_refresh),
+        }
 
     def apply(self, x: Tensor, grad: Tensor, state: State, step: Step) -> tuple[Tensor, State]:
-        m = x.add(state["momentum_buffer"], alpha=self.beta)
+        before = state["momentum_buffer"]
+        if self.state == "int8":
+            before = linalg.from_codes(before, state["scale"])
+        m = x.add(before, alpha=self.beta)
+        kept = {"momentum_buffer": m}
+        if self.state == "int8":
+            kept["momentum_buffer"], kept["scale"] = linalg.to_codes(m)
         out = x.add(m, alpha=self.beta) if self.nesterov else m
         if self.debias:
             clock = step.age if self.on_refresh == "reset" else step.t
             weights = (1 - self.beta**clock) / (1 - self.beta)
             out = out / (1 + self.beta * weights if self.nesterov else weights)
-        return out, {"momentum_buffer": m}
+        return out, kept
 
 
 @register

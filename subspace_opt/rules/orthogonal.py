@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 from torch import Tensor
 
 from .. import linalg
-from ..algebra import Rule, State, Step
+from ..algebra import Dim, Rule, State, Step
 from ..registry import register
 
 Named = Literal["keller", "quintic", "cubic", "classical", "cans"]
@@ -56,20 +56,28 @@ class Orthogonalize(Rule):
             raise ValueError("`coefficients` is an empty list; give at least one [a, b, c]")
         return self
 
+    def flops(self, rows: Dim, cols: Dim) -> float:
+        k, l = sorted((rows.size, cols.size))  # noqa: E741
+        if self.method == "svd":
+            return 8.0 * l * k * k + 20.0 * k**3
+        return sum(4.0 * k * k * l + (2.0 * k**3 if c else 0.0) for _, _, c in self._polynomials())
+
     def apply(self, x: Tensor, grad: Tensor, state: State, step: Step) -> tuple[Tensor, State]:
         return self.orthogonalized(x), {}
+
+    def _polynomials(self) -> tuple[linalg.Polynomial, ...]:
+        name = "polar_express" if self.method == "polar_express" else self.coefficients
+        return linalg.schedule(name, self.steps, self.safety if name in ("polar_express", "cans") else 1.0)
 
     def orthogonalized(self, x: Tensor) -> Tensor:
         """The polar factor of a stack, in the dtype of `x`."""
         if self.method == "svd":
             return linalg.polar(x)
-        name = "polar_express" if self.method == "polar_express" else self.coefficients
-        polynomials = linalg.schedule(name, self.steps, self.safety if name in ("polar_express", "cans") else 1.0)
         if self.dtype == "auto":
             dtype = x.dtype if x.dtype == torch.float64 else torch.bfloat16
         else:
             dtype = getattr(torch, self.dtype)
-        return linalg.newton_schulz(x, polynomials, eps=self.eps, floor=self.eps_floor, dtype=dtype).to(x.dtype)
+        return linalg.newton_schulz(x, self._polynomials(), eps=self.eps, floor=self.eps_floor, dtype=dtype).to(x.dtype)
 
 
 @register

@@ -37,6 +37,10 @@ class Soap(Rule):
             slots["rotation"] = Slot((cols, Dim("eigen", cols.size)), "project")
         return slots
 
+    def flops(self, rows: Dim, cols: Dim) -> float:
+        m, r = rows.size, cols.size
+        return 0.0 if cols.eigen else 8.0 * m * r * r + 14 / 3 * r**3
+
     def apply(self, x: Tensor, grad: Tensor, state: State, step: Step) -> tuple[Tensor, State]:
         if "covariance" not in state:
             v = self._second_moment(grad, state)

@@ -37,6 +37,9 @@ class Blocks(Selector):
     def basis(self, state: State, step: Step) -> Basis:
         return Basis(gate=state["active"])
 
+    def project_flops(self, rows: Dim, cols: Dim) -> float:
+        return 0.0  # all or nothing
+
     def refresh(self, x: Tensor, state: State, step: Step) -> tuple[State, Order | None]:
         assert step.position is not None and self.every is not None
         place, total = step.position[:, 0], step.position[:, 1]

@@ -37,6 +37,13 @@ class Eigen(LowRank):
         rank = self.coords(rows, cols)[1]
         return {"basis": Slot((cols, rank)), "covariance": Slot((rank, rank))}
 
+    def refresh_flops(self, rows: Dim, cols: Dim) -> float:
+        m, n, r = rows.size, cols.size, self.columns(rows, cols)
+        return 4.0 * m * n * r + 8.0 * n * r * r + 8 / 3 * r**3
+
+    def observe_flops(self, rows: Dim, cols: Dim) -> float:
+        return 2.0 * rows.size * self.columns(rows, cols) ** 2
+
     def draws(self, rows: Dim, cols: Dim) -> tuple[int, ...] | None:
         return (cols.size, self.columns(rows, cols)) if self.init == "randomized" else None
 

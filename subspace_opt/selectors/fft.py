@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -39,6 +40,10 @@ class Fft(LowRank):
         if self.transform == "table":
             return {f"{self.dictionary}.{n}": lambda: linalg.dct_table(n, self.dictionary)}
         return {f"cosines.{n}": lambda: linalg.cosines(n)}
+
+    def refresh_flops(self, rows: Dim, cols: Dim) -> float:
+        m, n = rows.size, cols.size
+        return 2.0 * m * n * n if self.transform == "table" else 5.0 * m * n * math.log2(max(n, 2))
 
     def basis(self, state: State, step: Step) -> Basis:
         (table,) = step.constants.values()

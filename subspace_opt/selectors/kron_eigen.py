@@ -72,6 +72,16 @@ class KronEigen(Selector):
                 out |= {f"{mode.name}.covariance": Slot((dim, dim)), f"{mode.name}.basis": Slot((dim, dim))}
         return out
 
+    def refresh_flops(self, rows: Dim, cols: Dim) -> float:
+        cost = 9.0 if self.solver == "eigh" else 2.0 + 8 / 3
+        return sum(cost * m.size**3 for m in self.modes(rows, cols) if m.rotated)
+
+    def observe_flops(self, rows: Dim, cols: Dim) -> float:
+        return sum(2.0 * m.size * rows.size * cols.size for m in self.modes(rows, cols) if m.rotated)
+
+    def project_flops(self, rows: Dim, cols: Dim) -> float:
+        return self.observe_flops(rows, cols)  # one product of that size for each basis, too
+
     def basis(self, state: State, step: Step) -> Basis:
         modes = self.modes(step.rows, step.cols)
         return Basis(self._side("rows", modes, state), self._side("cols", modes, state))

@@ -37,6 +37,9 @@ class Learned(LowRank):
         slot = Slot((cols, self.coords(rows, cols)[1]))
         return {"basis": slot, "exp_avg": slot, "exp_avg_sq": slot} if self.optimizer == "adamw" else {"basis": slot}
 
+    def refresh_flops(self, rows: Dim, cols: Dim) -> float:
+        return 10.0 * rows.size * cols.size * self.columns(rows, cols)
+
     def refresh(self, x: Tensor, state: State, step: Step) -> tuple[State, Order | None]:
         u = state["basis"]
         if step.first:

@@ -24,6 +24,12 @@ class PowerIteration(LowRank):
     beta1: float = Field(0.908, ge=0.0, lt=1.0, description="That of the inner first moment, to debias it.")
     method: Literal["power", "svd"] = Field("power", description="One power iteration from the last basis, or an SVD of B.")
 
+    def refresh_flops(self, rows: Dim, cols: Dim) -> float:
+        m, n, r = rows.size, cols.size, self.columns(rows, cols)
+        mixed = 2.0 * m * n * r if self.rho else 0.0
+        k, l = sorted((m, n))  # noqa: E741
+        return mixed + (6.0 * l * k * k + 20.0 * k**3 if self.method == "svd" else 4.0 * m * n * r + 4.0 * n * r * r)
+
     def refresh(self, x: Tensor, state: State, step: Step) -> tuple[State, Order | None]:
         u = state["basis"]
         rank = u.size(-1)
@@ -59,6 +65,10 @@ class Dion(LowRank):
 
     def draws_at(self, t: int) -> bool:
         return t == 1
+
+    def refresh_flops(self, rows: Dim, cols: Dim) -> float:
+        m, n, r = rows.size, cols.size, self.columns(rows, cols)
+        return self.iterations * (2.0 * m * n * r + 4.0 * n * r * r) + (self.iterations - 1) * 2.0 * m * n * r
 
     def basis(self, state: State, step: Step) -> Basis:
         return Basis(right=state["basis"])

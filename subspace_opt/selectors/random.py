@@ -40,6 +40,12 @@ class Random(LowRank):
     def draws(self, rows: Dim, cols: Dim) -> tuple[int, ...] | None:
         return (cols.size,) if self.draw == "coordinates" else (cols.size, self.columns(rows, cols))
 
+    def refresh_flops(self, rows: Dim, cols: Dim) -> float:
+        return 4.0 * cols.size * self.columns(rows, cols) ** 2 if self.draw == "orthonormal" else 0.0
+
+    def project_flops(self, rows: Dim, cols: Dim) -> float:
+        return 0.0 if self.draw == "coordinates" else super().project_flops(rows, cols)
+
     def refresh(self, x: Tensor, state: State, step: Step) -> tuple[State, Order | None]:
         noise = step.noise
         assert noise is not None  # the core draws what `draws` asks for

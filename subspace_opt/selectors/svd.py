@@ -45,6 +45,17 @@ class Svd(LowRank):
         width = min(self.columns(rows, cols) + self.oversample, rows.size, cols.size)
         return (cols.size, width) if self.method == "randomized" else None
 
+    def refresh_flops(self, rows: Dim, cols: Dim) -> float:
+        k, l = sorted((rows.size, cols.size))  # noqa: E741
+        r = self.columns(rows, cols)
+        match self.method:
+            case "exact":
+                return 6.0 * l * k * k + 20.0 * k**3
+            case "gram":
+                return 2.0 * l * k * k + 9.0 * k**3 + (2.0 * k * l * r if rows.size < cols.size else 0.0)
+            case "randomized":
+                return 12.0 * k * l * min(r + self.oversample, k)
+
     def refresh(self, x: Tensor, state: State, step: Step) -> tuple[State, Order | None]:
         u = linalg.leading_right(x, state["basis"].size(-1), self.method, step.noise)
         if self.sides == "right":

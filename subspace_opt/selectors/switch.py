@@ -44,6 +44,12 @@ class Switch(Selector):
     def slots(self, rows: Dim, cols: Dim) -> dict[str, Slot]:
         return self.first.slots(rows, cols)
 
+    def refresh_flops(self, rows: Dim, cols: Dim) -> float:
+        return max(self.first.refresh_flops(rows, cols), self.then.refresh_flops(rows, cols))
+
+    def project_flops(self, rows: Dim, cols: Dim) -> float:
+        return self.first.project_flops(rows, cols)
+
     def basis(self, state: State, step: Step) -> Basis:
         return self.first.basis(state, step)
 

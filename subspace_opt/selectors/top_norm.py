@@ -28,5 +28,8 @@ class TopNorm(LowRank):
     def basis(self, state: State, step: Step) -> Basis:
         return Basis(right=state["index"])
 
+    def project_flops(self, rows: Dim, cols: Dim) -> float:
+        return 0.0  # columns are picked
+
     def refresh(self, x: Tensor, state: State, step: Step) -> tuple[State, Order | None]:
         return {"index": torch.linalg.vector_norm(x, dim=-2).topk(state["index"].size(-1)).indices}, None

@@ -1,0 +1,217 @@
+"""Pages that the package writes about itself, so that they cannot drift from it.
+
+`spec.md` comes from the JSON schema of a spec, `presets/` from the YAML files that are shipped. mkdocs calls
+`on_config` and `on_files`.
+"""
+
+from __future__ import annotations
+
+import re
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+from subspace_opt.spec import PRESETS, Spec, json_schema, load_spec, preset_names
+
+Schema = dict[str, Any]
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Replace the folders in `nav` by the pages that are in them."""
+    written = {"presets/": ["presets/index.md", *(f"presets/{name}.md" for name in preset_names())]}
+    nav = []
+    for entry in config.nav or []:
+        ((title, target),) = entry.items()
+        if isinstance(target, str) and target.endswith("/"):
+            on_disk = sorted((Path(config.docs_dir) / target).glob("*.md"))
+            target = written.get(target) or [target + page.name for page in on_disk]
+        if target:
+            nav.append({title: target})
+    config.nav = nav
+    return config
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the written pages to those on disk."""
+    presets = {name: load_spec(name) for name in preset_names()}
+    pages = {"spec.md": spec_page(json_schema()), "presets/index.md": preset_index(presets)}
+    pages |= {f"presets/{name}.md": preset_page(name, spec) for name, spec in presets.items()}
+    for path, content in pages.items():
+        files.append(File.generated(config, path, content=content))
+    return files
+
+
+# --- the spec reference
+
+SECTIONS = {"Pipeline": "A pipeline", "Mix": "Mix", "Route": "A route", "Defaults": "Defaults"}
+FAMILIES = {"selector": "Selectors", "rule": "Rules"}
+
+
+def spec_page(schema: Schema) -> str:
+    """One table of fields for the spec, for each of its parts and for each kind."""
+    defs = schema["$defs"]
+    parts = [
+        "# Spec reference\n\n"
+        "A spec is a YAML or JSON file with these fields. An unknown field is an error. This page is written from the "
+        "same models that check a spec; `subspace-opt schema` prints the JSON schema for an editor.\n",
+        fields(schema),
+    ]
+    for name, title in SECTIONS.items():
+        parts.append(f"## {title} {{#{name}}}\n\n{defs[name].get('description', '')}\n\n{fields(defs[name])}")
+    for family, title in FAMILIES.items():
+        parts.append(
+            f"## {title} {{#{family}}}\n\n"
+            f"A {family} is the name of a kind, or a mapping with `kind` and the fields of that kind.\n"
+        )
+        for names, kind in by_class(family, defs):
+            heading = ", ".join(f"`{name}`" for name in names)
+            anchors = "".join(f'<a id="{family}.{name}"></a>' for name in names[1:])
+            parts.append(
+                f"### {heading} {{#{family}.{names[0]}}}\n\n{anchors}{kind.get('description', '')}\n\n{fields(kind)}"
+            )
+    return "\n\n".join(parts)
+
+
+def by_class(family: str, defs: Schema) -> list[tuple[list[str], Schema]]:
+    """Kinds in the order of their names; those that differ only by name are one entry."""
+    groups: list[tuple[list[str], Schema]] = []
+    for key in sorted(key for key in defs if key.startswith(f"{family}.")):
+        name, kind = key.removeprefix(f"{family}."), dict(defs[key])
+        kind["properties"] = {field: node for field, node in kind["properties"].items() if field != "kind"}
+        for names, known in groups:
+            if known == kind:
+                names.append(name)
+                break
+        else:
+            groups.append(([name], kind))
+    return groups
+
+
+def fields(node: Schema) -> str:
+    """A table of the properties of an object."""
+    rows = [
+        f"| `{name}` | {cell(type_of(field))} | {cell(default_of(field, name in node.get('required', ())))} "
+        f"| {cell(field.get('description', ''))} |"
+        for name, field in node.get("properties", {}).items()
+    ]
+    return "\n".join(["| field | value | default | |", "| --- | --- | --- | --- |", *rows]) if rows else "No fields.\n"
+
+
+def default_of(field: Schema, required: bool) -> str:
+    if required or "default" not in field:
+        return "required" if required else ""
+    default = field["default"]
+    if default in ("", [], {}):
+        return "empty"
+    return "none" if default is None else f"`{default if isinstance(default, str) else compact(default)}`"
+
+
+def compact(value: Any) -> str:
+    """A default as YAML would show it."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {compact(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(compact(item) for item in value) + "]"
+    if value is None or isinstance(value, bool):
+        return {True: "true", False: "false", None: "null"}[value]
+    return str(value)
+
+
+def type_of(node: Schema) -> str:
+    """A schema in words: a number with its limits, the words to choose from, a link to the table of a part."""
+    if "$ref" in node:
+        name = node["$ref"].rsplit("/", 1)[1]
+        return f"[{name.lower()}](#{name})"
+    if "anyOf" in node:
+        # Where nothing is the default, the next column says so.
+        nothing = {"type": "null"} if node.get("default") in (None, []) else None
+        given = [choice for choice in node["anyOf"] if choice != nothing]
+        return " or ".join(dict.fromkeys(type_of(choice) for choice in given))
+    if "enum" in node:
+        return " or ".join(f"`{value}`" for value in node["enum"])
+    if "const" in node:
+        return f"`{node['const']}`"
+    if node.get("type") == "array":
+        return f"list of {type_of(node['items'])}" if "items" in node else "list"
+    if node.get("type") == "object":
+        inner = node.get("additionalProperties")
+        return f"mapping of names to {type_of(inner)}" if isinstance(inner, dict) else "mapping"
+    words = {"string": "text", "boolean": "`true` or `false`", "null": "`null`"}
+    signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+    limits = " and ".join(f"{sign} {node[key]:g}" for key, sign in signs.items() if key in node)
+    kind = node.get("type", "any")
+    return f"{words.get(kind, kind)} {limits}".strip()
+
+
+def cell(text: str) -> str:
+    """Text that stays in one cell of a table."""
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+# --- the presets
+
+
+def preset_index(presets: dict[str, Spec]) -> str:
+    rows = [f"| [{name}]({name}.md) | {cell(sources(spec))} |" for name, spec in presets.items()]
+    return "\n".join(
+        [
+            "# Presets\n",
+            "A preset is a spec file that comes with the package: an algorithm as its authors published it, and where "
+            "paper and code differ, as either. How each was checked is told under [fidelity](../fidelity.md).\n",
+            "| preset | source |",
+            "| --- | --- |",
+            *rows,
+        ]
+    )
+
+
+def preset_page(name: str, spec: Spec) -> str:
+    text = (PRESETS / f"{name}.yaml").read_text(encoding="utf-8")
+    body = text[text.index("defaults:") :]  # the prose above it is the page's own
+    parts = [
+        f"# {name}",
+        f"Source: {sources(spec)}" if spec.source else "",
+        spec.about,
+        f'```yaml title="subspace_opt/presets/{name}.yaml"\n{body}```',
+        f'```python\nfrom subspace_opt import build\n\noptimizer = build("{name}", model)\n```',
+        "## Cost of a matrix\n\n" + cost_table(spec),
+        "## Published settings\n\n" + "\n".join(f"- {line}" for line in spec.published) if spec.published else "",
+        "## Against its sources\n\n" + spec.notes + "\n\nMeasured parity: [fidelity](../fidelity.md)." if spec.notes else "",
+        "To start from it, save the spec under another name, change it, and give `build` the path. "
+        "Every field is in the [spec reference](../spec.md).",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+MATRICES = ((512, 512), (1376, 512), (2048, 2048), (5461, 2048), (4096, 11008))
+
+
+def cost_table(spec: Spec) -> str:
+    """State and operations of the pipeline that hidden matrices take."""
+    pipeline = spec.pipelines.get("matrix") or next(iter(spec.pipelines.values()))
+    rows = ["| matrix | rank | state, entries / mn | GFLOP an update | GFLOP a refresh |", "| --- | --- | --- | --- | --- |"]
+    for m, n in MATRICES:
+        split = pipeline.on(m, n)
+        entries = sum(prod(slot.shape) for slot in split.slots.values())
+        update, refresh = (f"{flops / 1e9:.3g}" if flops else "entry by entry" for flops in split.flops)
+        refresh = refresh if split.opens and split.flops[1] else "none"
+        rows.append(f"| {m} x {n} | {split.rank or ''} | {entries / (m * n):.3f} | {update} | {refresh} |")
+    return "\n".join(rows)
+
+
+
+def sources(spec: Spec) -> str:
+    """The sources of a preset, with links to the paper and to the very commit."""
+    links = []
+    for source in spec.source:
+        if paper := re.fullmatch(r"arXiv:(\d+\.\d+)", source):
+            links.append(f"[{source}](https://arxiv.org/abs/{paper[1]})")
+        elif code := re.fullmatch(r"(github\.com/[^/\s]+/[^/\s]+)(?: at ([0-9a-f]+))?", source):
+            tree = f"/tree/{code[2]}" if code[2] else ""
+            links.append(f"[{source}](https://{code[1]}{tree})")
+        else:
+            links.append(source)
+    return ", ".join(links)

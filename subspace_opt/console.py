@@ -1,0 +1,292 @@
+"""What the command line shows: tables of kinds and plans, and the live progress of a run. Nothing here decides anything."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import sys
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.table import Table
+
+from .lab import Ended, Evaluated, Event, Result, Saved, Started, Stepped
+from .lab.report import readable_bytes
+from .plan import Plan, Row, adamw_bytes
+
+PIPE_WIDTH = 160  # a file has no width; rows that `grep` is to find should not be folded
+
+
+def console(*, stderr: bool = False) -> Console:
+    """As wide as the terminal or $COLUMNS; wide where there is neither."""
+    stream = sys.stderr if stderr else sys.stdout
+    free = not stream.isatty() and "COLUMNS" not in os.environ
+    return Console(stderr=stderr, highlight=False, width=PIPE_WIDTH if free else None)
+
+
+def _table(*columns: str, right: Collection[str] = (), fold: str = "") -> Table:
+    """Columns two spaces apart; only `fold` gives way where there is too little room."""
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(
+            column, justify="right" if column in right else "left", no_wrap=column != fold, overflow="fold"
+        )
+    return table
+
+
+# -------------------------------------------------------------------------------------------------------------------- list
+
+
+def show_catalogue(catalogue: Mapping[str, Any], out: Console) -> None:
+    """Presets, kinds, plugins: a table each."""
+    presets = _table("preset", "source", fold="source")
+    for preset in catalogue["presets"]:
+        presets.add_row(preset["name"], escape(", ".join(preset["source"])))
+    out.print(presets)
+    for family in ("selectors", "rules"):
+        kinds = _table(family.removesuffix("s"), "what it does", fold="what it does")
+        for kind in catalogue[family]:
+            origin = "" if kind["plugin"] is None else f" [dim]{escape('[' + kind['plugin'] + ']')}[/dim]"
+            kinds.add_row(", ".join(kind["names"]), escape(kind["doc"]) + origin)
+        out.print()
+        out.print(kinds)
+    plugins = _table("plugin", "from", "kinds", fold="kinds")
+    for plugin in catalogue["plugins"]:
+        failed = plugin["error"] and f"[red]failed to import: {escape(plugin['error'])}[/red]"
+        plugins.add_row(escape(plugin["name"]), escape(plugin["package"]), failed or ", ".join(plugin["kinds"]) or "none")
+    out.print()
+    out.print(plugins if catalogue["plugins"] else "no plugins installed")
+
+
+# ----------------------------------------------------------------------------------------------------------- explain, plan
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The parameters of one layer of a model, which a plan adds up."""
+
+    name: str
+    parameters: int
+    state_bytes: int
+    adamw_bytes: int
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """(layer, rest) of a parameter's name: the layer ends with the first number, or is the module where there is none."""
+    parts = name.split(".")
+    end = next((i + 1 for i, part in enumerate(parts) if part.isdigit()), len(parts) - 1)
+    return ".".join(parts[:end]) or name, ".".join(parts[end:])
+
+
+def layers(plan: Plan) -> list[Layer]:
+    """The plan's bytes by layer, in the model's order."""
+    out = []
+    for name, rows in groupby(plan, key=lambda row: split_name(row.entry.name)[0]):
+        mine = list(rows)
+        parameters, state = sum(r.entry.numel for r in mine), sum(r.state_bytes for r in mine)
+        out.append(Layer(name, parameters, state, sum(adamw_bytes(r.entry) for r in mine)))
+    return out
+
+
+def show_plan(plan: Plan, title: str, out: Console) -> None:
+    """Bytes of state by layer and in total, beside AdamW's. Neighbours that cost the same share a row."""
+    numbers = ("layers", "parameters each", "state each", "AdamW's each", "ratio")
+    table = _table("layer", *numbers, right=numbers, fold="layer")
+    for alike in _alike(layers(plan)):
+        first = alike[0]
+        ratio = f"{first.state_bytes / first.adamw_bytes:.2f}" if first.adamw_bytes else "-"
+        sizes = (readable_bytes(first.state_bytes), readable_bytes(first.adamw_bytes), ratio)
+        table.add_row(_span([layer.name for layer in alike]), str(len(alike)), f"{first.parameters:,}", *sizes)
+    out.print(escape(title), end="\n\n")
+    out.print(table)
+    _show_total(plan, out)
+
+
+def _alike(all_layers: list[Layer]) -> Iterator[list[Layer]]:
+    """Runs of layers that differ in their number alone."""
+    for _, run in groupby(
+        all_layers, key=lambda x: (re.sub(r"\d+$", "", x.name), x.parameters, x.state_bytes, x.adamw_bytes)
+    ):
+        yield list(run)
+
+
+def _span(names: Sequence[str]) -> str:
+    """`model.layers.0-7` for the first and last of a run of names."""
+    return names[0] if len(names) == 1 else f"{names[0]}-{names[-1].rpartition('.')[2]}"
+
+
+def _show_total(plan: Plan, out: Console) -> None:
+    ours, theirs, tables = plan.total_bytes, plan.adamw_bytes, sum(plan.constants.values())
+    table = _table("total", "bytes", "", " ", right=("bytes", ""), fold=" ")
+    table.add_row("state", f"{ours:,}", readable_bytes(ours), f"{ours / theirs:.2f} of AdamW's" if theirs else "")
+    table.add_row("AdamW's", f"{theirs:,}", readable_bytes(theirs))
+    if tables:
+        table.add_row("tables", f"{tables:,}", readable_bytes(tables), "shared by layers, never saved")
+    out.print()
+    out.print(table)
+
+
+def show_explained(plan: Plan, title: str, out: Console) -> None:
+    """One row a parameter, and below it the routes that decided."""
+    full = _explained(plan)
+    fits = out.measure(full, options=out.options.update(width=10_000)).maximum <= out.width
+    out.print(escape(title), end="\n\n")
+    out.print(full if fits else _explained_by_layer(plan))
+    routes = _table("why", "pipeline", "lr x", "decay", right=("lr x", "decay"), fold="why")
+    for route in dict.fromkeys((row.why, row.pipeline, f"{row.lr_scale:g}", f"{row.decay:g}") for row in plan):
+        routes.add_row(*map(escape, route))
+    out.print()
+    out.print(routes)
+    _show_total(plan, out)
+
+
+def _explained(plan: Plan) -> Table:
+    numbers = ("rank", "lr x", "decay", "state bytes")
+    table = _table("parameter", "shape", "pipeline", *numbers, "why", right=numbers)
+    for row in plan:
+        rates = (f"{row.lr_scale:g}", f"{row.decay:g}")
+        table.add_row(escape(row.entry.name), _seen(row), _pipeline(row), _rank(row), *rates, f"{row.state_bytes:,}", _cause(row))
+    return table
+
+
+def _explained_by_layer(plan: Plan) -> Table:
+    """For a narrow terminal: a layer's name stands once above its parameters, lr and decay only below the table."""
+    table = _table("parameter", "shape", "pipeline", "rank", "state bytes", "route", right=("rank", "state bytes"), fold="parameter")
+    for layer, rows in groupby(plan, key=lambda row: split_name(row.entry.name)[0]):
+        mine = list(rows)
+        if len(mine) > 1:
+            table.add_row(escape(layer))
+        for row in mine:
+            name = f"  {split_name(row.entry.name)[1]}" if len(mine) > 1 else row.entry.name
+            cause = _cause(row).removeprefix("routes.")
+            table.add_row(escape(name), _seen(row), _pipeline(row), _rank(row), f"{row.state_bytes:,}", cause)
+    return table
+
+
+def _pipeline(row: Row) -> str:
+    return row.pipeline + (" (frozen)" if row.entry.frozen else "")
+
+
+def _rank(row: Row) -> str:
+    return "/".join(map(str, dict.fromkeys(row.ranks))) or "-"
+
+
+def _cause(row: Row) -> str:
+    """`routes.2` of `routes.2: min_dims 2`."""
+    return row.why.partition(":")[0]
+
+
+def _seen(row: Row) -> str:
+    """The shape, and how it is seen where that is something else."""
+    shape, view = "x".join(map(str, row.entry.shape)) or "scalar", str(row.view)
+    return shape if shape == view or len(row.entry.shape) < 2 else f"{shape} as {view}"
+
+
+# ---------------------------------------------------------------------------------------------------------------- results
+
+
+def show_results(results: Sequence[Result], out: Console) -> None:
+    """One row a run, in the order they ran; the best validation loss stands out."""
+    numbers = ("lr", "loss", "bits/byte", "state", "step() ms", "update ms", "tokens/s")
+    table = _table("run", *numbers, right=numbers, fold="run")
+    best = min((r.validation_loss for r in results if not math.isnan(r.validation_loss)), default=math.nan)
+    for r in results:
+        losses = (f"{r.validation_loss:.4f}", f"{r.bits_per_byte:.3f}")
+        times = (f"{r.optimizer_ms:.1f}", f"{r.step_ms:.1f}", f"{r.tokens_per_second:,.0f}")
+        style = "bold green" if len(results) > 1 and r.validation_loss == best else None
+        table.add_row(escape(r.run), f"{r.lr:.3g}", *losses, readable_bytes(r.measured_state_bytes), *times, style=style)
+    out.print()
+    out.print(table)
+    out.print("loss: validation, nats per byte; state: the optimizer's; step(): its part of an update; times are medians", style="dim")
+    out.print()
+
+
+# --------------------------------------------------------------------------------------------------------------- progress
+
+
+class RunProgress:
+    """Shows the events of runs: bars on a terminal, elsewhere a line for each validation."""
+
+    def __init__(self, out: Console, runs: Sequence[tuple[str, int]]) -> None:
+        """`runs`: (name, steps) of all that are to come."""
+        self.out = out
+        self.began = False  # whether any run has passed its checks and started
+        self.saved: str | None = None  # the last checkpoint
+        self._last: Stepped | None = None
+        self._corpus = ""
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[told]}"),
+            console=out,
+            expand=True,
+            disable=not out.is_terminal,
+        )
+        width = max((len(name) for name, _ in runs), default=0)
+        self._tasks: dict[str, TaskID] = {
+            name: self._bars.add_task(escape(name.ljust(width)), total=steps, told="") for name, steps in runs
+        }
+        self._validation: dict[str, str] = {}
+
+    def __enter__(self) -> RunProgress:
+        self._bars.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._bars.stop()
+
+    def __call__(self, event: Event) -> None:
+        """Take one event."""
+        match event:
+            case Started():
+                self._start(event)
+            case Stepped():
+                self._last = event
+                self._move(event, f"{event.tokens_per_second:,.0f} tokens/s  {_clock(event.eta_seconds)} left")
+            case Evaluated():
+                self._validation[event.run] = f"validation {event.loss:.3f}"
+                if not self.out.is_terminal:
+                    self._line(event)
+            case Saved():
+                self.saved = event.path
+            case Ended():
+                if self._last is not None:
+                    self._move(self._last, f"{event.status} in {_clock(event.seconds)}")
+
+    def _start(self, event: Started) -> None:
+        self.began = True
+        self._last = None
+        if event.corpus != self._corpus:
+            self._corpus = event.corpus
+            self.out.print(f"text: {escape(event.corpus)}")
+        state = "" if event.state_bytes is None else f", {readable_bytes(event.state_bytes)} of optimizer state"
+        resumed = f", resumed after {event.step} updates" if event.step else ""
+        self.out.print(f"{escape(event.run)}: {event.parameters:,} parameters on {event.device}{state}{resumed}")
+        self._bars.update(self._tasks[event.run], completed=event.step)
+
+    def _move(self, event: Stepped, told: str) -> None:
+        losses = [f"loss {event.loss:.3f}", self._validation.get(event.run, ""), told]
+        self._bars.update(self._tasks[event.run], completed=event.step, told="  ".join(part for part in losses if part))
+
+    def _line(self, event: Evaluated) -> None:
+        parts = [f"{event.run}  update {event.step}", f"validation {event.loss:.3f} ({event.bits_per_byte:.2f} bits/byte)"]
+        if self._last is not None:
+            speed, left = f"{self._last.tokens_per_second:,.0f} tokens/s", f"{_clock(self._last.eta_seconds)} left"
+            parts[1:1] = [f"loss {self._last.loss:.3f}"]
+            parts += [speed, left]
+        self.out.print("  ".join(parts), markup=False)
+
+
+def _clock(seconds: float) -> str:
+    """0:07, 12:34, 1:02:03."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"

@@ -1,0 +1,67 @@
+"""Train, compare and report: what the command line runs, usable from Python as well (`lab.demo` shows how).
+
+Names are looked up when they are used, so that importing the lab costs neither transformers nor matplotlib.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .comparison import compare
+    from .config import TrainConfig
+    from .corpus import Corpus
+    from .errors import LabError
+    from .events import Ended, Evaluated, Event, Result, Saved, Started, Stepped
+    from .model import SIZES, make_model, meta_model
+    from .report import table, to_json, write_picture
+    from .training import train
+
+_HOME = {
+    "Corpus": "corpus",
+    "Ended": "events",
+    "Evaluated": "events",
+    "Event": "events",
+    "LabError": "errors",
+    "Result": "events",
+    "SIZES": "model",
+    "Saved": "events",
+    "Started": "events",
+    "Stepped": "events",
+    "TrainConfig": "config",
+    "compare": "comparison",
+    "make_model": "model",
+    "meta_model": "model",
+    "table": "report",
+    "to_json": "report",
+    "train": "training",
+    "write_picture": "report",
+}
+
+__all__ = [
+    "SIZES",
+    "Corpus",
+    "Ended",
+    "Evaluated",
+    "Event",
+    "LabError",
+    "Result",
+    "Saved",
+    "Started",
+    "Stepped",
+    "TrainConfig",
+    "compare",
+    "make_model",
+    "meta_model",
+    "table",
+    "to_json",
+    "train",
+    "write_picture",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)

@@ -1,0 +1,142 @@
+"""LLaMA by name: the sizes that the papers train, and smaller ones that a CPU trains while you watch.
+
+The sizes 60m to 7b are those of GaLore's experiments (arXiv:2403.03507), which the later papers reuse; 70b is LLaMA-2's
+(arXiv:2307.09288). `transformers` builds them and is imported only when a model is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from .corpus import VOCAB_SIZE
+from .errors import LabError
+
+PAPER_VOCAB_SIZE = 32_000
+PAPER_LENGTH = 1024
+
+
+class Size(NamedTuple):
+    """The numbers that name a LLaMA."""
+
+    hidden: int
+    intermediate: int
+    heads: int
+    layers: int
+    kv_heads: int | None = None  # None: as many as heads
+
+
+SIZES = {
+    "tiny": Size(64, 176, 2, 2),
+    "mini": Size(128, 352, 4, 4),
+    "small": Size(256, 688, 8, 6),
+    "60m": Size(512, 1376, 8, 8),
+    "130m": Size(768, 2048, 12, 12),
+    "350m": Size(1024, 2736, 16, 24),
+    "1b": Size(2048, 5461, 32, 24),
+    "7b": Size(4096, 11_008, 32, 32),
+    "70b": Size(8192, 28_672, 64, 80, kv_heads=8),
+}
+
+
+def make_model(
+    name: str,
+    *,
+    vocab_size: int | None = VOCAB_SIZE,
+    max_length: int = PAPER_LENGTH,
+    device: str = "cpu",
+    seed: int = 0,
+) -> nn.Module:
+    """A causal language model with weights that depend on (name, seed) alone, on any device.
+
+    `name` is a size, or a path to a JSON file or a folder with a Hugging Face config; `vocab_size=None` keeps the
+    config's own. Raises LabError for a name that is neither.
+    """
+    config = _config(name, vocab_size, max_length)
+    with private_rng(seed):
+        model = _from_config(config)  # on the CPU whatever the device: generators differ between devices
+    return model.to(device)
+
+
+def meta_model(name: str, *, vocab_size: int | None = PAPER_VOCAB_SIZE, max_length: int = PAPER_LENGTH) -> nn.Module:
+    """The shapes of a model without its memory, for planning: 70b takes a fraction of a second.
+
+    Raises LabError for a name that is neither a size nor a path to a config.
+    """
+    config = _config(name, vocab_size, max_length)
+    with torch.device("meta"):
+        return _from_config(config)
+
+
+@contextmanager
+def private_rng(seed: int, device: torch.device | None = None) -> Iterator[None]:
+    """Seed torch inside the block and leave the caller's random numbers as they were."""
+    cuda = [device] if device is not None and device.type == "cuda" else []
+    with torch.random.fork_rng(cuda):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed devices that are not put back
+        for one in cuda:
+            with torch.cuda.device(one):
+                torch.cuda.manual_seed(seed)
+        yield
+
+
+def _config(name: str, vocab_size: int | None, max_length: int) -> Any:
+    transformers = _transformers()
+    if name in SIZES:
+        size = SIZES[name]
+        config = transformers.LlamaConfig(
+            hidden_size=size.hidden,
+            intermediate_size=size.intermediate,
+            num_attention_heads=size.heads,
+            num_key_value_heads=size.kv_heads or size.heads,
+            num_hidden_layers=size.layers,
+            vocab_size=vocab_size or PAPER_VOCAB_SIZE,
+        )
+    else:
+        config = _config_file(transformers, name)
+        config.vocab_size = vocab_size or config.vocab_size
+    config.max_position_embeddings = max_length
+    config.use_cache = False  # training never looks back at keys of an earlier call
+    return config
+
+
+def _config_file(transformers: Any, name: str) -> Any:
+    path = Path(name)
+    if not path.exists():
+        near = get_close_matches(name, SIZES, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise LabError(
+            f"model: {name!r} is neither a known size nor a path.{hint} Known sizes: {', '.join(SIZES)}; "
+            f"or give a folder or a JSON file with a Hugging Face config"
+        )
+    try:
+        return transformers.AutoConfig.from_pretrained(str(path), local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        raise LabError(
+            f"model: {name} holds no Hugging Face config that transformers {transformers.__version__} can read: "
+            f"{reason}. It should be a config.json, or a folder with one, whose `model_type` is a causal language model"
+        ) from error
+
+
+def _from_config(config: Any) -> nn.Module:
+    try:
+        model: nn.Module = _transformers().AutoModelForCausalLM.from_config(config)
+    except ValueError as error:
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        raise LabError(f"model: {type(config).__name__} makes no causal language model: {reason}") from error
+    return model
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise LabError("model: transformers is not installed. Run: pip install 'subspace-opt[lab]'") from error
+    return transformers

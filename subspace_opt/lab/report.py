@@ -1,0 +1,138 @@
+"""What a comparison looks like: a picture, a table, and JSON for whoever wants to draw another."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import LabError
+from .events import Curve, Result
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from rich.table import Table
+
+# Okabe and Ito's colours, told apart with any colour vision; markers and dashes tell the runs apart without colour.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_DASHES = ("-", "--", "-.", ":")
+
+
+def table(results: Sequence[Result]) -> Table:
+    """One row a run, in the order they ran; the best validation loss in bold."""
+    from rich.table import Table
+
+    columns = ("planned state", "measured state", "optimizer ms", "step ms", "bytes/s")
+    shown = Table("run", "lr", "validation loss", "bits/byte", *columns, title="after the last validation")
+    for column in shown.columns[1:]:
+        column.justify = "right"
+    best = min((r.validation_loss for r in results if not math.isnan(r.validation_loss)), default=math.nan)
+    for r in results:
+        name = r.run if r.status == "finished" else f"{r.run} (interrupted at {r.step})"
+        planned = "-" if r.planned_state_bytes is None else readable_bytes(r.planned_state_bytes)
+        shown.add_row(
+            name,
+            f"{r.lr:.3g}",
+            f"{r.validation_loss:.4f}",
+            f"{r.bits_per_byte:.3f}",
+            planned,
+            readable_bytes(r.measured_state_bytes),
+            f"{r.optimizer_ms:.1f}",
+            f"{r.step_ms:.1f}",
+            f"{r.tokens_per_second:,.0f}",
+            style="bold" if r.validation_loss == best else None,
+        )
+    return shown
+
+
+def to_json(results: Sequence[Result]) -> str:
+    """Everything that was measured; a number that is not there is null."""
+    rows = [{**asdict(r), "validation_loss": r.validation_loss, "bits_per_byte": r.bits_per_byte} for r in results]
+    return json.dumps([_finite(row) for row in rows], indent=2)
+
+
+def write_picture(results: Sequence[Result], path: str | Path, *, title: str = "") -> Path:
+    """Loss curves, and beside them what they cost in memory and time, as a PNG.
+
+    Raises LabError where matplotlib is missing or the file cannot be written.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise LabError("picture: matplotlib is not installed. Run: pip install 'subspace-opt[lab]'") from error
+    figure = Figure(figsize=(11, 5.5), layout="constrained")
+    FigureCanvasAgg(figure)  # its own canvas: no display, no state of pyplot's touched
+    grid = figure.add_gridspec(2, 2, width_ratios=(2.6, 1))
+    _curves(figure.add_subplot(grid[:, 0]), results, title)
+    memory = [r.measured_state_bytes for r in results]
+    _bars(figure.add_subplot(grid[0, 1]), results, memory, "optimizer state", readable_bytes)
+    _bars(figure.add_subplot(grid[1, 1]), results, [r.optimizer_ms for r in results], "optimizer.step(), median", _ms)
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, format="png", dpi=120)
+    except OSError as error:
+        raise LabError(f"picture: {path} cannot be written: {error.strerror}. Choose another place") from error
+    return path
+
+
+def readable_bytes(count: float) -> str:
+    """Powers of 1024 with one decimal: 512 B, 3.4 MiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def _curves(axes: Axes, results: Sequence[Result], title: str) -> None:
+    """Thin: training loss, averaged over a few steps. Markers: validation loss."""
+    for number, r in enumerate(results):
+        colour, dash = _COLOURS[number % len(_COLOURS)], _DASHES[number % len(_DASHES)]
+        label = f"{r.run}: {r.validation_loss:.3f} nats, {r.bits_per_byte:.2f} bits per byte"
+        axes.plot(*_xy(smooth(r.train)), color=colour, linestyle=dash, linewidth=1.2, alpha=0.75)
+        marker = _MARKERS[number % len(_MARKERS)]
+        axes.plot(*_xy(r.validation), color=colour, linestyle="none", marker=marker, markersize=6, label=label)
+    axes.set_title(title or "training loss (lines, smoothed) and validation loss (markers)")
+    axes.set_xlabel("update")
+    axes.set_ylabel("nats per byte")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+
+
+def _bars(axes: Axes, results: Sequence[Result], values: Sequence[float], title: str, words: Any) -> None:
+    """One bar a run from the top, its value written beside it."""
+    colours = [_COLOURS[number % len(_COLOURS)] for number in range(len(results))]
+    bars = axes.barh([r.run for r in results], [0 if math.isnan(v) else v for v in values], color=colours, height=0.6)
+    axes.bar_label(bars, labels=[words(v) for v in values], padding=3)
+    axes.invert_yaxis()
+    axes.margins(x=0.35)
+    axes.set_title(title)
+    axes.set_xticks([])
+    axes.spines[["top", "right", "bottom"]].set_visible(False)
+
+
+def smooth(curve: Curve) -> Curve:
+    """The mean of the last fiftieth of the run at each step (fewer at the start, so the first loss stays)."""
+    width = max(1, len(curve) // 50)
+    losses = [loss for _, loss in curve]
+    windows = [losses[max(0, at - width + 1) : at + 1] for at in range(len(losses))]
+    return tuple((step, sum(window) / len(window)) for (step, _), window in zip(curve, windows, strict=True))
+
+
+def _xy(curve: Curve) -> tuple[list[int], list[float]]:
+    return [step for step, _ in curve], [loss for _, loss in curve]
+
+
+def _ms(value: float) -> str:
+    return f"{value:.1f} ms"
+
+
+def _finite(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}

@@ -1,0 +1,264 @@
+"""One run: train a model with one optimizer, tell what happens, and survive being stopped at any moment.
+
+A step is a pure function of (weights, optimizer state, step number): batches, schedule and random numbers are derived
+from the seed and the step. So a checkpoint needs neither iterator nor generator state, and a resumed run on a CPU in
+float32 ends with the very bits of the uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean, median
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.optim import Optimizer
+
+from . import checkpoint
+from .config import TrainConfig
+from .corpus import Corpus
+from .device import choose_device, clock
+from .errors import LabError
+from .events import Ended, Evaluated, OnEvent, Result, Saved, Started, Status, Stepped
+from .interrupt import interruptible
+from .journal import Journal
+from .measure import measured_bytes, planned_bytes
+from .model import make_model, private_rng
+
+__all__ = ["OptimizerFactory", "TrainConfig", "spec_optimizer", "train"]
+
+OptimizerFactory = Callable[[nn.Module, TrainConfig], Optimizer]
+
+
+def train(
+    config: TrainConfig,
+    *,
+    resume: bool = False,
+    on_event: OnEvent | None = None,
+    corpus: Corpus | None = None,
+    make_optimizer: OptimizerFactory | None = None,
+) -> Result:
+    """Train until `config.steps` updates are made or a signal asks to stop, and return what came out.
+
+    `resume` goes on from the checkpoint in `config.out`; without one it starts. `corpus` spares reading the data again.
+    Raises LabError for data, a model, a device or a checkpoint that will not do, and for a loss that is no number.
+    """
+    run = _Run(config, corpus or Corpus.load(config.data, max_bytes=config.max_bytes), on_event, make_optimizer)
+    run.begin(resume)
+    return run.go()
+
+
+def spec_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
+    """The optimizer that the config's spec describes."""
+    from subspace_opt import build
+
+    return build(
+        config.spec, model, lr=config.lr, weight_decay=config.weight_decay, overrides=dict(config.overrides) or None
+    )
+
+
+@dataclass
+class _Times:
+    """Seconds of each update of this process."""
+
+    whole: list[float] = field(default_factory=list)
+    optimizer: list[float] = field(default_factory=list)
+
+
+class _Run:
+    def __init__(
+        self, config: TrainConfig, corpus: Corpus, on_event: OnEvent | None, make_optimizer: OptimizerFactory | None
+    ) -> None:
+        self.config, self.corpus = config, corpus
+        self.emit = Journal(config.out, on_event)
+        self.device = choose_device(config.device)
+        # Before anything slow, so that too little text is said at once.
+        self.windows = corpus.validation_windows(config.eval_batches * config.batch_size, config.length)
+        corpus.batch(0, 1, config.length, config.seed)
+        self.model = make_model(config.model, max_length=config.length, device=str(self.device), seed=config.seed)
+        self.optimizer = (make_optimizer or spec_optimizer)(self.model, config)
+        self.peaks = [float(group["lr"]) for group in self.optimizer.param_groups]
+        self.step = 0
+        self.train: list[tuple[int, float]] = []
+        self.validation: list[tuple[int, float]] = []
+        self.times = _Times()
+
+    def begin(self, resume: bool) -> None:
+        """Take up the folder's checkpoint where asked, and say so."""
+        found = checkpoint.newest(self.config.out) if self.config.out else None
+        if found and not resume:
+            raise LabError(f"out: {found} belongs to an earlier run. Resume it, or choose another folder for a new one")
+        if found:
+            self.restore(found)
+        self.emit.rewind(self.step)
+        self.emit(
+            Started(
+                run=self.config.label,
+                step=self.step,
+                steps=self.config.steps,
+                parameters=self.parameters,
+                state_bytes=planned_bytes(self.optimizer),
+                device=str(self.device),
+                corpus=self.corpus.describe(),
+            )
+        )
+
+    def go(self) -> Result:
+        """The loop."""
+        config, began = self.config, time.perf_counter()
+        status: Status = "finished"
+        with interruptible() as asked:
+            if self.step == 0 and config.eval_every:
+                self.evaluate()
+            while self.step < config.steps:
+                self.update()
+                last = self.step == config.steps
+                if last or (config.eval_every and self.step % config.eval_every == 0):
+                    self.evaluate()
+                if asked() and not last:
+                    status = "interrupted"
+                if last or status == "interrupted" or (config.save_every and self.step % config.save_every == 0):
+                    self.save()
+                if status == "interrupted":
+                    break
+        self.emit(Ended(config.label, self.step, status, time.perf_counter() - began))
+        return self.result(status)
+
+    def update(self) -> None:
+        """One update of the weights, timed in two parts."""
+        config = self.config
+        factor = config.lr_factor(self.step)
+        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = peak * factor
+        start = clock(self.device)
+        loss = self.gradients()
+        self.check("loss", loss)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip or math.inf)  # inf multiplies by one
+        self.check("gradient norm", float(norm))
+        ready = clock(self.device)
+        self.optimizer.step()
+        end = clock(self.device)
+        self.optimizer.zero_grad()
+        self.step += 1
+        self.times.whole.append(end - start)
+        self.times.optimizer.append(end - ready)
+        self.train.append((self.step, loss))
+        seconds = mean(self.times.whole[-20:])
+        self.emit(
+            Stepped(
+                run=config.label,
+                step=self.step,
+                steps=config.steps,
+                loss=loss,
+                lr=self.peaks[0] * factor,
+                tokens_per_second=config.tokens_per_step / seconds,
+                eta_seconds=(config.steps - self.step) * seconds,
+            )
+        )
+
+    def gradients(self) -> float:
+        """Sum the gradients of the step's batch, in `accumulate` parts; the same windows whatever the parts."""
+        config = self.config
+        batch = self.corpus.batch(self.step, config.batch_size * config.accumulate, config.length, config.seed)
+        total = 0.0
+        with private_rng(config.seed * 2**32 + self.step, self.device):  # for models with dropout
+            self.model.train()
+            for part in torch.split(batch, config.batch_size):
+                loss = self.loss(part) / config.accumulate
+                torch.autograd.backward(loss)
+                total += loss.item()
+        return total
+
+    def loss(self, windows: Tensor) -> Tensor:
+        """Mean cross-entropy in nats per byte."""
+        windows = windows.to(self.device)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            logits = self.model(input_ids=windows[:, :-1]).logits
+        return cross_entropy(logits.float().flatten(0, 1), windows[:, 1:].flatten())
+
+    @torch.no_grad()
+    def evaluate(self) -> None:
+        """The validation loss now."""
+        self.model.eval()
+        parts = torch.split(self.windows, self.config.batch_size)
+        loss = sum(self.loss(part).item() * len(part) for part in parts) / len(self.windows)
+        self.check("validation loss", loss)
+        self.validation.append((self.step, loss))
+        self.emit(Evaluated(self.config.label, self.step, loss))
+
+    def check(self, what: str, value: float) -> None:
+        """Stop at a number that could only spoil the weights, or a checkpoint."""
+        if not math.isfinite(value):
+            raise LabError(f"{self.config.label}: the {what} is {value} after {self.step} updates. {self.advice()}")
+
+    def advice(self) -> str:
+        """What to do after numbers ran away, and what is left to go on from."""
+        kept = self.config.out and checkpoint.newest(self.config.out)
+        left = f"The last good checkpoint, {kept}, is untouched" if kept else "Nothing was saved"
+        return f"{left}; try a smaller lr (it was {self.optimizer.param_groups[0]['lr']:.3g}) or a longer warmup"
+
+    def save(self) -> None:
+        """Write everything that the next step depends on."""
+        if self.config.out is None:
+            return
+        self.check("sum of the weights", float(sum(p.detach().float().sum() for p in self.model.parameters())))
+        path = checkpoint.write(
+            self.config.out,
+            {
+                "step": self.step,
+                "config": self.config.model_dump(mode="json"),
+                "corpus": self.corpus.fingerprint,
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "train": _pack(self.train),
+                "validation": _pack(self.validation),
+            },
+        )
+        self.emit(Saved(self.config.label, self.step, str(path)))
+
+    def restore(self, path: Path) -> None:
+        """Go on from a checkpoint of this very run."""
+        saved = checkpoint.read(path)
+        self.config.continues(saved["config"], saved["step"], path)
+        if saved["corpus"] != self.corpus.fingerprint:
+            raise LabError(f"data: {path} was trained on another text than {self.corpus.source}. Give the text it knew")
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.step = saved["step"]
+        self.train, self.validation = _unpack(saved["train"]), _unpack(saved["validation"])
+
+    def result(self, status: Status) -> Result:
+        """The run in numbers."""
+        whole, optimizer = self.times.whole or [math.nan], self.times.optimizer or [math.nan]
+        return Result(
+            run=self.config.label,
+            status=status,
+            step=self.step,
+            parameters=self.parameters,
+            lr=self.peaks[0],
+            train=tuple(self.train),
+            validation=tuple(self.validation),
+            planned_state_bytes=planned_bytes(self.optimizer),
+            measured_state_bytes=measured_bytes(self.optimizer),
+            optimizer_ms=1e3 * median(optimizer),
+            mean_optimizer_ms=1e3 * mean(optimizer),
+            step_ms=1e3 * median(whole),
+            tokens_per_second=self.config.tokens_per_step / median(whole),
+        )
+
+    @property
+    def parameters(self) -> int:
+        return sum(p.numel() for p in self.model.parameters())
+
+
+def _pack(curve: list[tuple[int, float]]) -> Tensor:
+    return torch.tensor(curve, dtype=torch.float64).reshape(-1, 2)
+
+
+def _unpack(curve: Tensor) -> list[tuple[int, float]]:
+    return [(int(step), loss) for step, loss in curve.tolist()]

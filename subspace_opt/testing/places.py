@@ -1,0 +1,108 @@
+"""Where a component stands when it is tested: the smallest pipelines in which it does its work."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import torch
+from pydantic import ValidationError
+
+from ..algebra import Basis, Coords, Dim, Rule, Selector, Step, Transport, project
+from ..split import Pipeline
+from .subject import SMALL
+
+SUBSPACE = {"kind": "svd", **SMALL}
+
+
+def places(component: Rule | Selector) -> dict[str, Pipeline]:
+    """Pipelines with the component in every place where it can stand, by what to call the place."""
+    return _around_rule(component) if isinstance(component, Rule) else _around_selector(component)
+
+
+# ------------------------------------------------------------------------------------------------------------------- rules
+
+
+def _around_rule(rule: Rule) -> dict[str, Pipeline]:
+    """Alone as the complement of nothing, and inside a subspace; a rule that looks at a subspace, or is silent, beside one."""
+    if rule.silent or rule.takes_whole or _needs_subspace(rule):
+        return {"complement of svd": _pipeline(selector=SUBSPACE, inside="adam", complement=rule)}
+    found = {"complement": _pipeline(complement=rule)}
+    for name, variant in _transported(rule).items():
+        found[name] = _pipeline(selector=SUBSPACE, inside=variant, complement="sgd")
+    return found
+
+
+def _transported(rule: Rule) -> dict[str, Rule]:
+    """The rule inside a subspace, once for each thing that may become of its state at a refresh."""
+    if "on_refresh" not in type(rule).model_fields:
+        return {"inside svd": rule}
+    found = {}
+    for value in get_args(Transport):
+        try:
+            variant = type(rule).model_validate({**dict(rule), "on_refresh": value})
+        except ValidationError:
+            continue
+        found[f"inside svd, on_refresh {value}"] = variant
+    return found
+
+
+def _needs_subspace(rule: Rule) -> bool:
+    """Whether the rule works beside a subspace and not without."""
+    return not _applies(rule, beside=False) and _applies(rule, beside=True)
+
+
+def _applies(rule: Rule, *, beside: bool) -> bool:
+    x = torch.linspace(-1, 1, 20, dtype=torch.float64).view(1, 5, 4)
+    rows, cols = Dim("rows", 5), Dim("cols", 4)
+    one = torch.ones((), dtype=torch.float64)
+    step = Step(t=one, age=one, first=True, refresh=True, rows=rows, cols=cols)
+    if beside:
+        basis = Basis(right=torch.eye(4, 2, dtype=x.dtype)[None])
+        c = project(x, basis)
+        step = step._replace(inside=Coords(c, c, c), whole=x, basis=basis)
+    try:
+        state = {name: x.new_zeros(1, *slot.shape, dtype=slot.dtype) for name, slot in rule.slots(rows, cols).items()}
+        rule.apply(x, x, state, step)
+    except Exception:  # foreign code; what is wrong with it is for the checks to say
+        return False
+    return True
+
+
+# --------------------------------------------------------------------------------------------------------------- selectors
+
+
+def _around_selector(selector: Selector) -> dict[str, Pipeline]:
+    """Around Adam and plain SGD; where a full state inside can be carried over, around a projected momentum with feedback as well."""
+    sides = selector.coords(Dim("rows", 6), Dim("cols", 4))
+    if not sides[0].size * sides[1].size:
+        return {"selector of nothing": _pipeline(selector=selector, complement="sgd")}
+    inside = "identity" if selector.every == 1 and fleeting(selector) else "adam"
+    if not selector.orthonormal:
+        return {f"selector around {inside}": _pipeline(selector=selector, inside=inside)}
+    found = {f"selector around {inside}": _pipeline(selector=selector, inside=inside, complement="sgd")}
+    momentum = "identity" if inside == "identity" else {"kind": "heavy_ball", "on_refresh": "project"}
+    found["selector with feedback"] = _pipeline(selector=selector, inside=momentum, feedback=0.9)
+    return found
+
+
+def fleeting(selector: Selector) -> bool:
+    """Whether the basis is gone when the update ends: nothing that is declared gives it back, so no state inside can be carried over.
+
+    Only a selector that finds its basis anew at every update may be so.
+    """
+    rows, cols = Dim("rows", 5), Dim("cols", 4)
+    one = torch.ones((), dtype=torch.float64)
+    tables = {name: make().double() for name, make in selector.constants(rows, cols).items()}
+    step = Step(t=one, age=one, rows=rows, cols=cols, constants=tables)
+    state = {name: one.new_zeros(1, *slot.shape, dtype=slot.dtype) for name, slot in selector.slots(rows, cols).items()}
+    try:
+        selector.basis(state, step)
+    except KeyError:
+        return True
+    return False
+
+
+def _pipeline(**parts: Any) -> Pipeline:
+    if "selector" in parts:
+        parts["orient"] = "short"
+    return Pipeline.model_validate(parts)

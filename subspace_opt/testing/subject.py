@@ -1,0 +1,182 @@
+"""What is put to the test: a rule or selector found by name, made with options that fit small matrices."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import sys
+from collections.abc import Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Iterator
+
+from pydantic import ValidationError
+
+from ..algebra import Rule, Selector
+from ..registry import Component, RegistryError, find, kind_of, kinds, load_plugin, suggest
+
+# Options that a component gets if it has them and was given none: matrices here have four to seven rows and columns.
+SMALL: Mapping[str, Any] = {"rank": 2, "every": 3}
+FAMILIES = ("rule", "selector")
+
+
+class UnknownComponent(ValueError):
+    """What was asked for cannot be found or made; the message says how to ask."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One component, made, and what to call it."""
+
+    label: str
+    component: Rule | Selector
+
+    @property
+    def kind(self) -> str:
+        return kind_of(type(self.component))
+
+
+def subjects(asked: str | type[Component] | Rule | Selector) -> list[Subject]:
+    """The components meant by `asked`: a class, an instance, or text as `--component` takes it.
+
+    Text is the name of a kind (in both families, if both have it), `module:Class`, `file.py:Class`, `module` or `file.py` for every
+    component it defines, or `all` for every kind that is installed. Options follow as JSON: `switch={"at": 3}`.
+
+    Raises:
+        UnknownComponent: nothing is found under that name, or it cannot be made with these options.
+    """
+    if isinstance(asked, Rule | Selector):
+        return [Subject(kind_of(type(asked)), asked)]
+    if isinstance(asked, type):
+        return [Subject(kind_of(asked), made(asked, {}))]
+    name, options = _parsed(asked)
+    return [Subject(_label(name, cls, len(found)), made(cls, options)) for found in [_classes(name)] for cls in found]
+
+
+def _parsed(asked: str) -> tuple[str, dict[str, Any]]:
+    name, equals, text = asked.partition("=")
+    if not equals:
+        return name, {}
+    try:
+        options = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UnknownComponent(f"--component '{asked}': the options are not JSON: {error}") from None
+    if not isinstance(options, dict):
+        raise UnknownComponent(f"--component '{asked}': the options are not a mapping, such as {{\"rank\": 4}}")
+    return name, options
+
+
+def _label(name: str, cls: type[Component], count: int) -> str:
+    return name if count == 1 else f"{cls.family} {kind_of(cls)}"
+
+
+def _classes(name: str) -> list[type[Component]]:
+    if name == "all":
+        return [cls for family in FAMILIES for cls in dict.fromkeys(kinds(family).values())]
+    module, colon, attribute = name.rpartition(":")
+    if colon and module:
+        found = getattr(_module(module), attribute, None)
+        if not (isinstance(found, type) and issubclass(found, Component)) or found.is_family:
+            raise UnknownComponent(f"'{attribute}' of '{module}' is no rule or selector; it has {_named(_module(module))}")
+        return [found]
+    if name.endswith(".py"):
+        return _defined(_module(name))
+    found_kinds = [cls for family in FAMILIES if (cls := find(family, name)) is not None]
+    if found_kinds:
+        return found_kinds
+    if "." in name or importlib.util.find_spec(name) is not None:
+        return _defined(_module(name))
+    known = {kind for family in FAMILIES for kind in kinds(family)}
+    raise UnknownComponent(f"no rule, selector or module '{name}'; {suggest(name, known)}")
+
+
+def _module(name: str) -> ModuleType:
+    """A module by its name or its file, from the working directory too."""
+    if name.endswith(".py"):
+        try:
+            load_plugin(name)
+        except RegistryError as error:
+            raise UnknownComponent(str(error)) from None
+        file = str(Path(name).resolve())
+        return next(m for m in list(sys.modules.values()) if getattr(m, "__file__", None) == file)
+    with _working_directory():
+        try:
+            return importlib.import_module(name)
+        except ImportError as error:
+            raise UnknownComponent(f"module '{name}' cannot be imported: {error}") from None
+
+
+@contextmanager
+def _working_directory() -> Iterator[None]:
+    sys.path.append("")
+    try:
+        yield
+    finally:
+        sys.path.remove("")
+
+
+def _defined(module: ModuleType) -> list[type[Component]]:
+    """The components that a module defines itself."""
+    found = [
+        value
+        for value in vars(module).values()
+        if inspect.isclass(value) and issubclass(value, Component) and not inspect.isabstract(value)
+        if value.__module__ == module.__name__ and not value.is_family
+    ]
+    if not found:
+        raise UnknownComponent(f"'{module.__name__}' defines no rule or selector; it has {_named(module)}")
+    return found
+
+
+def _named(module: ModuleType) -> str:
+    named = [n for n, v in vars(module).items() if inspect.isclass(v) and issubclass(v, Component) and not v.is_family]
+    return ", ".join(named) or "none at all"
+
+
+# ------------------------------------------------------------------------------------------------------------------ making
+
+
+def made(cls: type[Component], options: Mapping[str, Any]) -> Rule | Selector:
+    """A component with these options; what it needs besides comes from its fields' `examples`, and `SMALL` where it fits.
+
+    Raises:
+        UnknownComponent: the options are wrong, or a field without a default has no example.
+    """
+    given = dict(options)
+    try:
+        cls.model_validate(given)
+    except ValidationError:
+        given = {**_examples(cls), **given}
+    try:
+        cls.model_validate(given)
+    except ValidationError as error:
+        raise UnknownComponent(_cannot_be_made(cls, error)) from None
+    for name, value in SMALL.items():
+        if name in cls.model_fields and name not in given and _valid(cls, {**given, name: value}):
+            given[name] = value
+    component = cls.model_validate(given)
+    assert isinstance(component, Rule | Selector)
+    return component
+
+
+def _examples(cls: type[Component]) -> dict[str, Any]:
+    return {name: field.examples[0] for name, field in cls.model_fields.items() if field.examples}
+
+
+def _valid(cls: type[Component], options: Mapping[str, Any]) -> bool:
+    try:
+        cls.model_validate(options)
+    except ValidationError:
+        return False
+    return True
+
+
+def _cannot_be_made(cls: type[Component], error: ValidationError) -> str:
+    what = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'as a whole'}: {e['msg']}" for e in error.errors(include_url=False))
+    return (
+        f"{cls.family} '{kind_of(cls)}' cannot be made: {what}. Give options, --component '{kind_of(cls)}={{...}}' in JSON, or give the "
+        "field an example, Field(description=..., examples=[...])"
+    )
