@@ -155,14 +155,14 @@ def cell(text: str) -> str:
 
 
 def preset_index(presets: dict[str, Spec]) -> str:
-    rows = [f"| [{name}]({name}.md) | {cell(sources(spec))} |" for name, spec in presets.items()]
+    rows = [f"| [{name}]({name}.md) | {cell(spec.about)} | {cell(sources(spec))} |" for name, spec in presets.items()]
     return "\n".join(
         [
             "# Presets\n",
             "A preset is a spec file that comes with the package: an algorithm as its authors published it, and where "
             "paper and code differ, as either. How each was checked is told under [fidelity](../fidelity.md).\n",
-            "| preset | source |",
-            "| --- | --- |",
+            "| preset | what it does | source |",
+            "| --- | --- | --- |",
             *rows,
         ]
     )

@@ -1,6 +1,6 @@
 """Subspace optimizers for PyTorch from one declarative spec."""
 
-from .algebra import Basis, Change, Coords, Dim, LowRank, Rule, Selector, Slot, State, Step, Transport
+from .algebra import Basis, Change, Coords, Dim, LowRank, Order, Rule, Selector, Slot, State, Step, Transport
 from .checkpoint import CheckpointError
 from .engine import NonFiniteGradient
 from .optimizer import SubspaceOptimizer, build
@@ -19,6 +19,7 @@ __all__ = [
     "Entry",
     "LowRank",
     "NonFiniteGradient",
+    "Order",
     "Plan",
     "RegistryError",
     "Rule",

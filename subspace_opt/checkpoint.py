@@ -84,19 +84,38 @@ def _pairs(
 def _merged_groups(
     saved_groups: Sequence[Mapping[str, Any]], groups: Sequence[dict[str, Any]], pairs: list[tuple[Any, Tensor]]
 ) -> list[dict[str, Any]]:
-    """Own parameters and names, saved options: those of the saved group that holds the group's first parameter."""
+    """Own parameters, saved options: those of the saved group or groups that hold the group's parameters.
+
+    Names are the group's own, or those saved if it has none: draws depend on them.
+    """
     home = {i: group for group in saved_groups for i in group["params"]}
     saved_of = {id(p): saved for saved, p in pairs}
     merged = []
     for index, group in enumerate(groups):
-        if group["params"]:
-            source = home[saved_of[id(group["params"][0])]]
-        else:
-            source = saved_groups[index] if index < len(saved_groups) else group
-        _check_spec(source.get("spec"), group.get("spec"))
-        kept = {k: v for k, v in source.items() if k not in ("params", "param_names")}
-        merged.append({**group, **kept, "params": group["params"]})
+        sources = _distinct([home[saved_of[id(p)]] for p in group["params"]]) or list(saved_groups[index : index + 1]) or [group]
+        options = [{k: v for k, v in source.items() if k not in ("params", "param_names")} for source in sources]
+        for kept in options:
+            _check_spec(kept.get("spec"), group.get("spec"))
+            if kept.get("use") != group.get("use"):
+                raise CheckpointError(
+                    f"parameter group {index} has `use` {kept.get('use')!r} in the checkpoint and {group.get('use')!r} here; give it the same"
+                )
+        clash = sorted({k for kept in options[1:] for k in kept if not _equal(kept[k], options[0].get(k))})
+        if clash:
+            raise CheckpointError(
+                f"the parameters of group {index} were in groups with different {', '.join(clash)}; group them as they were saved"
+            )
+        names = {"param_names": list(sources[0]["param_names"])} if "param_names" in sources[0] and "param_names" not in group else {}
+        merged.append({**group, **options[0], **names, "params": group["params"]})
     return merged
+
+
+def _distinct(groups: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return list({id(group): group for group in groups}.values())
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return bool(torch.equal(a, b)) if isinstance(a, Tensor) and isinstance(b, Tensor) else bool(a == b)
 
 
 def _check_spec(saved: Any, own: Any) -> None:

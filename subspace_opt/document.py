@@ -89,17 +89,13 @@ def read_document(path: str | os.PathLike[str]) -> Document:
             raise DocumentError(f"{source}: {what}; name a .yaml, .yml or .json file")
         if file.suffix.lower() not in FORMATS:
             what = f"the ending {_short(file.suffix)}" if file.suffix else "no ending"
-            raise DocumentError(
-                f"{source}: {what} tells neither YAML nor JSON; rename the file to .yaml, .yml or .json"
-            )
+            raise DocumentError(f"{source}: {what} tells neither YAML nor JSON; rename the file to .yaml, .yml or .json")
         with file.open("rb") as stream:
             raw = stream.read(MAX_BYTES + 1)
     except FileNotFoundError:
         raise DocumentError(f"{source}: no such file{_near(file)}") from None
     except OSError as error:
-        raise DocumentError(
-            f"{source}: cannot be read ({error.strerror}); check the path and its permissions"
-        ) from None
+        raise DocumentError(f"{source}: cannot be read ({error.strerror}); check the path and its permissions") from None
     except DocumentError:
         raise
     except ValueError:  # a null character, half a surrogate pair
@@ -110,9 +106,7 @@ def read_document(path: str | os.PathLike[str]) -> Document:
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         column = error.start - raw.rfind(b"\n", 0, error.start)
-        raise DocumentError(
-            f"{source}:{line}:{column}: the byte 0x{raw[error.start]:02x} is not UTF-8; save the file as UTF-8"
-        ) from None
+        raise DocumentError(f"{source}:{line}:{column}: the byte 0x{raw[error.start]:02x} is not UTF-8; save the file as UTF-8") from None
     return parse_document(text, source, FORMATS[file.suffix.lower()])
 
 
@@ -166,9 +160,7 @@ def _build(events: Iterable[_Event], source: str) -> Document:
             frames.pop()
             continue
         if len(positions) > MAX_NODES:
-            _refuse(
-                source, event, f"more than {MAX_NODES:,} values; a spec has some dozens, so is this the right file?"
-            )
+            _refuse(source, event, f"more than {MAX_NODES:,} values; a spec has some dozens, so is this the right file?")
         if isinstance(event.value, str) and not _encodable(event.value):
             _refuse(source, event, "half of a surrogate pair is not a character; write the character itself")
         frame = frames[-1] if frames else None
@@ -177,9 +169,7 @@ def _build(events: Iterable[_Event], source: str) -> Document:
             path = frame.next_path()
             if path in positions:
                 first = positions[path][0]
-                _refuse(
-                    source, event, f"the key {_short(frame.key)} stands here and on line {first}; keep one of the two"
-                )
+                _refuse(source, event, f"the key {_short(frame.key)} stands here and on line {first}; keep one of the two")
             # An entry of a mapping stands where its key stands: that is where a reader looks for it.
             positions[path] = (event.line, event.column)
             continue
@@ -193,9 +183,7 @@ def _build(events: Iterable[_Event], source: str) -> Document:
             root = node
         if event.kind != "value":
             if len(frames) == MAX_DEPTH:
-                _refuse(
-                    source, event, f"nested more than {MAX_DEPTH} levels deep; a spec needs a handful, so flatten it"
-                )
+                _refuse(source, event, f"nested more than {MAX_DEPTH} levels deep; a spec needs a handful, so flatten it")
             frames.append(_Frame(node, path))
 
     if root is None:
@@ -203,9 +191,7 @@ def _build(events: Iterable[_Event], source: str) -> Document:
     if not isinstance(root, dict):
         line, column = positions[()]
         what = "a list" if isinstance(root, list) else f"the plain value {_show(root)}"
-        raise DocumentError(
-            f"{source}:{line}:{column}: {what} where a mapping belongs; start with `version: 1` and `pipelines:`"
-        )
+        raise DocumentError(f"{source}:{line}:{column}: {what} where a mapping belongs; start with `version: 1` and `pipelines:`")
     return Document(root, source, positions)
 
 
@@ -234,13 +220,9 @@ def _yaml_events(text: str, source: str) -> Iterator[_Event]:
                     _refuse(source, here, f"the alias {_short('*' + event.anchor)}; write the value itself here")
                 if event.anchor is not None:
                     anchor = _short("&" + event.anchor)
-                    _refuse(
-                        source, here, f"the anchor {anchor}; remove it and write the value at each place of its use"
-                    )
+                    _refuse(source, here, f"the anchor {anchor}; remove it and write the value at each place of its use")
                 if (tag := getattr(event, "tag", None)) is not None:
-                    _refuse(
-                        source, here, f"the tag {_short(str(tag))}; a spec is plain data, never objects, so remove it"
-                    )
+                    _refuse(source, here, f"the tag {_short(str(tag))}; a spec is plain data, never objects, so remove it")
                 if isinstance(event, MappingStartEvent):
                     yield here._replace(kind="mapping")
                 elif isinstance(event, SequenceStartEvent):
@@ -324,9 +306,7 @@ def _json_tokens(text: str, source: str) -> Iterator[_Event]:
 
 def _check_size(size: int, source: str) -> None:
     if size > MAX_BYTES:
-        raise DocumentError(
-            f"{source}: larger than {MAX_BYTES // 1000} kB; a spec is a few kB, so is this the right file?"
-        )
+        raise DocumentError(f"{source}: larger than {MAX_BYTES // 1000} kB; a spec is a few kB, so is this the right file?")
 
 
 def _check_number(text: str, here: _Event, source: str) -> None:

@@ -10,6 +10,8 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from enum import Enum
+from itertools import groupby
 from typing import Any, Literal
 
 import torch
@@ -49,12 +51,13 @@ class Work:
     row: Row
     param: Tensor
     grad: Tensor
-    state: dict[str, Any]
     lr: float | Tensor
     weight_decay: float
+    state: dict[str, Any] = field(default_factory=dict)
     scale: float = 1.0  # brings a gradient too large to be squared back into range
-    refresh: bool = False  # asked for by a call
-    count: int = 0  # updates before this one
+    refresh: bool = False  # asked for by a call, or to make up for one that failed
+    count: int = 0  # updates before this one; -1: there was no gradient but 0 until now
+    held: bool = False  # the first update came to nothing and is not counted
     weights: list[Tensor] = field(default_factory=list)  # per block, `(count, rows, cols)`
     grads: list[Tensor] = field(default_factory=list)
     compensations: list[Tensor] | None = None
@@ -79,6 +82,31 @@ class Piece:
         return value.unsqueeze(0) if self.block.count == 1 else value[self.start : self.stop]
 
 
+class Phase(Enum):
+    """Where a matrix stands."""
+
+    WAITING = "no gradient but 0 until now"
+    FIRST = "its first gradient"
+    BEGUN = "it has state"
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Pieces that are computed together."""
+
+    split: Split
+    phase: Phase
+    pieces: list[Piece]
+
+
+@dataclass
+class Memory:
+    """What the engine keeps between steps beside the state; all of it can be lost, and is found again."""
+
+    tables: dict[Any, Tensor] = field(default_factory=dict)  # shared by matrices; by name, device and dtype
+    begun: set[tuple[str, int]] = field(default_factory=set)  # (parameter, block) all of whose matrices have begun
+
+
 def allocate(row: Row, param: Tensor, state: dict[str, Any]) -> None:
     """The parameter's state as the plan declares it, zeros, each tensor with a storage of its own."""
     for key, (shape, dtype) in row.state.items():
@@ -86,50 +114,47 @@ def allocate(row: Row, param: Tensor, state: dict[str, Any]) -> None:
         state[key] = torch.zeros(shape, dtype=dtype, device=device)
 
 
-def take_step(work: list[Work], options: Options, tables: dict[Any, Tensor], failures: dict[str, int]) -> dict[str, int]:
-    """Update every parameter that has a gradient. Returns the parameters skipped for non-finite gradients.
+def take_step(work: list[Work], options: Options, memory: Memory, failures: dict[str, int]) -> None:
+    """Update every parameter of a surveyed list. `failures`: of decompositions in a row, by parameter, kept up to date.
 
     Raises:
-        NonFiniteGradient: with policy `raise`, before anything is changed.
-        torch.linalg.LinAlgError: a decomposition failed `MOST_FAILURES` times in a row for one parameter.
+        torch.linalg.LinAlgError: a decomposition failed `MOST_FAILURES` times in a row for one parameter; all others are updated by then.
     """
-    work, skipped = _survey(work, options.nonfinite)
+    # In an order of their own: round-off within a batched product depends on the place in it, and the order of parameters must not matter.
+    work = sorted(work, key=lambda item: item.row.entry.name)
     for item in work:
         _open(item)
-    for stack in _stacks(work, options):
-        _advance(stack, options, tables, failures)
+    errors: dict[str, Exception] = {}
+    for stack in _stacks(work, options, memory):
+        _advance(stack, options, memory, errors)
     for item in work:
         _close(item)
-    return skipped
+    _report(work, errors, failures)
 
 
 # ------------------------------------------------------------------------------------------------------------------ survey
 
 
-def _survey(work: list[Work], policy: Nonfinite) -> tuple[list[Work], dict[str, int]]:
-    """Look at the largest entry of every gradient once: is it finite, can it be squared, is there any?"""
-    if not work:
-        return [], {}
-    peaks: list[float] = []
-    for device in {item.grad.device for item in work}:  # one transfer a device
-        there = [item for item in work if item.grad.device == device]
-        norms = torch._foreach_norm([item.grad for item in there], math.inf)
-        values = torch.stack([n.to(torch.float64 if n.dtype == torch.float64 else torch.float32) for n in norms]).tolist()
-        for item, peak in zip(there, values, strict=True):
-            item.scale = peak  # for the moment
-    peaks = [item.scale for item in work]
-    bad = {item.row.entry.name: 1 for item, peak in zip(work, peaks, strict=True) if not math.isfinite(peak)}
+def survey(work: list[Work], policy: Nonfinite) -> tuple[list[Work], list[str]]:
+    """Look at the largest entry of every gradient once: is it finite, can it be squared, is there any?
+
+    Returns what is to be updated, and the names of parameters skipped for non-finite gradients.
+
+    Raises:
+        NonFiniteGradient: with policy `raise`; nothing has been changed.
+    """
+    peaks = _peaks([item.grad for item in work])
+    bad = [item.row.entry.name for item, peak in zip(work, peaks, strict=True) if not math.isfinite(peak)]
     if bad and policy == "raise":
-        names = ", ".join(list(bad)[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
+        names = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
         raise NonFiniteGradient(
             f"the gradient of {names} holds NaN or infinity; nothing was changed. Look for its cause, lower lr, clip, or build with "
             "nonfinite='skip' to leave such parameters alone for the step"
         )
     kept = []
     for item, peak in zip(work, peaks, strict=True):
-        if item.row.entry.name in bad and policy == "skip":
+        if not math.isfinite(peak) and policy == "skip":
             continue
-        item.count = int(item.state["step"].item())
         limit = _largest(item.row.compute_dtype)
         item.scale = limit / peak if math.isfinite(peak) and peak > limit else 1.0
         if item.count == 0 and peak == 0.0:
@@ -137,7 +162,19 @@ def _survey(work: list[Work], policy: Nonfinite) -> tuple[list[Work], dict[str, 
             # nothing to average, and a checkpoint that initialises state by a step with zero gradients changes nothing.
             item.count = -1
         kept.append(item)
-    return kept, bad if policy == "skip" else {}
+    return kept, bad if policy == "skip" else []
+
+
+def _peaks(grads: list[Tensor]) -> list[float]:
+    """The largest magnitude in each, NaN where there is one; one transfer a device."""
+    peaks = [0.0] * len(grads)
+    for device in {grad.device for grad in grads}:
+        there = [i for i, grad in enumerate(grads) if grad.device == device]
+        norms = torch._foreach_norm([grads[i] for i in there], math.inf)
+        wide = [n.to(torch.float64 if n.dtype == torch.float64 else torch.float32) for n in norms]
+        for i, peak in zip(there, torch.stack(wide).tolist(), strict=True):
+            peaks[i] = peak
+    return peaks
 
 
 def _largest(dtype: torch.dtype) -> float:
@@ -150,7 +187,7 @@ def _largest(dtype: torch.dtype) -> float:
 
 def _open(item: Work) -> None:
     view = item.row.view
-    item.weights = view.cut(view.whole(item.param))
+    item.weights = view.cut(view.whole(item.param.detach()))
     item.grads = view.cut(view.whole(item.grad))
     if item.row.compensated:
         item.compensations = view.cut(view.whole(item.state["compensation"]))
@@ -158,31 +195,65 @@ def _open(item: Work) -> None:
 
 def _close(item: Work) -> None:
     """Count the update; write back a weight whose storage could not be viewed as matrices."""
-    if item.count >= 0:
+    if item.count >= 0 and not item.held:
         item.state["step"].add_(1.0)
     view = item.row.view
-    for stored, blocks in ((item.param, item.weights), (item.state.get("compensation"), item.compensations)):
+    for stored, blocks in ((item.param.detach(), item.weights), (item.state.get("compensation"), item.compensations)):
         if stored is not None and blocks and blocks[0].untyped_storage().data_ptr() != stored.untyped_storage().data_ptr():
             stored.copy_(view.restore(blocks, stored.shape))
 
 
-def _stacks(work: list[Work], options: Options) -> Iterator[tuple[Split, list[Piece]]]:
+def _stacks(work: list[Work], options: Options, memory: Memory) -> Iterator[Stack]:
     """Pieces that may be computed together, cut so that one temporary of a stack stays within `batch_bytes`."""
-    waiting: dict[Any, list[Piece]] = {}
+    waiting: dict[Any, Stack] = {}
     for item in work:
         for index, (block, split) in enumerate(item.row.splits):
             most = _matrices_at_once(item, block, options)
-            for start in range(0, block.count, most):
-                piece = Piece(item, index, start, min(start + most, block.count))
-                key = (id(split), item.count, item.row.compute_dtype, item.param.device, most)
-                queue = waiting.setdefault(key, [])
-                if queue and sum(p.stop - p.start for p in queue) + piece.stop - piece.start > most:
-                    yield split, waiting.pop(key)
-                    queue = waiting.setdefault(key, [])
-                queue.append(piece)
-    for queue in waiting.values():
-        first = queue[0]
-        yield first.work.row.splits[first.index][1], queue
+            for phase, start, stop in _runs(_phases(item, index, memory.begun), most):
+                key = (id(split), phase, item.count, item.refresh, item.weight_decay, item.row.compute_dtype, item.param.device, most)
+                stack = waiting.setdefault(key, Stack(split, phase, []))
+                if sum(p.stop - p.start for p in stack.pieces) + stop - start > most:
+                    yield stack
+                    stack = waiting[key] = Stack(split, phase, [])
+                stack.pieces.append(Piece(item, index, start, stop))
+    yield from waiting.values()
+
+
+def _phases(item: Work, index: int, begun: set[tuple[str, int]]) -> list[Phase]:
+    """The phase of every matrix of a block.
+
+    Matrices of one parameter, such as experts, may get their first gradient at different times: one without must not be given a basis of
+    round-off, nor wait for the next refresh when its gradient comes.
+    """
+    block, split = item.row.splits[index]
+    name = (item.row.entry.name, index)
+    if item.count < 0:
+        return [Phase.WAITING] * block.count
+    if (block.count == 1 and len(item.row.splits) == 1) or name in begun or not split.slots:
+        return [Phase.BEGUN if item.count else Phase.FIRST] * block.count
+    moved = item.grads[index].flatten(1).any(1)
+    has = torch.zeros_like(moved)
+    if item.count:
+        for key in split.slots:
+            value = item.state[state_key(block, key)]
+            has |= (value.unsqueeze(0) if block.count == 1 else value).reshape(block.count, -1).any(1)
+    phases = [
+        Phase.BEGUN if state else Phase.FIRST if gradient else Phase.WAITING
+        for state, gradient in zip(has.tolist(), moved.tolist(), strict=True)
+    ]
+    if all(phase is Phase.BEGUN for phase in phases):
+        begun.add(name)
+    return phases
+
+
+def _runs(phases: list[Phase], most: int) -> Iterator[tuple[Phase, int, int]]:
+    """Neighbours of one phase, at most `most` of them, as (phase, start, stop)."""
+    start = 0
+    for phase, group in groupby(phases):
+        stop = start + len(list(group))
+        for first in range(start, stop, most):
+            yield phase, first, min(first + most, stop)
+        start = stop
 
 
 def _matrices_at_once(item: Work, block: Block, options: Options) -> int:
@@ -203,40 +274,57 @@ def _joined(parts: Iterable[Tensor], dtype: torch.dtype) -> Tensor:
 # ------------------------------------------------------------------------------------------------------- apply, settle, update
 
 
-def _advance(
-    stack: tuple[Split, list[Piece]], options: Options, tables: dict[Any, Tensor], failures: dict[str, int]
-) -> None:
-    split, pieces = stack
-    first = pieces[0].work
-    update: Tensor | None = None
-    if first.count >= 0:
-        grad = _joined((_gradient(piece) for piece in pieces), first.row.compute_dtype)
-        old = {key: _stored(pieces, key, slot) for key, slot in split.slots.items()}
-        new: State = old
-        weight = None
-        if split.needs_weight:
-            weight = _joined((p.work.weights[p.index][p.start : p.stop] for p in pieces), first.row.compute_dtype)
-        step = _step(split, pieces, options, tables)
-        try:
-            update, new = _run(split, grad, weight, old, step)
+def _advance(stack: Stack, options: Options, memory: Memory, errors: dict[str, Exception]) -> None:
+    """Apply, settle, update. Where a decomposition fails, the matrices go on with the basis they have, and `errors` is told whose they are."""
+    split, pieces = stack.split, stack.pieces
+    if stack.phase is Phase.WAITING:
+        _update(pieces, None, split, options)
+        return
+    dtype = pieces[0].work.row.compute_dtype
+    grad = _joined((_gradient(piece) for piece in pieces), dtype)
+    old = {key: _stored(pieces, key, slot) for key, slot in split.slots.items()}
+    weight = None
+    if split.needs_weight:
+        weight = _joined((p.work.weights[p.index][p.start : p.stop] for p in pieces), dtype)
+    step = _step(stack, options, memory.tables)
+    sound = options.nonfinite != "propagate"
+    try:
+        update, new = _run(split, grad, weight, old, step, sound)
+    except torch.linalg.LinAlgError as error:
+        if len(pieces) > 1:  # one by one, to learn whose fault it is and to spare the others
             for piece in pieces:
-                failures.pop(piece.work.row.entry.name, None)
-        except torch.linalg.LinAlgError as error:
-            _count_failure(pieces, failures, error)
-            if not step.first:  # go on with the basis there is
-                update, new = _run(split, grad, weight, old, step._replace(refresh=False))
-        _settle(pieces, split, old, new)
-        if step.first and split.primes:
+                _advance(Stack(split, stack.phase, [piece]), options, memory, errors)
             return
+        name = pieces[0].work.row.entry.name
+        errors[name] = error
+        if step.first:  # there is no basis to go on with: it begins with the next gradient
+            pieces[0].work.held = len(pieces[0].work.row.splits) == 1 and pieces[0].block.count == 1
+            return
+        try:
+            kept = _without_refresh(split, old) if step.refresh else old
+            update, new = _run(split, grad, weight, kept, step._replace(refresh=False), sound)
+        except torch.linalg.LinAlgError:  # it was not the basis but a rule
+            return
+    _settle(pieces, split, old, new)
     _update(pieces, update, split, options)
 
 
 def _run(
-    split: Split, grad: Tensor, weight: Tensor | None, old: State, step: Step
+    split: Split, grad: Tensor, weight: Tensor | None, old: State, step: Step, sound: bool
 ) -> tuple[Tensor | None, State]:
+    """Update and new state; none yet where the first gradient only sets the basis."""
     if step.first and split.primes:
         return None, split.prime(grad, weight, old, step)
-    return split.apply(grad, weight, old, step)
+    update, new = split.apply(grad, weight, old, step)
+    # A QR returns NaN where other decompositions raise.
+    if sound and not bool(update.isfinite().all()):
+        raise torch.linalg.LinAlgError("the update holds NaN or infinity although the gradient does not")
+    return update, new
+
+
+def _without_refresh(split: Split, old: State) -> State:
+    """The state where a refresh was due and the basis stays: what begins anew with it still does, as its bias correction counts on it."""
+    return {key: torch.zeros_like(v) if split.slots[key].transport == "reset" else v for key, v in old.items()}
 
 
 def _gradient(piece: Piece) -> Tensor:
@@ -254,12 +342,13 @@ def _stored(pieces: list[Piece], key: str, slot: Slot) -> Tensor:
     return part.to(dtype)
 
 
-def _step(split: Split, pieces: list[Piece], options: Options, tables: dict[Any, Tensor]) -> Step:
+def _step(stack: Stack, options: Options, tables: dict[Any, Tensor]) -> Step:
+    split, pieces = stack.split, stack.pieces
     work, selector = pieces[0].work, split.pipeline.selector
     call = work.count + 1
     # Where the first gradient only primes the basis, updates are counted from the second.
     t = call - 1 if split.primes else call
-    first = call == 1
+    first = stack.phase is Phase.FIRST
     refresh = split.opens and (first or selector.refreshes(t) or work.refresh)
     noise = None
     shape = selector.draws(split.rows, split.cols) if refresh and selector.draws_at(call) else None
@@ -297,14 +386,22 @@ def _constants(split: Split, work: Work, tables: dict[Any, Tensor]) -> Constants
     return out
 
 
-def _count_failure(pieces: list[Piece], failures: dict[str, int], error: Exception) -> None:
-    for name in {piece.work.row.entry.name for piece in pieces}:
+def _report(work: list[Work], errors: dict[str, Exception], failures: dict[str, int]) -> None:
+    """Count failures in a row, warn of each, give up at `MOST_FAILURES`."""
+    for item in work:
+        if item.row.entry.name not in errors:
+            failures.pop(item.row.entry.name, None)
+    for name, error in errors.items():
         failures[name] = failures.get(name, 0) + 1
+        if failures[name] < MOST_FAILURES:
+            warnings.warn(
+                f"a decomposition for '{name}' failed; its basis is kept and the next update tries again: {error}", RuntimeWarning, stacklevel=5
+            )
+    for name, error in errors.items():
         if failures[name] >= MOST_FAILURES:
             raise torch.linalg.LinAlgError(
-                f"the decomposition for '{name}' failed {MOST_FAILURES} times in a row; its basis was kept until now: {error}"
+                f"the decomposition for '{name}' failed {failures[name]} times in a row; its basis was kept until now: {error}"
             ) from error
-        warnings.warn(f"a decomposition for '{name}' failed and its basis is kept: {error}", RuntimeWarning, stacklevel=2)
 
 
 def _settle(pieces: list[Piece], split: Split, old: State, new: State) -> None:
@@ -330,8 +427,10 @@ def _update(pieces: list[Piece], update: Tensor | None, split: Split, options: O
         low = w.dtype != part.dtype
         noise = None
         if low and options.rounding == "stochastic":
-            words = (options.seed, "rounding", work.row.entry.name, piece.block.name, piece.start, work.count)
-            noise = torch.rand(w.shape, generator=generator(w.device, *words), device=w.device, dtype=part.dtype)
+            noise = torch.empty_like(part)
+            for i, one in enumerate(noise, piece.start):  # matrix by matrix: how stacks are cut must not matter
+                words = (options.seed, "rounding", work.row.entry.name, piece.block.name, i, work.count)
+                one.uniform_(generator=generator(w.device, *words))
         update_weight(
             w,
             part,

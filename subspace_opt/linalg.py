@@ -32,7 +32,8 @@ def addmm(c: Tensor, a: Tensor, b: Tensor, *, beta: float = 1.0, alpha: float = 
 
 def norm(x: Tensor) -> Tensor:
     """Frobenius norm of every matrix, `(B, 1, 1)`."""
-    return torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
+    size: Tensor = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
+    return size
 
 
 def unit_peak(x: Tensor) -> Tensor:
@@ -43,7 +44,8 @@ def unit_peak(x: Tensor) -> Tensor:
 
 def unit_columns(x: Tensor, eps: float) -> Tensor:
     """Every column divided by its norm plus eps."""
-    return x / (torch.linalg.vector_norm(x, dim=-2, keepdim=True) + eps)
+    size: Tensor = torch.linalg.vector_norm(x, dim=-2, keepdim=True)
+    return x / (size + eps)
 
 
 # --------------------------------------------------------------------------------------------------------- orthogonalization
@@ -185,7 +187,9 @@ def orthonormal(y: Tensor) -> Tensor:
     That sign makes Q continuous in Y: a basis that is warm-started moves little.
     """
     q, r = torch.linalg.qr(y)
-    return q * torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(q.dtype).unsqueeze(-2)
+    signs: Tensor = torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(q.dtype)
+    fixed: Tensor = q * signs.unsqueeze(-2)
+    return fixed
 
 
 def leading_right(
@@ -259,7 +263,8 @@ def dct(x: Tensor, kind: Literal["dct2", "dct3"]) -> Tensor:
     unit[0] = math.sqrt(1.0 / n)
     order = torch.cat([k[::2], k[1::2].flip(0)])
     if kind == "dct2":
-        return (torch.fft.fft(x[..., order]) * twist).real * unit
+        coefficients: Tensor = (torch.fft.fft(x[..., order]) * twist).real
+        return coefficients * unit
     # The DCT-III is the inverse of the DCT-II: undo the scaling, the twist and the permutation.
     y = x * (unit * n / 2)
     y = torch.cat([y[..., :1] * 2, y[..., 1:]], dim=-1)

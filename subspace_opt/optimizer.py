@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from . import engine
 from .checkpoint import matched
-from .engine import Nonfinite, Options, Stacking, Work
+from .engine import Memory, Nonfinite, Options, Stacking, Work
 from .modules import canonical_name, module_kinds
-from .plan import Entry, Plan, make_plan
+from .plan import Entry, Plan, Row, make_plan
 from .registry import suggest
 from .spec import Spec, SpecError, load_spec
 from .update import Rounding
@@ -85,7 +85,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             batch_bytes,
             seed,
         )
-        self._tables: dict[Any, Tensor] = {}
+        self._memory = Memory()
         self._planned: tuple[Any, Plan] | None = None
         self.skipped: dict[str, int] = {}
         self.failures: dict[str, int] = {}
@@ -216,35 +216,37 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                 row = next(rows)
                 if p.grad is not None and p.numel():
                     work.append(self._work(group, p, row))
-        skipped = engine.take_step(work, self._options, self._tables, self.failures)
+        work, skipped = engine.survey(work, self._options.nonfinite)
+        for item in work:
+            item.state = self.state[item.param]
+            if not item.state:
+                engine.allocate(item.row, item.param, item.state)
         for group in self.param_groups:
             group["refresh"] = False
         for name in skipped:
             self.skipped[name] = self.skipped.get(name, 0) + 1
+        engine.take_step(work, self._options, self._memory, self.failures)
         return loss
 
-    def _work(self, group: dict[str, Any], p: Tensor, row: Any) -> Work:
+    def _work(self, group: dict[str, Any], p: Tensor, row: Row) -> Work:
         grad = p.grad
         assert grad is not None
         if grad.is_sparse:
             raise RuntimeError(
                 f"'{row.entry.name}' has a sparse gradient, which subspaces cannot use; build the embedding with sparse=False"
             )
-        state = self.state[p]
-        if not state:
-            engine.allocate(row, p, state)
-        scale = row.lr_scale
+        state = self.state.get(p)  # not [p], which would leave an empty entry behind if nothing comes of it
         lr = group["lr"]
         if isinstance(lr, Tensor) and lr.device.type == "cpu":
             lr = lr.item()
         return Work(
             row=row,
-            param=p.detach(),
+            param=p,
             grad=-grad if group["maximize"] else grad.detach(),
-            state=state,
-            lr=lr * scale,
+            lr=lr * row.lr_scale,
             weight_decay=float(group["weight_decay"]) * row.decay_scale,
-            refresh=group["refresh"],
+            refresh=group["refresh"] or row.entry.name in self.failures,
+            count=int(state["step"].item()) if state else 0,
         )
 
     def refresh_bases(self) -> None:
@@ -276,8 +278,9 @@ class SubspaceOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.defaults.pop("differentiable", None)  # put in by torch's class: no option of ours, and it would go into later groups
         self._planned = None
-        self.__dict__.setdefault("_tables", {})
+        self._memory = Memory()
 
 
 def _state(state: dict[Tensor, dict[str, Any]]) -> Any:

@@ -58,7 +58,7 @@ class Pipeline(Model):
         "kept all the same (0.95 is the momentum of Trion and Dion, 0 plain error feedback).",
     )
     momentum: Rules = Field((), description="Rules on the whole signal before it is split.")
-    selector: Selector = Field("none", validate_default=True, description="What opens the subspace.")  # type: ignore[assignment]
+    selector: Selector = Field("none", validate_default=True, description="What opens the subspace.")
     inside: Rules = Field((), description="Rules on the signal's coordinates in the subspace.")
     complement: Rules = Field((), description="Rules on what the subspace leaves of the signal.")
     mix: Mix = Field(default=Mix(), description="Weights of the two updates.")
@@ -100,7 +100,7 @@ class Pipeline(Model):
 
     def on(self, rows: int, cols: int, modes: tuple[int, ...] = ()) -> Split:
         """The pipeline for weights of `rows` x `cols`, the columns being `modes` joined."""
-        side = self.orient
+        side: str = self.orient
         if side in ("short", "long"):
             long = "left" if rows > cols else "right"
             short = "right" if rows > cols else "left"

@@ -50,11 +50,15 @@ def update_weight(
 
 
 def stochastic(y: Tensor, dtype: torch.dtype, noise: Tensor) -> Tensor:
-    """`y` rounded to one of its two neighbours in `dtype`, the nearer more often, so that the expectation is y."""
+    """`y` rounded to one of its two neighbours in `dtype`, the nearer more often, so that the expectation is y.
+
+    What is in `dtype` already stays: a weight that is not updated does not wander.
+    """
     bits, smallest = FORMATS[dtype]
     exponent = torch.frexp(y).exponent - 1  # y = 1.f * 2^exponent
     ulp = torch.ldexp(torch.ones_like(y), (exponent - bits).clamp_min(smallest))
-    return (y + (noise - 0.5) * ulp).to(dtype)
+    below = (y / ulp).floor()  # exact: a power of two divides, and what is left has few digits
+    return ((below + (noise < y / ulp - below)) * ulp).to(dtype)
 
 
 def generator(device: torch.device, *words: object) -> torch.Generator:

@@ -59,7 +59,7 @@ class View:
         for block in self.blocks:
             part = whole if len(self.blocks) == 1 else whole.narrow(1, block.start, block.rows)
             if block.heads > 1:
-                part = part.unflatten(1, (block.heads, block.rows)).view(-1, block.rows, block.cols)
+                part = part.unflatten(1, (block.heads, block.rows)).reshape(-1, block.rows, block.cols)
             out.append(part)
         return out
 

@@ -165,8 +165,7 @@ def test_locate_without_positions_names_the_source() -> None:
         ("a: {b: 1,\n 'b': 2}\n", "s.yaml:2:2: the key 'b' stands here and on line 1; keep one of the two"),
         (
             "a: !!python/object/apply:os.system [ls]",
-            "s.yaml:1:4: the tag 'tag:yaml.org,2002:python/object/apply:os.system'; "
-            "a spec is plain data, never objects, so remove it",
+            "s.yaml:1:4: the tag 'tag:yaml.org,2002:python/object/apply:os.system'; a spec is plain data, never objects, so remove it",
         ),
         (
             "a: !!int 3",

@@ -12,8 +12,8 @@ from .. import linalg
 from ..algebra import Dim, Rule, Slot, State, Step, Transport
 from ..registry import register
 
-Beta = Field(0.95, ge=0.0, lt=1.0, description="Part of the average that is kept at each update.")
-OnRefresh = Field("keep", description="What becomes of the average when the subspace it lives in is refreshed.")
+Beta: float = Field(0.95, ge=0.0, lt=1.0, description="Part of the average that is kept at each update.")
+OnRefresh: Transport = Field("keep", description="What becomes of the average when the subspace it lives in is refreshed.")
 
 
 @register

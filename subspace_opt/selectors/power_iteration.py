@@ -53,7 +53,7 @@ class Dion(LowRank):
     """
 
     kind: Literal["dion"] = "dion"
-    every: Literal[1] = Field(1, description="The basis is found anew at every update.")  # type: ignore[assignment]
+    every: Literal[1] = Field(1, description="The basis is found anew at every update.")
     iterations: PositiveInt = Field(1, description="Power iterations an update.")
     eps: float = Field(1e-8, ge=0.0, description="Added to the norm of a column of R.")
 
@@ -78,9 +78,9 @@ class Dion(LowRank):
         if step.first:
             assert step.noise is not None  # the core draws what `draws` asks for
             q = step.noise.to(x.dtype)
-        for i in range(self.iterations):
-            if i:
-                q = linalg.mm(x, basis)  # noqa: F821  of the iteration before
+        basis = linalg.orthonormal(linalg.mm(x.mT, q))
+        for _ in range(self.iterations - 1):
+            q = linalg.mm(x, basis)
             basis = linalg.orthonormal(linalg.mm(x.mT, q))
         return {"warm_start": q, "basis": basis}, None
 

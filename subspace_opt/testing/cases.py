@@ -81,7 +81,7 @@ def galore(golden: Golden, params: dict[str, torch.nn.Parameter]) -> SubspaceOpt
     for group in golden.meta["param_groups"]:
         o = options(golden, group)
         b1, b2 = o["betas"]
-        overrides = {}
+        overrides: dict[str, Any] = {}
         for place, finish in (("matrix.inside", "matrix.finish"), ("other.complement", "other.finish")):
             overrides |= {f"{place}.beta1": b1, f"{place}.beta2": b2, f"{place}.eps": o["eps"]}
             overrides |= {f"{finish}.beta1": b1, f"{finish}.beta2": b2}

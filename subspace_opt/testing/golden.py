@@ -85,8 +85,8 @@ def replay(
             optimizer.step()
             for n in errors:
                 reference, start = golden.arrays[f"param/{t}/{n}"], golden.arrays[f"init/{n}"].astype(np.float64)
-                moved = max(np.linalg.norm(reference - start), 1e-8 * np.linalg.norm(start), 1e-300)
-                error = float(np.linalg.norm(params[n].detach().double().numpy() - reference) / moved)
+                moved = max(float(np.linalg.norm(reference - start)), 1e-8 * float(np.linalg.norm(start)), 1e-300)
+                error = float(np.linalg.norm(params[n].detach().double().numpy() - reference)) / moved
                 errors[n] = max(errors[n], error if np.isfinite(error) else np.inf)
     return errors
 

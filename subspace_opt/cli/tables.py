@@ -1,4 +1,4 @@
-"""What the command line shows: tables of kinds and plans, and the live progress of a run. Nothing here decides anything."""
+"""Tables of kinds, plans and results, as wide as the terminal allows."""
 
 from __future__ import annotations
 
@@ -9,17 +9,15 @@ import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
-from .lab import Ended, Evaluated, Event, Result, Saved, Started, Stepped
-from .lab.report import readable_bytes
-from .plan import Plan, Row, adamw_bytes
+from ..lab import Result
+from ..lab.report import readable_bytes
+from ..plan import Plan, Row, adamw_bytes
 
 PIPE_WIDTH = 160  # a file has no width; rows that `grep` is to find should not be folded
 
@@ -41,7 +39,7 @@ def _table(*columns: str, right: Collection[str] = (), fold: str = "") -> Table:
     return table
 
 
-# -------------------------------------------------------------------------------------------------------------------- list
+# ---------------------------------------------------------------------------------------------------------------- list
 
 
 def show_catalogue(catalogue: Mapping[str, Any], out: Console) -> None:
@@ -60,12 +58,14 @@ def show_catalogue(catalogue: Mapping[str, Any], out: Console) -> None:
     plugins = _table("plugin", "from", "kinds", fold="kinds")
     for plugin in catalogue["plugins"]:
         failed = plugin["error"] and f"[red]failed to import: {escape(plugin['error'])}[/red]"
-        plugins.add_row(escape(plugin["name"]), escape(plugin["package"]), failed or ", ".join(plugin["kinds"]) or "none")
+        plugins.add_row(
+            escape(plugin["name"]), escape(plugin["package"]), failed or ", ".join(plugin["kinds"]) or "none"
+        )
     out.print()
     out.print(plugins if catalogue["plugins"] else "no plugins installed")
 
 
-# ----------------------------------------------------------------------------------------------------------- explain, plan
+# ------------------------------------------------------------------------------------------------------- explain, plan
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Layer:
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """(layer, rest) of a parameter's name: the layer ends with the first number, or is the module where there is none."""
+    """(layer, rest) of a parameter's name: the layer ends with the first number; without one it is the module."""
     parts = name.split(".")
     end = next((i + 1 for i, part in enumerate(parts) if part.isdigit()), len(parts) - 1)
     return ".".join(parts[:end]) or name, ".".join(parts[end:])
@@ -152,13 +152,24 @@ def _explained(plan: Plan) -> Table:
     table = _table("parameter", "shape", "pipeline", *numbers, "why", right=numbers)
     for row in plan:
         rates = (f"{row.lr_scale:g}", f"{row.decay:g}")
-        table.add_row(escape(row.entry.name), _seen(row), _pipeline(row), _rank(row), *rates, f"{row.state_bytes:,}", _cause(row))
+        table.add_row(
+            escape(row.entry.name), _seen(row), _pipeline(row), _rank(row), *rates, f"{row.state_bytes:,}", _cause(row)
+        )
     return table
 
 
 def _explained_by_layer(plan: Plan) -> Table:
     """For a narrow terminal: a layer's name stands once above its parameters, lr and decay only below the table."""
-    table = _table("parameter", "shape", "pipeline", "rank", "state bytes", "route", right=("rank", "state bytes"), fold="parameter")
+    table = _table(
+        "parameter",
+        "shape",
+        "pipeline",
+        "rank",
+        "state bytes",
+        "route",
+        right=("rank", "state bytes"),
+        fold="parameter",
+    )
     for layer, rows in groupby(plan, key=lambda row: split_name(row.entry.name)[0]):
         mine = list(rows)
         if len(mine) > 1:
@@ -189,7 +200,7 @@ def _seen(row: Row) -> str:
     return shape if shape == view or len(row.entry.shape) < 2 else f"{shape} as {view}"
 
 
-# ---------------------------------------------------------------------------------------------------------------- results
+# ------------------------------------------------------------------------------------------------------------- results
 
 
 def show_results(results: Sequence[Result], out: Console) -> None:
@@ -201,92 +212,13 @@ def show_results(results: Sequence[Result], out: Console) -> None:
         losses = (f"{r.validation_loss:.4f}", f"{r.bits_per_byte:.3f}")
         times = (f"{r.optimizer_ms:.1f}", f"{r.step_ms:.1f}", f"{r.tokens_per_second:,.0f}")
         style = "bold green" if len(results) > 1 and r.validation_loss == best else None
-        table.add_row(escape(r.run), f"{r.lr:.3g}", *losses, readable_bytes(r.measured_state_bytes), *times, style=style)
+        table.add_row(
+            escape(r.run), f"{r.lr:.3g}", *losses, readable_bytes(r.measured_state_bytes), *times, style=style
+        )
     out.print()
     out.print(table)
-    out.print("loss: validation, nats per byte; state: the optimizer's; step(): its part of an update; times are medians", style="dim")
+    out.print(
+        "loss: validation, nats per byte; state: the optimizer's; step(): its part of an update; times are medians",
+        style="dim",
+    )
     out.print()
-
-
-# --------------------------------------------------------------------------------------------------------------- progress
-
-
-class RunProgress:
-    """Shows the events of runs: bars on a terminal, elsewhere a line for each validation."""
-
-    def __init__(self, out: Console, runs: Sequence[tuple[str, int]]) -> None:
-        """`runs`: (name, steps) of all that are to come."""
-        self.out = out
-        self.began = False  # whether any run has passed its checks and started
-        self.saved: str | None = None  # the last checkpoint
-        self._last: Stepped | None = None
-        self._corpus = ""
-        self._bars = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[told]}"),
-            console=out,
-            expand=True,
-            disable=not out.is_terminal,
-        )
-        width = max((len(name) for name, _ in runs), default=0)
-        self._tasks: dict[str, TaskID] = {
-            name: self._bars.add_task(escape(name.ljust(width)), total=steps, told="") for name, steps in runs
-        }
-        self._validation: dict[str, str] = {}
-
-    def __enter__(self) -> RunProgress:
-        self._bars.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._bars.stop()
-
-    def __call__(self, event: Event) -> None:
-        """Take one event."""
-        match event:
-            case Started():
-                self._start(event)
-            case Stepped():
-                self._last = event
-                self._move(event, f"{event.tokens_per_second:,.0f} tokens/s  {_clock(event.eta_seconds)} left")
-            case Evaluated():
-                self._validation[event.run] = f"validation {event.loss:.3f}"
-                if not self.out.is_terminal:
-                    self._line(event)
-            case Saved():
-                self.saved = event.path
-            case Ended():
-                if self._last is not None:
-                    self._move(self._last, f"{event.status} in {_clock(event.seconds)}")
-
-    def _start(self, event: Started) -> None:
-        self.began = True
-        self._last = None
-        if event.corpus != self._corpus:
-            self._corpus = event.corpus
-            self.out.print(f"text: {escape(event.corpus)}")
-        state = "" if event.state_bytes is None else f", {readable_bytes(event.state_bytes)} of optimizer state"
-        resumed = f", resumed after {event.step} updates" if event.step else ""
-        self.out.print(f"{escape(event.run)}: {event.parameters:,} parameters on {event.device}{state}{resumed}")
-        self._bars.update(self._tasks[event.run], completed=event.step)
-
-    def _move(self, event: Stepped, told: str) -> None:
-        losses = [f"loss {event.loss:.3f}", self._validation.get(event.run, ""), told]
-        self._bars.update(self._tasks[event.run], completed=event.step, told="  ".join(part for part in losses if part))
-
-    def _line(self, event: Evaluated) -> None:
-        parts = [f"{event.run}  update {event.step}", f"validation {event.loss:.3f} ({event.bits_per_byte:.2f} bits/byte)"]
-        if self._last is not None:
-            speed, left = f"{self._last.tokens_per_second:,.0f} tokens/s", f"{_clock(self._last.eta_seconds)} left"
-            parts[1:1] = [f"loss {self._last.loss:.3f}"]
-            parts += [speed, left]
-        self.out.print("  ".join(parts), markup=False)
-
-
-def _clock(seconds: float) -> str:
-    """0:07, 12:34, 1:02:03."""
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"

@@ -1,0 +1,84 @@
+"""The command `subspace-opt`: look at specs, plan their memory, train with them.
+
+Exit status: 0 done; 1 a run began, and failed or was interrupted; 2 the input is bad. A mistake of the user's is one
+message on stderr, a bug keeps its traceback. Results go to stdout and progress to stderr, so `--json` can be piped.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Annotated, NoReturn
+
+import torch
+import typer
+
+from .. import __version__
+from ..checkpoint import CheckpointError
+from ..document import DocumentError
+from ..lab import LabError
+from ..registry import RegistryError
+from ..spec import SpecError
+from . import memory, specs, training
+
+BAD_INPUT = (SpecError, DocumentError, RegistryError, CheckpointError, LabError)
+
+app = typer.Typer(
+    name="subspace-opt",
+    help="Subspace optimizers for PyTorch from a declarative spec.",
+    epilog="Example: subspace-opt plan cosmos --model 7b --set matrix.selector.rank=256",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,  # a box drawn around a message would break file:line:column in the middle
+    pretty_exceptions_enable=False,
+)
+
+for name, command, example in (
+    ("list", specs.list_kinds, "list --plugin top_norm.py"),
+    ("show", specs.show, "show cosmos --set matrix.selector.rank=128 > mine.yaml"),
+    ("validate", specs.validate, "validate *.yaml"),
+    ("schema", specs.schema, "schema > spec.schema.json"),
+    ("explain", memory.explain, "explain galore --model 130m"),
+    ("plan", memory.plan, "plan cosmos --model 70b --dtype bfloat16"),
+    ("train", training.train, "train cosmos --model mini --steps 500 --out runs/cosmos"),
+    ("demo", training.demo, "demo --steps 50 --out runs/demo"),
+):
+    app.command(name, epilog=f"Example: subspace-opt {example}")(command)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"subspace-opt {__version__}, torch {torch.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _top(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command and leave with its exit status."""
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        try:
+            app(None if arguments is None else list(arguments), prog_name="subspace-opt")
+        except training.RunError as error:
+            _leave(error, 1)
+        except BAD_INPUT as error:
+            _leave(error, 2)
+    raise SystemExit(0)
+
+
+def _leave(error: Exception, status: int) -> NoReturn:
+    print(f"Error: {error}", file=sys.stderr)
+    raise SystemExit(status)
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    print(f"Warning: {message}", file=sys.stderr)

@@ -1,0 +1,127 @@
+"""Looking at specs: list, show, validate, schema."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..registry import Component, failures, kinds, plugin_entry_points
+from ..spec import Spec, SpecError, json_schema, load_spec, preset_names
+from .options import AsJson, Overrides, Plugins, SpecName, overrides, print_json
+from .tables import console, show_catalogue
+
+
+def list_kinds(plugin: Plugins = [], as_json: AsJson = False) -> None:  # noqa: B006
+    """What there is: presets, selectors, rules, plugins."""
+    catalogue = _catalogue(plugin)
+    if as_json:
+        print_json(catalogue)
+    else:
+        show_catalogue(catalogue, console())
+
+
+def show(
+    spec: SpecName,
+    full: Annotated[bool, typer.Option("--full", help="Also what has its default value.")] = False,
+    set_: Overrides = [],  # noqa: B006
+    plugin: Plugins = [],  # noqa: B006
+    as_json: AsJson = False,
+) -> None:
+    """Print a spec as YAML.
+
+    What has its default value is left out; --full and --json have every value.
+    """
+    loaded = load_spec(spec, overrides(set_))
+    if as_json:
+        print_json(loaded.model_dump(mode="json"))
+    else:
+        typer.echo(loaded.to_yaml(full=full), nl=False)
+
+
+def validate(
+    files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Files, or names of presets.")],
+    set_: Overrides = [],  # noqa: B006
+    plugin: Plugins = [],  # noqa: B006
+    as_json: AsJson = False,
+) -> None:
+    """Check specs, and say what is wrong with them.
+
+    Leaves with status 2 if anything is.
+    """
+    found = [_check(file, overrides(set_)) for file in files]
+    if as_json:
+        print_json(found)
+    for result in found if not as_json else []:
+        if result["valid"]:
+            typer.echo(f"{result['file']}: ok, {result['summary']}")
+        else:
+            print(f"Error: {result['error']}", file=sys.stderr)
+    if not all(result["valid"] for result in found):
+        raise typer.Exit(2)
+
+
+def schema(plugin: Plugins = []) -> None:  # noqa: B006
+    """Print the JSON schema of a spec file, for editors.
+
+    It knows every kind that is installed.
+    """
+    print_json(json_schema())
+
+
+def _check(file: str, changed: dict[str, Any]) -> dict[str, Any]:
+    try:
+        spec = load_spec(file, changed)
+    except SpecError as error:
+        return {"file": file, "valid": False, "error": str(error)}
+    return {"file": file, "valid": True, "summary": _summary(spec)}
+
+
+def _summary(spec: Spec) -> str:
+    routes = f"{len(spec.routes)} route{'s' if len(spec.routes) != 1 else ''}"
+    return f"{spec.name}: pipelines {', '.join(spec.pipelines)}; {routes}"
+
+
+def _catalogue(files: Sequence[Path]) -> dict[str, Any]:
+    known = {family: kinds(family) for family in ("selector", "rule")}
+    plugins = list(_plugins(files, {kind: cls for family in known.values() for kind, cls in family.items()}))
+    origin = {kind: plugin["name"] for plugin in plugins for kind in plugin["kinds"]}
+    return {
+        "presets": [_preset(name) for name in preset_names()],
+        "selectors": _described(known["selector"], origin),
+        "rules": _described(known["rule"], origin),
+        "plugins": plugins,
+    }
+
+
+def _plugins(files: Sequence[Path], known: dict[str, type[Component]]) -> Iterator[dict[str, Any]]:
+    """Installed plugins, those that failed too, and files given on the command line."""
+    for point in plugin_entry_points():
+        own = [kind for kind, cls in known.items() if cls.__module__ == point.module]
+        package = f"{point.dist.name} {point.dist.version}" if point.dist else ""
+        yield {"name": point.name, "package": package, "kinds": own, "error": failures().get(point.name)}
+    for file in files:
+        own = [kind for kind, cls in known.items() if inspect.getfile(cls) == str(file.resolve())]
+        yield {"name": str(file), "package": "--plugin", "kinds": own, "error": None}
+
+
+def _preset(name: str) -> dict[str, Any]:
+    spec = load_spec(name)
+    return {"name": name, "source": spec.source, "about": spec.about, "defaults": spec.defaults.model_dump()}
+
+
+def _described(family: dict[str, type[Component]], origin: dict[str, str]) -> list[dict[str, Any]]:
+    names: dict[type[Component], list[str]] = {}
+    for kind, cls in family.items():
+        names.setdefault(cls, []).append(kind)
+    return [{"names": own, "doc": _mathematics(cls), "plugin": origin.get(own[0])} for cls, own in names.items()]
+
+
+def _mathematics(cls: type) -> str:
+    """How the docstring of a kind begins, on one line."""
+    paragraph = (inspect.getdoc(cls) or "").partition("\n\n")[0]
+    return " ".join(paragraph.split()).rstrip(":")

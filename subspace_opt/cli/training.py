@@ -1,0 +1,152 @@
+"""Training: train, demo."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from pydantic import ValidationError
+
+from ..engine import NonFiniteGradient
+from ..lab import LabError, Result, TrainConfig
+from ..spec import load_spec
+from .options import AsJson, Overrides, Plugins, SpecName, overrides, print_json
+from .progress import RunProgress
+from .tables import console, show_results
+
+TRY_NEXT = """\
+Try next:
+  subspace-opt show cosmos                    the spec that ran
+  subspace-opt list                           what else there is
+  subspace-opt plan cosmos --model 7b         what it costs at full size
+  subspace-opt train cosmos --model mini --set matrix.complement=sign"""
+
+
+class RunError(RuntimeError):
+    """A run began and did not get to its end."""
+
+
+def _field(name: str, metavar: str | None = None) -> Any:
+    """An option of `train`; its help and its default are those of the config's field."""
+    field = TrainConfig.model_fields[name]
+    text = str(field.description)
+    default = "" if field.default in (None, (), "") else f"  [default: {field.default}]"
+    option, words = f"--{name.replace('_', '-')}", f"{text[:1].upper()}{text[1:]}.{default}"
+    return typer.Option(option, metavar=metavar, help=words, show_default=False)
+
+
+def train(
+    context: typer.Context,
+    spec: SpecName,
+    model: Annotated[str | None, _field("model", "NAME")] = None,
+    data: Annotated[list[str] | None, _field("data", "PATH")] = None,
+    max_bytes: Annotated[int | None, _field("max_bytes")] = None,
+    steps: Annotated[int | None, _field("steps")] = None,
+    batch_size: Annotated[int | None, _field("batch_size")] = None,
+    length: Annotated[int | None, _field("length")] = None,
+    accumulate: Annotated[int | None, _field("accumulate")] = None,
+    lr: Annotated[float | None, _field("lr")] = None,
+    weight_decay: Annotated[float | None, _field("weight_decay")] = None,
+    warmup: Annotated[int | None, _field("warmup")] = None,
+    min_lr_ratio: Annotated[float | None, _field("min_lr_ratio")] = None,
+    clip: Annotated[float | None, _field("clip")] = None,
+    eval_every: Annotated[int | None, _field("eval_every")] = None,
+    eval_batches: Annotated[int | None, _field("eval_batches")] = None,
+    seed: Annotated[int | None, _field("seed")] = None,
+    device: Annotated[str | None, _field("device", "auto|cpu|cuda|mps")] = None,
+    out: Annotated[Path | None, _field("out", "DIR")] = None,
+    save_every: Annotated[int | None, _field("save_every")] = None,
+    name: Annotated[str | None, _field("name")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the checkpoint in --out, if it is there.")
+    ] = False,
+    set_: Overrides = [],  # noqa: B006
+    plugin: Plugins = [],  # noqa: B006
+    as_json: AsJson = False,
+) -> None:
+    """Train a language model with a spec.
+
+    It reads text files, a byte a token; without --data, Python's own source.
+
+    Ctrl-C stops after the update at hand and, with --out, saves: the same command with --resume goes on.
+    """
+    from ..lab import to_json
+    from ..lab import train as run
+
+    options = {key: value for key, value in context.params.items() if key in TrainConfig.model_fields}
+    given = {key: value for key, value in options.items() if value not in (None, [])}
+    config = _config({**given, "overrides": overrides(set_)})
+    load_spec(spec, config.overrides)  # before the text is read: a mistake is told at once
+    with _running([config]) as progress:
+        result = run(config, resume=resume, on_event=progress)
+    if as_json:
+        print_json(json.loads(to_json([result]))[0])
+    else:
+        show_results([result], console())
+        if progress.saved:
+            typer.echo(f"checkpoint: {progress.saved}")
+    _check_finished([result], "go on with the same command and --resume" if progress.saved else "nothing was saved")
+
+
+def demo(
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Updates of each run; fewer are quicker and say less.")
+    ] = None,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the picture and numbers.")] = Path("runs/demo"),
+    as_json: AsJson = False,
+) -> None:
+    """Compare four optimizers on one small problem.
+
+    Each trains the same small LLaMA on the same text, Python's own source: about two minutes on two CPU cores.
+    """
+    from ..lab import compare, to_json, write_picture
+    from ..lab.demo import configs
+
+    runs = [config if steps is None else config.model_copy(update={"steps": steps}) for config in configs()]
+    with _running(runs) as progress:
+        results = compare(runs, on_event=progress)
+        picture = write_picture(results, out / "comparison.png")
+        numbers = out / "comparison.json"
+        numbers.write_text(to_json(results), encoding="utf-8")
+    if as_json:
+        print_json(json.loads(to_json(results)))
+    else:
+        show_results(results, console())
+        typer.echo(f"picture: {picture}\nnumbers: {numbers}\n\n{TRY_NEXT}")
+    _check_finished(results, "the runs after it were not begun")
+
+
+def _config(given: dict[str, Any]) -> TrainConfig:
+    for key, value in given.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise LabError(f"--{key.replace('_', '-')}: should be a finite number, not {value}")
+    try:
+        return TrainConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in given.items()})
+    except ValidationError as error:
+        wrong = error.errors(include_url=False)[0]
+        option, why = str(wrong["loc"][0]).replace("_", "-"), wrong["msg"].replace("Input should", "should")
+        raise LabError(f"--{option}: {why}, not {wrong['input']!r}") from None
+
+
+@contextmanager
+def _running(configs: Sequence[TrainConfig]) -> Iterator[RunProgress]:
+    """Live progress. What goes wrong once a run has begun is its failure, and no longer bad input."""
+    with RunProgress(console(stderr=True), [(config.label, config.steps) for config in configs]) as progress:
+        try:
+            yield progress
+        except (LabError, NonFiniteGradient, torch.linalg.LinAlgError) as error:
+            if not progress.began:
+                raise
+            raise RunError(str(error)) from error
+
+
+def _check_finished(results: Sequence[Result], consequence: str) -> None:
+    last = results[-1]
+    if last.status == "interrupted":
+        raise RunError(f"{last.run} was interrupted after {last.step} updates; {consequence}")

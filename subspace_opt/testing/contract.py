@@ -1,0 +1,283 @@
+"""The questions that every rule and selector is asked, each a function that raises `Nonconforming` with what to do."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import random
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+
+from ..algebra import Dim, LowRank, Selector
+from ..registry import find, kind_of, names_of
+from ..spec import Spec, json_schema
+from ..split import Pipeline, Split
+from . import trial
+from .drive import DTYPES, SHAPES, Nonconforming, Notes, Trace, drive, placed, stack
+from .places import places
+from .subject import Subject
+
+UPDATES = 5  # with a refresh every third one, two refreshes
+
+
+class Examination:
+    """A component under test, and what one run through all its places has shown."""
+
+    def __init__(self, subject: Subject) -> None:
+        self.subject, self.component = subject, subject.component
+
+    @cached_property
+    def places(self) -> dict[str, Pipeline]:
+        """Pipelines around the component; a failure to make one is a breach of contract."""
+        try:
+            return places(self.component)
+        except ValidationError as error:
+            raise Nonconforming(f"no pipeline takes {self.subject.label}: {error.errors(include_url=False)[0]['msg']}") from error
+
+    @cached_property
+    def notes(self) -> Notes:
+        """What probes saw in every place, for matrices of several shapes in both precisions."""
+        notes = Notes()
+        for place, pipeline in self.places.items():
+            watched = placed(pipeline, self.component, notes)
+            for shape in SHAPES:
+                for dtype in DTYPES:
+                    grads = [stack((3, *shape), dtype, seed) for seed in range(UPDATES)]
+                    try:
+                        drive(watched.on(*shape), grads, notes, where=f"as {place}, ")
+                    except Exception as error:  # foreign code: what it raises is the finding
+                        notes.add("runs", f"{type(error).__name__}: {error}")
+                        notes.where = ""
+        return notes
+
+    def expect(self, *questions: str) -> None:
+        """Nothing was noted under these questions, and the runs came to their end."""
+        said = [text for question in (*questions, "runs") for text in self.notes.found.get(question, [])]
+        if said:
+            raise Nonconforming("\n".join(said))
+
+    def traces(self, grads: list[Tensor], **options: Any) -> dict[str, Trace]:
+        """The run of every place, unwatched."""
+        self.expect("slots")
+        shape = grads[0].shape[1:]
+        return {
+            place: drive(pipeline.on(*shape), grads, Notes(), **options) for place, pipeline in self.places.items()
+        }
+
+    def splits(self) -> list[tuple[str, Split]]:
+        return [(place, p.on(*shape)) for place, p in self.places.items() for shape in SHAPES]
+
+
+# --------------------------------------------------------------------------------------------------------- what it says of itself
+
+
+def documented(exam: Examination) -> None:
+    """Registered; a docstring of its own; a description on every option; a JSON schema; unknown options refused; read back as written."""
+    cls = type(exam.component)
+    name = kind_of(cls)
+    if find(cls.family, name) is not cls:
+        raise Nonconforming(f"{cls.__name__} is not registered under '{name}': put `@subspace_opt.register` above the class")
+    if not (cls.__dict__.get("__doc__") or "").strip():
+        raise Nonconforming(f"{cls.__name__} has no docstring; open it with the mathematics in one line and its source in brackets")
+    for option, field in cls.model_fields.items():
+        if option != "kind" and not (field.description or "").strip():
+            raise Nonconforming(f"option '{option}' has no description: give it a Field(..., description='...')")
+    _schema_has(cls.family, names_of(cls))
+    if cls.model_config.get("extra") != "forbid" or not cls.model_config.get("frozen"):
+        raise Nonconforming("`model_config` was loosened: a component is frozen and refuses unknown options")
+    for place, pipeline in exam.places.items():
+        spec = trial.spec_of(pipeline)
+        if Spec.model_validate_json(spec.to_json()) != spec:
+            raise Nonconforming(f"as {place} the component is not read back from JSON as it was written; keep options plain data")
+
+
+def _schema_has(family: str, names: tuple[str, ...]) -> None:
+    defs = json_schema()["$defs"]
+    missing = [name for name in names if f"{family}.{name}" not in defs]
+    if missing:
+        raise Nonconforming(f"the JSON schema does not know {missing}")
+
+
+# ------------------------------------------------------------------------------------------------------------------ what it does
+
+
+def slots(exam: Examination) -> None:
+    """What `slots` declares and what `apply`, `refresh`, `observe` and `transport` return are the same: keys, shapes, dtypes."""
+    exam.expect("slots")
+
+
+def pure(exam: Examination) -> None:
+    """No method writes to a tensor that it is given."""
+    exam.expect("slots", "pure")
+
+
+def precision(exam: Examination) -> None:
+    """The dtype of the signal is kept, and its device: on a pretended GPU nothing is left on the CPU."""
+    exam.expect("slots", "precision")
+    notes = Notes()
+    for place, pipeline in exam.places.items():
+        watched = placed(pipeline, exam.component, notes)
+        with FakeTensorMode():
+            grads = [torch.empty(3, 6, 4, device="cuda") for _ in range(UPDATES)]
+            try:
+                drive(watched.on(6, 4), grads, notes, where=f"as {place}, on a GPU, ")
+            except (DataDependentOutputException, DynamicOutputShapeException):
+                continue  # it looks at values, which pretended tensors do not have
+            except Exception as error:
+                raise Nonconforming(
+                    f"as {place}, with matrices on a GPU: {type(error).__name__}: {error}. Make new tensors where x is: "
+                    "x.new_zeros(...), torch.arange(n, device=x.device)"
+                ) from error
+    for text in notes.found.get("precision", []):
+        raise Nonconforming(text)
+
+
+def stacked(exam: Examination) -> None:
+    """Row b of every result depends on row b alone: copies stay alike, and other matrices of the stack can be anything."""
+    for shape in ((6, 4), (4, 7)):
+        grads = [stack((4, *shape), torch.float64, seed, twins=True) for seed in range(UPDATES)]
+        others = [grad.clone() for grad in grads]
+        for seed, grad in enumerate(others):
+            grad[3] = 100 * stack((1, *shape), torch.float64, 500 + seed)[0]
+        before, after = exam.traces(grads, twins=True), exam.traces(others, twins=True)
+        for place in before:
+            for one, two in zip(_results(before[place]), _results(after[place]), strict=True):
+                name, values = one
+                _alike(values[2], values[0], f"as {place}, {name}: two copies of a matrix in one stack do not stay alike")
+                _alike(two[1][:3], values[:3], f"as {place}, {name}: a matrix changes when another one of the stack does")
+
+
+def _results(trace: Trace) -> list[tuple[str, Tensor]]:
+    found = []
+    for call, (update, state) in enumerate(zip(trace.updates, trace.states, strict=True), 1):
+        found += [(f"the update {call}", update)] if update is not None else []
+        found += [(f"state '{key}' after update {call}", value) for key, value in state.items()]
+    return found
+
+
+def _alike(a: Tensor, b: Tensor, what: str) -> None:
+    """Equal up to the order of summation, which may differ between places in a stack."""
+    if a.is_floating_point():
+        same = torch.allclose(a, b, rtol=1e-7, atol=1e-7 * float(b.abs().max()) if b.numel() else 0.0)
+    else:
+        same = bool(torch.equal(a, b))
+    if not same:
+        raise Nonconforming(f"{what}; reduce over the last two dimensions only, never over the first")
+
+
+def deterministic(exam: Examination) -> None:
+    """The same inputs give the same outputs, and no global generator of random numbers is touched."""
+    grads = [stack((3, 6, 4), torch.float64, seed) for seed in range(UPDATES)]
+    kept = torch.get_rng_state()
+    try:
+        first = exam.traces(grads)
+        python = random.getstate()
+        torch.manual_seed(1)
+        before = torch.get_rng_state()
+        second = exam.traces(grads)
+        touched = not torch.equal(before, torch.get_rng_state()) or python != random.getstate()
+    finally:
+        torch.set_rng_state(kept)
+    if touched:
+        raise Nonconforming(
+            "the global random number generator is used; a selector declares what it needs in `draws` and finds it in `step.noise`, drawn "
+            "from seed, parameter name and update, the same on all ranks and after a resume"
+        )
+    for place in first:
+        for (name, a), (_, b) in zip(_results(first[place]), _results(second[place]), strict=True):
+            if not torch.equal(a, b):
+                raise Nonconforming(f"as {place}, {name} is another one when the same run is repeated")
+
+
+def finite(exam: Examination) -> None:
+    """Zero, rank-one, tiny and large gradients leave updates and state finite."""
+    exam.expect("slots")
+    for dtype in DTYPES:
+        normal = [stack((3, 6, 4), dtype, seed) for seed in range(7)]
+        ranked = normal[1][..., :1] @ normal[2][..., :1, :]
+        runs = {
+            "gradients that are 0 for one matrix at first and for all later": [
+                normal[0] * torch.tensor([0.0, 1, 1], dtype=dtype).view(3, 1, 1), normal[1], *[torch.zeros_like(ranked)] * 4, normal[2]
+            ],
+            "gradients of rank 1": [ranked, ranked, normal[0], ranked, -ranked],
+            "gradients of size 1e-20": [1e-20 * g for g in normal],
+            "gradients of size 1e12": [1e12 * g for g in normal],
+        }
+        for what, grads in runs.items():
+            for place, trace in exam.traces(grads).items():
+                for name, value in _results(trace):
+                    if not value.isfinite().all():
+                        raise Nonconforming(f"as {place}, with {what} in {dtype}: {name} holds NaN or infinity; guard the division")
+
+
+# --------------------------------------------------------------------------------------------------------------- selectors only
+
+
+def basis(exam: Examination) -> None:
+    """`basis` has the shape that `coords` says and orthonormal columns; no rank asked for gives more columns than there can be."""
+    selector = exam.component
+    if not isinstance(selector, Selector):
+        return
+    exam.expect("slots", "basis")
+    for m, n in (*SHAPES, (1, 1), (6, 1)):
+        rows, cols = Dim("rows", m), Dim("cols", n)
+        for variant in _ranked(selector):
+            k, r = variant.coords(rows, cols)
+            if not (0 <= k.size <= m and 0 <= r.size <= n) or (k.size == 0) != (r.size == 0) and min(k.size, r.size) > 0:
+                raise Nonconforming(f"`coords` of {variant!r} gives {k.size} x {r.size} coordinates for a matrix {m} x {n}")
+
+
+def _ranked(selector: Selector) -> list[Selector]:
+    if not isinstance(selector, LowRank) and "rank" not in type(selector).model_fields:
+        return [selector]
+    return [selector.model_copy(update={"rank": rank}) for rank in (1, 3, 1_000_000, *((0.5,) if isinstance(selector, LowRank) else ()))]
+
+
+# ------------------------------------------------------------------------------------------------------- in an optimizer
+
+
+def planned(exam: Examination) -> None:
+    """Planned from shapes alone, on the meta device, to the byte that is then allocated; costs are finite numbers."""
+    exam.expect("slots")
+    for place, split in exam.splits():
+        if not all(math.isfinite(cost) and cost >= 0 for cost in split.flops):
+            raise Nonconforming(f"as {place} the costs in operations are {split.flops}; `flops` should give numbers, 0 or more")
+    _each(exam, trial.check_plan)
+
+
+def resumed(exam: Examination) -> None:
+    """Saved after any update and loaded into a new optimizer, training goes on bit by bit as without the cut."""
+    exam.expect("slots")
+    _each(exam, trial.check_resume)
+
+
+def optimized(exam: Examination) -> None:
+    """In an optimizer: matrices one by one or together, the same; gradients are read only; a missing one leaves the rest alone."""
+    exam.expect("slots", "pure")
+    for check in (trial.check_stacking, trial.check_gradients_kept, trial.check_missing):
+        _each(exam, check)
+
+
+def _each(exam: Examination, check: Callable[[trial.Trial], None]) -> None:
+    for place, pipeline in exam.places.items():
+        try:
+            check(trial.of_pipeline(pipeline))
+        except Nonconforming as error:
+            raise Nonconforming(f"as {place}: {error}") from error
+
+
+QUESTIONS: dict[str, Callable[[Examination], None]] = {
+    question.__name__: question
+    for question in (documented, slots, pure, precision, stacked, deterministic, finite, basis, planned, resumed, optimized)
+}
+
+
+def own_docstring(question: Callable[..., None]) -> str:
+    """What a question asks, in one line."""
+    return inspect.getdoc(question) or ""
