@@ -303,10 +303,11 @@ def _advance(stack: Stack, options: Options, memory: Memory, errors: dict[str, E
         try:
             kept = _without_refresh(split, old) if step.refresh else old
             update, new = _run(split, grad, weight, kept, step._replace(refresh=False), sound)
-        except torch.linalg.LinAlgError:  # it was not the basis but a rule
+        except (torch.linalg.LinAlgError, KeyError):  # it was not the basis but a rule; or the basis is found anew at every update
             return
+    if update is not None:
+        _update(pieces, update, split, options)  # before the state is written: the update may be part of it
     _settle(pieces, split, old, new)
-    _update(pieces, update, split, options)
 
 
 def _run(
@@ -351,9 +352,11 @@ def _step(stack: Stack, options: Options, tables: dict[Any, Tensor]) -> Step:
     first = stack.phase is Phase.FIRST
     refresh = split.opens and (first or selector.refreshes(t) or work.refresh)
     noise = None
-    shape = selector.draws(split.rows, split.cols) if refresh and selector.draws_at(call) else None
+    drawing = refresh and (selector.draws_at(call) or (first and selector.draws_at(1)))
+    shape = selector.draws(split.rows, split.cols) if drawing else None
     if shape is not None:
-        noise = torch.cat([_noise(piece, call, shape, options.seed) for piece in pieces]).to(work.param.device)
+        drawn = torch.cat([_noise(piece, call, shape, options.seed) for piece in pieces])
+        noise = drawn.to(work.param.device, work.row.compute_dtype)
     return Step(
         t=torch.tensor(float(t), dtype=torch.float64),
         age=torch.tensor(float(selector.age(max(t, 1))), dtype=torch.float64),
@@ -407,12 +410,18 @@ def _report(work: list[Work], errors: dict[str, Exception], failures: dict[str, 
 def _settle(pieces: list[Piece], split: Split, old: State, new: State) -> None:
     """Every slot back to its own storage and dtype."""
     sizes = [piece.stop - piece.start for piece in pieces]
-    for key in split.slots:
-        value = new[key]
-        if value is old[key]:
-            continue
+    given = {id(_storage_of(value)) for value in old.values()}
+    changed = {key: new[key] for key in split.slots if new[key] is not old[key]}
+    # What a rule was given it may hand on in another slot (a history of gradients), and that storage is about to be written.
+    apart = {key: v.clone() if id(_storage_of(v)) in given else v for key, v in changed.items()}
+    for key, value in apart.items():
         for piece, part in zip(pieces, value.split(sizes), strict=True):
             piece.slot(key).copy_(part)
+
+
+def _storage_of(value: Tensor) -> Tensor:
+    """The tensor that a view is of."""
+    return value if value._base is None else value._base
 
 
 def _update(pieces: list[Piece], update: Tensor | None, split: Split, options: Options) -> None:

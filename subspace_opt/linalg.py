@@ -36,10 +36,23 @@ def norm(x: Tensor) -> Tensor:
     return size
 
 
+def peak(x: Tensor) -> Tensor:
+    """The largest magnitude in every matrix, `(B, 1, 1)`; NaN where there is one.
+
+    Not the infinity norm, which on a CPU takes forty times as long as the Frobenius norm.
+    """
+    return x.abs().amax(dim=(-2, -1), keepdim=True)
+
+
+def all_finite(x: Tensor) -> bool:
+    """Whether no entry is NaN or infinite: told by the norm, unless it overflows."""
+    return bool(torch.linalg.vector_norm(x).isfinite()) or bool(x.isfinite().all())
+
+
 def unit_peak(x: Tensor) -> Tensor:
     """Every matrix divided by its largest entry, so that products of entries neither overflow nor vanish; 0 stays 0."""
-    peak = x.abs().amax(dim=(-2, -1), keepdim=True)
-    return x / torch.where(peak > 0, peak, torch.ones_like(peak))
+    top = peak(x)
+    return x / torch.where(top > 0, top, torch.ones_like(top))
 
 
 def unit_columns(x: Tensor, eps: float) -> Tensor:

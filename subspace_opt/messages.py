@@ -7,23 +7,50 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from .registry import find, suggest
+from .registry import Component, find, near, suggest
 
 Path = tuple[int | str, ...]
 
 MOST = 10  # errors shown
 
+# What pydantic wants, in the words of a file.
+WANTED = {
+    "bool_type": "should be true or false",
+    "dict_type": "should be a mapping",
+    "float_type": "should be a number",
+    "int_type": "should be a whole number",
+    "list_type": "should be a list",
+    "model_type": "should be a mapping",
+    "string_type": "should be text",
+    "tuple_type": "should be a list",
+}
+
 
 def describe(error: ValidationError, data: Any, locate: Callable[[Path], str], top: type[BaseModel]) -> str:
     """One line an error: `file:line:col: path: what is wrong`; `locate` tells where a path stands."""
-    lines: list[str] = []
-    for item in error.errors(include_url=False):
-        path = _existing(item["loc"], data)
-        line = f"{locate(path)}: " + (f"{'.'.join(map(str, path))}: " if path else "") + _what(item, path, data, top)
-        if line not in lines:
-            lines.append(line)
+    found: dict[Path, list[str]] = {}
+    meant: set[Path] = set()
+    for item in sorted(error.errors(include_url=False), key=lambda item: item["type"] == "missing"):
+        path = _existing((*item["loc"], *item.get("ctx", {}).get("place", ())), data)
+        if item["type"] == "extra_forbidden":
+            known = _known_keys(path[:-1], data, top)
+            meant.add((*path[:-1], near(str(path[-1]), known) or ""))
+            found[path] = [f"unknown key '{path[-1]}'; {suggest(str(path[-1]), known)}"]
+        elif not (item["type"] == "missing" and path in meant):  # a misspelt key is said once
+            found.setdefault(path, []).append(_what(item))
+    lines = [f"{locate(path)}: {_dotted(path)}{_joined(wrong)}" for path, wrong in found.items()]
     extra = f"\n... and {len(lines) - MOST} more" if len(lines) > MOST else ""
     return "\n".join(lines[:MOST]) + extra
+
+
+def _dotted(path: Path) -> str:
+    return f"{'.'.join(map(str, path))}: " if path else ""
+
+
+def _joined(wrong: list[str]) -> str:
+    """What several branches of a union want of one value: `should be A, or B, not X`."""
+    *first, last = dict.fromkeys(wrong)
+    return "".join(f"{words.rpartition(', not ')[0]}, or " for words in first) + (last.removeprefix("should be ") if first else last)
 
 
 def _existing(loc: Path, data: Any) -> Path:
@@ -39,20 +66,21 @@ def _existing(loc: Path, data: Any) -> Path:
     return tuple(path)
 
 
-def _what(item: Any, path: Path, data: Any, top: type[BaseModel]) -> str:
+def _what(item: Any) -> str:
+    """What is wrong with one value."""
     kind, value = item["type"], item["input"]
-    shown = repr(value) if len(repr(value)) <= 80 else repr(value)[:77] + "..."
-    if kind == "extra_forbidden":
-        return f"unknown key '{path[-1]}'; {suggest(str(path[-1]), _known_keys(path[:-1], data, top))}"
     if kind == "missing":
         return "is required and missing"
-    if kind in ("unknown_kind", "missing_kind"):
-        return str(item["msg"])
-    message = str(item["msg"]).removeprefix("Value error, ")
-    message = message.replace("Input should", "should")
-    if kind == "value_error" and isinstance(value, Mapping):
+    message = str(item["msg"]).removeprefix("Value error, ").replace("Input should", "should")
+    if kind in ("unknown_kind", "missing_kind", "route") or (kind == "value_error" and isinstance(value, Mapping)):
         return message
-    return f"{message}, not {shown}"
+    return f"{WANTED.get(kind, message)}, not {_shown(value)}"
+
+
+def _shown(value: Any) -> str:
+    """The value as a file spells it, and never the whole of a long one."""
+    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _known_keys(path: Path, data: Any, top: type[BaseModel]) -> list[str]:
@@ -66,10 +94,13 @@ def _known_keys(path: Path, data: Any, top: type[BaseModel]) -> list[str]:
 
 def _below(kind: Any, part: int | str, data: Any) -> Any:
     """The type of a field of a model, or of a value in a container; the kind's class where a component stands."""
-    if isinstance(data, Mapping) and isinstance(data.get("kind"), str):
-        return find("selector" if part == "selector" else "rule", data["kind"])
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         field = kind.model_fields.get(str(part))
-        return None if field is None else field.annotation
-    arguments = [a for a in get_args(kind) if a is not ...]
-    return arguments[-1] if arguments else None
+        kind = None if field is None else field.annotation
+    else:
+        kind = next((a for a in reversed(get_args(kind)) if a is not ...), None)
+    if isinstance(data, Mapping):  # a rule may stand where a list of rules is meant
+        for family in (kind, *get_args(kind)):
+            if isinstance(family, type) and issubclass(family, Component) and family.is_family:
+                return find(family.family, str(data.get("kind", "none")))
+    return kind

@@ -6,7 +6,7 @@ import functools
 import math
 import os
 import warnings
-from collections import OrderedDict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, overload
 
@@ -55,7 +55,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
 
     Raises:
         SpecError: a spec that cannot be used, a parameter that no route accepts.
-        ValueError: a bad lr or weight decay, an unknown key in a group, a complex parameter.
+        ValueError: a bad lr or weight decay, an unknown key in a group, a complex parameter, two of one name.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         _check_rates(defaults)
         super().__init__(params, defaults)  # type: ignore[arg-type]
         self._warn_if_blind()
-        self.plan  # noqa: B018  a parameter that cannot be routed is an error now, not at the first step
+        self.plan  # noqa: B018  with `strict`, a route without parameters is an error now
 
     # ------------------------------------------------------------------------------------------------------------------ groups
 
@@ -121,14 +121,25 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             group["spec"] = load_spec(base, overrides).to_json()
         _check_rates(group)
         super().add_param_group(group)
-        for p in self.param_groups[-1]["params"]:
+        try:
+            self._check_group(self.param_groups[-1])
+        except ValueError:
+            self.param_groups.pop()  # as if it had never been given
+            raise
+        self._planned = None
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        for p in group["params"]:
             if p.is_complex():
-                self.param_groups.pop()
                 raise ValueError(
                     f"a parameter of shape {tuple(p.shape)} is complex; optimize its real and imaginary parts: "
                     "nn.Parameter(torch.view_as_real(p.data))"
                 )
-        self._planned = None
+        twice = [name for name, count in Counter(self._names()).items() if count > 1]
+        if twice:
+            raise ValueError(f"two parameters are named '{twice[0]}'; state and random draws go by name, so give each its own")
+        entries = self._entries()[-len(group["params"]) :] if group["params"] else []
+        make_plan(_spec_of(group["spec"]), entries)  # a parameter that cannot be routed is an error now, not at the first step
 
     def spec_of(self, group: Mapping[str, Any]) -> Spec:
         """The spec in force for a parameter group."""
@@ -216,6 +227,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                 row = next(rows)
                 if p.grad is not None and p.numel():
                     work.append(self._work(group, p, row))
+                elif p.grad is not None and not self.state.get(p):
+                    engine.allocate(row, p, self.state[p])  # nothing to update, yet checkpoints ask every parameter for state
         work, skipped = engine.survey(work, self._options.nonfinite)
         for item in work:
             item.state = self.state[item.param]
@@ -268,7 +281,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             changed = hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
         state, groups = matched(state_dict, self.param_groups, self.plan)
-        self.__setstate__({"state": _state(state), "param_groups": groups})
+        self.__setstate__({"state": defaultdict(dict, state), "param_groups": groups})
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
@@ -281,12 +294,6 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         self.defaults.pop("differentiable", None)  # put in by torch's class: no option of ours, and it would go into later groups
         self._planned = None
         self._memory = Memory()
-
-
-def _state(state: dict[Tensor, dict[str, Any]]) -> Any:
-    from collections import defaultdict
-
-    return defaultdict(dict, state)
 
 
 def _choice(name: str, value: Any, kind: Any) -> Any:

@@ -23,6 +23,8 @@ from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaH
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 PLUGIN_GROUP = "subspace_opt.plugins"
+# A plugin is foreign code: whatever it raises on import, `sys.exit()` included, must not take the library with it.
+FOREIGN = (Exception, SystemExit)
 
 
 class Model(BaseModel):
@@ -144,11 +146,16 @@ def find(family: str, kind: str) -> type[Component] | None:
     return _kinds.get(family, {}).get(kind)
 
 
+def near(word: str, known: Iterable[str]) -> str | None:
+    """The known word that was probably meant."""
+    return next(iter(difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.6)), None)
+
+
 def suggest(word: str, known: Iterable[str]) -> str:
     """`did you mean 'x'?`, or the known words when none is near."""
     known = sorted(known)
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known) or 'none'}"
+    meant = near(word, known)
+    return f"did you mean '{meant}'?" if meant else f"known: {', '.join(known) or 'none'}"
 
 
 def _resolve(family: type[Component], value: Any) -> Component:
@@ -171,18 +178,23 @@ def _resolve(family: type[Component], value: Any) -> Component:
         )
     cls = find(family.family, kind) if isinstance(kind, str) else None
     if cls is None:
-        broken = "".join(f"; plugin '{name}' failed to import: {why}" for name, why in _failures.items())
         raise PydanticCustomError(
             "unknown_kind",
             "unknown {family} kind '{kind}'; {hint}{broken}",
-            {
-                "family": family.family,
-                "kind": str(kind)[:80],
-                "hint": suggest(str(kind), kinds(family.family)),
-                "broken": broken,
-            },
+            {"family": family.family, "kind": str(kind)[:80], "hint": _hint(family, str(kind)), "broken": _broken()},
         )
     return cls.model_validate(dict(value))
+
+
+def _hint(family: type[Component], kind: str) -> str:
+    known = kinds(family.family)
+    other = next((name for name, table in _kinds.items() if name != family.family and kind in table), None)
+    return f"that is a {other}; known: {', '.join(known)}" if other else suggest(kind, known)
+
+
+def _broken() -> str:
+    """A kind that is not known may be in a plugin that could not be imported."""
+    return "".join(f"; plugin '{name}' failed to import: {why}" for name, why in _failures.items())
 
 
 # ---------------------------------------------------------------------------------------------------------------- plugins
@@ -203,7 +215,7 @@ def load_entry_points() -> None:
         before = {family: dict(table) for family, table in _kinds.items()}
         try:
             point.load()
-        except Exception as error:  # a plugin is foreign code: whatever it raises must not take the library with it
+        except FOREIGN as error:
             _kinds.clear()
             _kinds.update(before)
             where = f" (from {point.dist.name} {point.dist.version})" if point.dist else ""
@@ -236,7 +248,7 @@ def load_plugin(path: str | Path) -> None:
     before = {family: dict(table) for family, table in _kinds.items()}
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except FOREIGN as error:
         del sys.modules[module_name]
         _kinds.clear()
         _kinds.update(before)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 
@@ -19,7 +20,7 @@ from . import rules, selectors
 from .document import Document, DocumentError, parse_document, read_document
 from .messages import describe
 from .modules import ModuleKind
-from .registry import Component, Model, kinds, suggest
+from .registry import Component, Model, find, kinds, suggest
 from .split import Pipeline
 
 __all__ = ["Defaults", "Route", "Spec", "SpecError", "json_schema", "load_spec", "rules", "selectors"]
@@ -46,8 +47,8 @@ class Route(Model):
     """Which parameters go to which pipeline, and how they are seen; all conditions given must hold."""
 
     use: str = Field(description="Name of the pipeline.")
-    name: Annotated[tuple[str, ...], BeforeValidator(_listed)] = Field((), description="Globs, one of which fits the name.")
-    module: Annotated[tuple[ModuleKind, ...], BeforeValidator(_listed)] = Field(
+    name: Annotated[tuple[str, ...], BeforeValidator(_listed, json_schema_input_type=str | list[str])] = Field((), description="Globs, one of which fits the name.")
+    module: Annotated[tuple[ModuleKind, ...], BeforeValidator(_listed, json_schema_input_type=ModuleKind | list[ModuleKind])] = Field(
         (), description="Kinds of module, one of which the parameter belongs to (known when a model is given)."
     )
     min_dims: NonNegativeInt | None = Field(None, description="Fewest dimensions.")
@@ -119,17 +120,19 @@ class Spec(Model):
             return data
         pipelines = data["pipelines"]
         if "matrix" not in pipelines:
-            raise ValueError("without `routes` the pipelines must be named `matrix` and, if wanted, `other`; add `routes`")
+            raise _misrouted(
+                ("pipelines",), "without `routes` the pipelines must be named `matrix` and, if wanted, `other`; add `routes`"
+            )
         return {**data, "pipelines": {"other": STANDARD_OTHER, **pipelines}, "routes": list(STANDARD_ROUTES)}
 
     @model_validator(mode="after")
     def _routes_lead_somewhere(self) -> Spec:
         for i, route in enumerate(self.routes):
             if route.use not in self.pipelines:
-                raise ValueError(f"routes.{i}.use: no pipeline '{route.use}'; {suggest(route.use, self.pipelines)}")
+                raise _misrouted(("routes", i, "use"), f"no pipeline '{route.use}'; {suggest(route.use, self.pipelines)}")
         unused = set(self.pipelines) - {route.use for route in self.routes}
         if unused:
-            raise ValueError(f"no route uses the pipeline '{min(unused)}'; add a route or remove it")
+            raise _misrouted(("pipelines", min(unused)), "no route uses this pipeline; add a route or remove it")
         return self
 
     def to_json(self) -> str:
@@ -148,6 +151,11 @@ class Spec(Model):
         yaml.width = 120
         yaml.dump({key: value if key == "pipelines" else _on_a_line(value) for key, value in plain.items()}, out)
         return out.getvalue()
+
+
+def _misrouted(place: tuple[int | str, ...], message: str) -> PydanticCustomError:
+    """An error of the whole spec that is nevertheless seen at one place."""
+    return PydanticCustomError("route", "{message}", {"message": message, "place": place})
 
 
 def _fields(model: Model, full: bool) -> dict[str, Any]:
@@ -209,7 +217,8 @@ def load_spec(source: Spec | Mapping[str, Any] | str | os.PathLike[str], overrid
 
     def locate(path: tuple[int | str, ...]) -> str:
         for place, override in overridden.items():
-            if path[: len(place)] == place:
+            # What an override put there, and what had to be made on the way.
+            if path[: len(place)] == place or (place[: len(path)] == path and not _has(document.data, path)):
                 return f"override '{override}'"
         return document.locate(path)
 
@@ -237,14 +246,18 @@ def _document(source: Spec | Mapping[str, Any] | str | os.PathLike[str]) -> Docu
         return Document(source.model_dump(mode="json"), f"spec '{source.name}'")
     if isinstance(source, Mapping):
         return Document(_mutable(source), "the given mapping")
+    if not isinstance(source, str | os.PathLike):
+        raise SpecError(f"a spec is a preset's name, a path, a mapping or a Spec, not {type(source).__name__}")
     text = os.fspath(source)
     try:
-        if isinstance(source, str) and not text.endswith((".yaml", ".yml", ".json")) and os.sep not in text:
-            if text not in preset_names():
-                raise SpecError(
-                    f"no preset '{text[:80]}'; {suggest(text, preset_names())} (a file is given with its ending: ./{text[:80]}.yaml)"
-                )
+        if source in preset_names():
             return read_document(PRESETS / f"{text}.yaml")
+        if isinstance(source, str) and not text.endswith((".yaml", ".yml", ".json")) and not os.path.lexists(text):
+            if os.sep not in text:
+                short = text[:80]
+                raise SpecError(
+                    f"no preset '{short}'; {suggest(text, preset_names())} (a file is given with its ending: ./{short}.yaml)"
+                )
         return read_document(source)
     except DocumentError as error:
         raise SpecError(str(error)) from None
@@ -258,45 +271,67 @@ def _mutable(value: Any) -> Any:
 
 def _override(data: dict[str, Any], path: str, value: Any) -> tuple[int | str, ...]:
     """Set one value by dotted path and return its place; the first part is a field of the spec or the name of a pipeline."""
+    if not isinstance(path, str) or not all(path.split(".")):
+        raise SpecError(f"override {path!r}: give a dotted path, such as 'matrix.selector.rank'")
     parts = path.split(".")
     if parts[0] not in Spec.model_fields:
-        pipelines = data.setdefault("pipelines", {})
-        known = list(pipelines) if data.get("routes") else [*pipelines, "other"]
-        if parts[0] not in known:
-            raise SpecError(
-                f"override '{path}': '{parts[0]}' is neither a pipeline nor a field of a spec; "
-                f"{suggest(parts[0], [*known, *Spec.model_fields])}"
-            )
-        if parts[0] not in pipelines:
-            pipelines[parts[0]] = copy.deepcopy(STANDARD_OTHER)
+        _name_pipeline(data, parts[0], path)
         parts = ["pipelines", *parts]
     node: Any = data
     place: list[int | str] = []
     for i, part in enumerate(parts):
-        if isinstance(node, str):
-            raise SpecError(f"override '{path}': {'.'.join(parts[:i])} is '{node}', which has no parts")
-        key: int | str = part
+        last, where = i == len(parts) - 1, ".".join(parts[:i])
+        if isinstance(node, dict) and "kind" in node and part == "0" and not last:
+            continue  # one rule may stand for a list of one
         if isinstance(node, list) and len(node) == 1 and not part.isdigit():
-            place.append(0)  # a list of one rule may be meant without its number
-            if isinstance(node[0], str):
-                node[0] = {"kind": node[0]}
-            node = node[0]
-        if isinstance(node, list):
-            if not part.isdigit() or int(part) >= len(node):
-                raise SpecError(f"override '{path}': {'.'.join(parts[:i])} is a list of {len(node)}; give a number below that")
-            key = int(part)
+            place.append(0)  # and a list of one for its rule
+            node = _opened(node, 0, path, where)
+        if isinstance(node, list) and (not part.isdigit() or int(part) >= len(node)):
+            raise SpecError(f"override '{path}': {where} is a list of {len(node)}; give a number below that, or the whole list")
+        key = int(part) if isinstance(node, list) else part
         place.append(key)
-        if i == len(parts) - 1:
+        if last:
             node[key] = value
-            break
-        if isinstance(node, dict) and key not in node:
-            node[key] = {}
-        if isinstance(node[key], str) and parts[0] == "pipelines":
-            node[key] = {"kind": node[key]}  # a bare kind, about to get options
-        if not isinstance(node[key], dict | list):
-            raise SpecError(f"override '{path}': {'.'.join(parts[: i + 1])} is {node[key]!r}, which has no parts")
-        node = node[key]
+        else:
+            node = _opened(node, key, path, f"{where}.{part}" if where else part)
     return tuple(place)
+
+
+def _name_pipeline(data: dict[str, Any], name: str, path: str) -> None:
+    """Check the name of a pipeline; the standard one is written out, so that it can be changed."""
+    pipelines = data.setdefault("pipelines", {})
+    if not isinstance(pipelines, dict):
+        return
+    known = [*pipelines] if data.get("routes") else [*pipelines, "other"]
+    if name not in known:
+        raise SpecError(
+            f"override '{path}': '{name}' is neither a pipeline nor a field of a spec; {suggest(name, [*known, *Spec.model_fields])}"
+        )
+    pipelines.setdefault(name, copy.deepcopy(STANDARD_OTHER))
+
+
+def _opened(node: Any, key: int | str, path: str, where: str) -> Any:
+    """The mapping or list at `key`, made of nothing or of a bare kind if need be."""
+    value = node.get(key) if isinstance(node, dict) else node[key]
+    if value is None:
+        value = {}
+    elif isinstance(value, str) and key != "kind" and (find("rule", value) or find("selector", value)):
+        value = {"kind": value}
+    if not isinstance(value, dict | list):
+        raise SpecError(f"override '{path}': {where} is {value!r}, which has no parts")
+    node[key] = value
+    return value
+
+
+def _has(data: Any, path: tuple[int | str, ...]) -> bool:
+    for part in path:
+        if isinstance(data, dict) and part in data:
+            data = data[part]
+        elif isinstance(data, list) and isinstance(part, int) and part < len(data):
+            data = data[part]
+        else:
+            return False
+    return True
 
 
 # ------------------------------------------------------------------------------------------------------------------- schema

@@ -18,7 +18,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from torch import Tensor
 
 from . import linalg
-from .algebra import Change, Coords, Dim, Rule, Selector, Slot, State, Step, add_lift, lift, project
+from .algebra import Basis, Change, Coords, Dim, Rule, Selector, Slot, State, Step, add_lift, lift, project
 from .registry import Model, kind_of
 
 
@@ -226,42 +226,46 @@ class Split:
         return new
 
     def _split(self, x: Tensor, g: Tensor, sources: dict[str, Tensor | None], new: State, step: Step) -> Tensor:
+        """Select, project, the rules inside, those outside, lift, mix; then feedback and what the selector learns."""
         p, selector = self.pipeline, self.pipeline.selector
         source = _given(sources[selector.source])
-        if step.refresh and (selector.timing == "before" or step.first):
-            g_lost = self._refresh(source, new, step)
-        else:
-            g_lost = None
+        cut = self._refresh(source, new, step) if step.refresh and (selector.timing == "before" or step.first) else None
         basis = selector.basis(_part("selector", new), step)
 
         c = project(x, basis)
         cg = c if g is x else project(g, basis)
-        observed = cg if source is g else c if source is x else project(source, basis)
         inner = self._run("inside", p.inside, c, cg, new, step)
-        update = None if p.mix.inside == 0 or not p.inside else inner if p.mix.inside == 1 else inner * p.mix.inside
-
-        if self.leaves:
-            residual = add_lift(x, c, basis, -1.0)
-            # The gradient's residual is one more product: only for rules that look at it.
-            looked_at = g is not x and any(rule.uses_grad for rule in p.complement)
-            residual_g = add_lift(g, cg, basis, -1.0) if looked_at else residual
-            if any(rule.scale_free for rule in p.complement) and not p.complement[0].takes_whole:
-                residual = _without_round_off(residual, x)
-            inside = step._replace(inside=Coords(c, cg, inner), whole=x, basis=basis)
-            outer = self._run("complement", p.complement, residual, residual_g, new, inside) * p.mix.complement
-            result = outer if update is None else add_lift(outer, update, basis)
-        elif update is None:
-            result = torch.zeros_like(x)
-        else:
-            result = lift(update, basis, self.rows.size, self.cols.size)
+        outer = self._outside(x, g, Coords(c, cg, inner), basis, new, step) if self.leaves else None
+        update = self._mixed(inner, outer, basis, x)
 
         if p.feedback is not None:
             error = add_lift(g, cg, basis, p.feedback - 1.0)
-            new["feedback.error"] = error if g_lost is None else error + g_lost
-        self._store("selector", selector.observe(source, observed, _part("selector", new), step), new)
+            new["feedback.error"] = error if cut is None else error + cut
+        seen = cg if source is g else c if source is x else project(source, basis)
+        self._store("selector", selector.observe(source, seen, _part("selector", new), step), new)
         if step.refresh and selector.timing == "after" and not step.first:
             self._refresh(source, new, step)
-        return result
+        return update
+
+    def _outside(self, x: Tensor, g: Tensor, coords: Coords, basis: Basis, new: State, step: Step) -> Tensor:
+        """The update of the complement, from what the subspace leaves of the signal."""
+        rules = self.pipeline.complement
+        residual = residual_g = add_lift(x, coords.signal, basis, -1.0)
+        if g is not x and any(rule.uses_grad for rule in rules):  # one more product, only for rules that look at it
+            residual_g = add_lift(g, coords.grad, basis, -1.0)
+        if any(rule.scale_free for rule in rules) and not rules[0].takes_whole:
+            residual = _without_round_off(residual, x)
+        return self._run("complement", rules, residual, residual_g, new, step._replace(inside=coords, whole=x, basis=basis))
+
+    def _mixed(self, inner: Tensor, outer: Tensor | None, basis: Basis, like: Tensor) -> Tensor:
+        """`mix.inside` times the lifted update plus `mix.complement` times the other."""
+        p = self.pipeline
+        total = outer if outer is None or p.mix.complement == 1 else outer * p.mix.complement
+        if not p.inside or p.mix.inside == 0:
+            return torch.zeros_like(like) if total is None else total
+        if total is None:
+            return lift(inner if p.mix.inside == 1 else inner * p.mix.inside, basis, self.rows.size, self.cols.size)
+        return add_lift(total, inner, basis, p.mix.inside)
 
     def _refresh(self, source: Tensor, new: State, step: Step) -> Tensor | None:
         """A new basis; what is kept in coordinates is carried over. Returns what that lost, if it is to be fed back."""
@@ -326,7 +330,7 @@ def _without_round_off(residual: Tensor, whole: Tensor) -> Tensor:
 
 def _settled(before: State, after: State, source: Tensor) -> State:
     """The new basis where it is sound; the old where the source is 0 or the decomposition returned NaN or infinity."""
-    sound = torch.linalg.vector_norm(source, ord=float("inf"), dim=(-2, -1)) > 0
+    sound = linalg.peak(source)[:, 0, 0] > 0
     for value in after.values():
         if value.is_floating_point():
             sound = sound & value.isfinite().reshape(value.size(0), -1).all(-1)

@@ -64,9 +64,7 @@ Plugins = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 Dtype = Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Dtype of the parameters.")]
-ModelName = Annotated[
-    str, typer.Option("--model", metavar="NAME", help="A size, tiny to 70b, or the path of a Hugging Face config.")
-]
+ModelName = Annotated[str, typer.Option("--model", metavar="NAME", help="A size, tiny to 70b, or the path of a Hugging Face config.")]
 Vocabulary = Annotated[
     int | None,
     typer.Option("--vocab", min=1, help="Vocabulary; a size has 32000 (`train` uses 256 bytes), a config its own."),

@@ -42,9 +42,7 @@ class RunProgress:
         self._bars.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._bars.stop()
 
     def __call__(self, event: Event) -> None:
@@ -70,10 +68,10 @@ class RunProgress:
         self._last = None
         if event.corpus != self._corpus:
             self._corpus = event.corpus
-            self.out.print(f"text: {escape(event.corpus)}")
+            self._say(f"text: {event.corpus}")
         state = "" if event.state_bytes is None else f", {readable_bytes(event.state_bytes)} of optimizer state"
         resumed = f", resumed after {event.step} updates" if event.step else ""
-        self.out.print(f"{escape(event.run)}: {event.parameters:,} parameters on {event.device}{state}{resumed}")
+        self._say(f"{event.run}: {event.parameters:,} parameters on {event.device}{state}{resumed}")
         self._bars.update(self._tasks[event.run], completed=event.step)
 
     def _move(self, event: Stepped, told: str) -> None:
@@ -89,7 +87,10 @@ class RunProgress:
             speed, left = f"{self._last.tokens_per_second:,.0f} tokens/s", f"{_clock(self._last.eta_seconds)} left"
             parts[1:1] = [f"loss {self._last.loss:.3f}"]
             parts += [speed, left]
-        self.out.print("  ".join(parts), markup=False)
+        self._say("  ".join(parts))
+
+    def _say(self, line: str) -> None:
+        self.out.print(line, markup=False, soft_wrap=True)  # one line of a log stays one line
 
 
 def _clock(seconds: float) -> str:

@@ -33,9 +33,7 @@ def _table(*columns: str, right: Collection[str] = (), fold: str = "") -> Table:
     """Columns two spaces apart; only `fold` gives way where there is too little room."""
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
     for column in columns:
-        table.add_column(
-            column, justify="right" if column in right else "left", no_wrap=column != fold, overflow="fold"
-        )
+        table.add_column(column, justify="right" if column in right else "left", no_wrap=column != fold, overflow="fold")
     return table
 
 
@@ -58,9 +56,7 @@ def show_catalogue(catalogue: Mapping[str, Any], out: Console) -> None:
     plugins = _table("plugin", "from", "kinds", fold="kinds")
     for plugin in catalogue["plugins"]:
         failed = plugin["error"] and f"[red]failed to import: {escape(plugin['error'])}[/red]"
-        plugins.add_row(
-            escape(plugin["name"]), escape(plugin["package"]), failed or ", ".join(plugin["kinds"]) or "none"
-        )
+        plugins.add_row(escape(plugin["name"]), escape(plugin["package"]), failed or ", ".join(plugin["kinds"]) or "none")
     out.print()
     out.print(plugins if catalogue["plugins"] else "no plugins installed")
 
@@ -111,9 +107,7 @@ def show_plan(plan: Plan, title: str, out: Console) -> None:
 
 def _alike(all_layers: list[Layer]) -> Iterator[list[Layer]]:
     """Runs of layers that differ in their number alone."""
-    for _, run in groupby(
-        all_layers, key=lambda x: (re.sub(r"\d+$", "", x.name), x.parameters, x.state_bytes, x.adamw_bytes)
-    ):
+    for _, run in groupby(all_layers, key=lambda x: (re.sub(r"\d+$", "", x.name), x.parameters, x.state_bytes, x.adamw_bytes)):
         yield list(run)
 
 
@@ -152,9 +146,7 @@ def _explained(plan: Plan) -> Table:
     table = _table("parameter", "shape", "pipeline", *numbers, "why", right=numbers)
     for row in plan:
         rates = (f"{row.lr_scale:g}", f"{row.decay:g}")
-        table.add_row(
-            escape(row.entry.name), _seen(row), _pipeline(row), _rank(row), *rates, f"{row.state_bytes:,}", _cause(row)
-        )
+        table.add_row(escape(row.entry.name), _seen(row), _pipeline(row), _rank(row), *rates, f"{row.state_bytes:,}", _cause(row))
     return table
 
 
@@ -212,13 +204,8 @@ def show_results(results: Sequence[Result], out: Console) -> None:
         losses = (f"{r.validation_loss:.4f}", f"{r.bits_per_byte:.3f}")
         times = (f"{r.optimizer_ms:.1f}", f"{r.step_ms:.1f}", f"{r.tokens_per_second:,.0f}")
         style = "bold green" if len(results) > 1 and r.validation_loss == best else None
-        table.add_row(
-            escape(r.run), f"{r.lr:.3g}", *losses, readable_bytes(r.measured_state_bytes), *times, style=style
-        )
+        table.add_row(escape(r.run), f"{r.lr:.3g}", *losses, readable_bytes(r.measured_state_bytes), *times, style=style)
     out.print()
     out.print(table)
-    out.print(
-        "loss: validation, nats per byte; state: the optimizer's; step(): its part of an update; times are medians",
-        style="dim",
-    )
+    out.print("loss: validation, nats per byte; state: the optimizer's; times: medians, step() within update", style="dim")
     out.print()

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -63,9 +64,7 @@ def train(
     out: Annotated[Path | None, _field("out", "DIR")] = None,
     save_every: Annotated[int | None, _field("save_every")] = None,
     name: Annotated[str | None, _field("name")] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the checkpoint in --out, if it is there.")
-    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in --out, if it is there.")] = False,
     set_: Overrides = [],  # noqa: B006
     plugin: Plugins = [],  # noqa: B006
     as_json: AsJson = False,
@@ -95,9 +94,7 @@ def train(
 
 
 def demo(
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="Updates of each run; fewer are quicker and say less.")
-    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Updates of each run; fewer are quicker and say less.")] = None,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the picture and numbers.")] = Path("runs/demo"),
     as_json: AsJson = False,
 ) -> None:
@@ -109,6 +106,7 @@ def demo(
     from ..lab.demo import configs
 
     runs = [config if steps is None else config.model_copy(update={"steps": steps}) for config in configs()]
+    _check_picture(out)  # now, not after two minutes
     with _running(runs) as progress:
         results = compare(runs, on_event=progress)
         picture = write_picture(results, out / "comparison.png")
@@ -132,6 +130,15 @@ def _config(given: dict[str, Any]) -> TrainConfig:
         wrong = error.errors(include_url=False)[0]
         option, why = str(wrong["loc"][0]).replace("_", "-"), wrong["msg"].replace("Input should", "should")
         raise LabError(f"--{option}: {why}, not {wrong['input']!r}") from None
+
+
+def _check_picture(folder: Path) -> None:
+    if find_spec("matplotlib") is None:
+        raise LabError("the picture needs matplotlib, which is not installed. Run: pip install 'subspace-opt[lab]'")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LabError(f"--out: {folder} cannot be made a folder: {error.strerror}. Choose another") from None
 
 
 @contextmanager

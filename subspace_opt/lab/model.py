@@ -6,6 +6,7 @@ The sizes 60m to 7b are those of GaLore's experiments (arXiv:2403.03507), which 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -30,12 +31,18 @@ class Size(NamedTuple):
     heads: int
     layers: int
     kv_heads: int | None = None  # None: as many as heads
+    small: bool = False
+
+    @property
+    def init(self) -> float:
+        """The weights' standard deviation: 0.02, the papers', is far too little for a narrow model to learn quickly."""
+        return math.sqrt(2 / (5 * self.hidden)) if self.small else 0.02  # "small init", arXiv:1910.05895
 
 
 SIZES = {
-    "tiny": Size(64, 176, 2, 2),
-    "mini": Size(128, 352, 4, 4),
-    "small": Size(256, 688, 8, 6),
+    "tiny": Size(64, 176, 2, 2, small=True),
+    "mini": Size(128, 352, 4, 4, small=True),
+    "small": Size(256, 688, 8, 6, small=True),
     "60m": Size(512, 1376, 8, 8),
     "130m": Size(768, 2048, 12, 12),
     "350m": Size(1024, 2736, 16, 24),
@@ -96,6 +103,7 @@ def _config(name: str, vocab_size: int | None, max_length: int) -> Any:
             num_attention_heads=size.heads,
             num_key_value_heads=size.kv_heads or size.heads,
             num_hidden_layers=size.layers,
+            initializer_range=size.init,
             vocab_size=vocab_size or PAPER_VOCAB_SIZE,
         )
     else:

@@ -91,5 +91,6 @@ class Muon(Orthogonalize):
     def apply(self, x: Tensor, grad: Tensor, state: State, step: Step) -> tuple[Tensor, State]:
         o = self.orthogonalized(x)
         if self.norm == "rms":
-            o = o * (math.sqrt(x.size(-2) * x.size(-1)) / (linalg.norm(o) + self.norm_eps))
+            size = linalg.norm(o) + self.norm_eps
+            o = o * torch.where(size > 0, math.sqrt(x.size(-2) * x.size(-1)) / size, torch.zeros_like(size))
         return o, {}

@@ -25,7 +25,9 @@ class RmsNormalize(Rule):
     eps: float = Field(1e-8, ge=0.0, description="Added to the Frobenius norm.")
 
     def apply(self, x: Tensor, grad: Tensor, state: State, step: Step) -> tuple[Tensor, State]:
-        return x * (self.scale * math.sqrt(x.size(-2) * x.size(-1)) / (linalg.norm(x) + self.eps)), {}
+        size = linalg.norm(x) + self.eps
+        factor = self.scale * math.sqrt(x.size(-2) * x.size(-1)) / size
+        return x * torch.where(size > 0, factor, torch.zeros_like(size)), {}  # with eps 0, too: 0 stays 0
 
 
 @register
@@ -85,8 +87,12 @@ class Debias(Rule):
 
     uses_grad: ClassVar[bool] = False
     kind: Literal["debias"] = "debias"
-    beta1: float | None = Field(None, ge=0.0, lt=1.0, description="That of the first moment; omitted, it is not corrected.")
-    beta2: float | None = Field(None, ge=0.0, lt=1.0, description="That of the second moment; omitted, it is not corrected.")
+    beta1: float | None = Field(
+        None, ge=0.0, lt=1.0, description="That of the first moment; omitted, it is not corrected.", examples=[0.9]
+    )
+    beta2: float | None = Field(
+        None, ge=0.0, lt=1.0, description="That of the second moment; omitted, it is not corrected.", examples=[0.999]
+    )
 
     @model_validator(mode="after")
     def _corrects_something(self) -> Debias:

@@ -20,9 +20,9 @@ class Switch(Selector):
 
     kind: Literal["switch"] = "switch"
     every: PositiveInt | None = Field(200, description="Updates between refreshes.")
-    at: PositiveInt = Field(description="The last update at which `first` gives the basis.")
-    first: Selector = Field(description="The selector to begin with.")
-    then: Selector = Field(description="The selector to go on with.")
+    at: PositiveInt = Field(description="The last update at which `first` gives the basis.", examples=[4])
+    first: Selector = Field(description="The selector to begin with.", examples=[{"kind": "svd", "rank": 2}])
+    then: Selector = Field(description="The selector to go on with.", examples=[{"kind": "random", "rank": 2}])
 
     @model_validator(mode="after")
     def _alike(self) -> Switch:

@@ -1,1 +1,76 @@
-"""For those who test: golden trajectories, and the conformance kit for components and specs of one's own."""
+"""For those who write components and specs: a conformance kit. (Golden trajectories are in `golden` and `cases`, and need numpy.)
+
+    pytest --pyargs subspace_opt.testing --component my_pkg:MySelector --spec my.yaml
+
+or, in a package's own tests:
+
+    @pytest.mark.parametrize("check", subspace_opt.testing.checks(MySelector), ids=str)
+    def test_contract(check):
+        check()
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..algebra import Rule, Selector
+from ..registry import Component
+from ..spec import Spec, load_spec
+from . import contract, trial
+from .drive import ConformanceError
+from .subject import Subject, UnknownComponentError, subjects
+
+__all__ = ["Check", "ConformanceError", "Subject", "UnknownComponentError", "checks", "spec_checks", "subjects"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One question to one component or spec; called, it returns or raises `ConformanceError`."""
+
+    subject: str
+    question: str
+    asks: str
+    ask: Callable[[], None]
+
+    def __call__(self) -> None:
+        try:
+            self.ask()
+        except ConformanceError as error:
+            raise ConformanceError(f"{self.subject}, {self.question}: {error}") from error.__cause__
+
+    def __str__(self) -> str:
+        return f"{self.subject}-{self.question}"
+
+
+def checks(asked: str | type[Component] | Rule | Selector) -> list[Check]:
+    """All questions to a component: a class, an instance, or text as `--component` takes it (see `subjects`).
+
+    Raises:
+        UnknownComponentError: nothing is found under that name, or it cannot be made.
+    """
+    found = []
+    for subject in subjects(asked):
+        exam = contract.Examination(subject)
+        for name, question in contract.QUESTIONS.items():
+            if name != "basis" or isinstance(subject.component, Selector):
+                found.append(_check(subject.label, name, question, exam))
+    return found
+
+
+def spec_checks(source: Spec | Mapping[str, Any] | str | os.PathLike[str]) -> list[Check]:
+    """All questions to a spec: a preset's name, a file, a mapping or a `Spec`.
+
+    Raises:
+        SpecError: a spec that cannot be used.
+    """
+    spec = load_spec(source)
+    label = os.fspath(source) if isinstance(source, str | os.PathLike) else spec.name
+    tried = trial.of_spec(spec)
+    return [_check(label, name, question, tried) for name, question in trial.QUESTIONS.items()]
+
+
+def _check(label: str, name: str, question: Callable[[Any], None], of: Any) -> Check:
+    return Check(label, name, (question.__doc__ or "").strip(), lambda: question(of))

@@ -1,8 +1,7 @@
-"""The questions that every rule and selector is asked, each a function that raises `Nonconforming` with what to do."""
+"""The questions that every rule and selector is asked, each a function that raises `ConformanceError` with what to do."""
 
 from __future__ import annotations
 
-import inspect
 import math
 import random
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from ..registry import find, kind_of, names_of
 from ..spec import Spec, json_schema
 from ..split import Pipeline, Split
 from . import trial
-from .drive import DTYPES, SHAPES, Nonconforming, Notes, Trace, drive, placed, stack
+from .drive import DTYPES, SHAPES, ConformanceError, Notes, Trace, drive, placed, stack
 from .places import places
 from .subject import Subject
 
@@ -38,7 +37,7 @@ class Examination:
         try:
             return places(self.component)
         except ValidationError as error:
-            raise Nonconforming(f"no pipeline takes {self.subject.label}: {error.errors(include_url=False)[0]['msg']}") from error
+            raise ConformanceError(f"no pipeline takes {self.subject.label}: {error.errors(include_url=False)[0]['msg']}") from error
 
     @cached_property
     def notes(self) -> Notes:
@@ -53,22 +52,20 @@ class Examination:
                         drive(watched.on(*shape), grads, notes, where=f"as {place}, ")
                     except Exception as error:  # foreign code: what it raises is the finding
                         notes.add("runs", f"{type(error).__name__}: {error}")
-                        notes.where = ""
+                        notes.where, notes.error = "", error
         return notes
 
     def expect(self, *questions: str) -> None:
         """Nothing was noted under these questions, and the runs came to their end."""
         said = [text for question in (*questions, "runs") for text in self.notes.found.get(question, [])]
         if said:
-            raise Nonconforming("\n".join(said))
+            raise ConformanceError("\n".join(said)) from self.notes.error
 
     def traces(self, grads: list[Tensor], **options: Any) -> dict[str, Trace]:
         """The run of every place, unwatched."""
         self.expect("slots")
         shape = grads[0].shape[1:]
-        return {
-            place: drive(pipeline.on(*shape), grads, Notes(), **options) for place, pipeline in self.places.items()
-        }
+        return {place: drive(pipeline.on(*shape), grads, Notes(), **options) for place, pipeline in self.places.items()}
 
     def splits(self) -> list[tuple[str, Split]]:
         return [(place, p.on(*shape)) for place, p in self.places.items() for shape in SHAPES]
@@ -82,26 +79,26 @@ def documented(exam: Examination) -> None:
     cls = type(exam.component)
     name = kind_of(cls)
     if find(cls.family, name) is not cls:
-        raise Nonconforming(f"{cls.__name__} is not registered under '{name}': put `@subspace_opt.register` above the class")
+        raise ConformanceError(f"{cls.__name__} is not registered under '{name}': put `@subspace_opt.register` above the class")
     if not (cls.__dict__.get("__doc__") or "").strip():
-        raise Nonconforming(f"{cls.__name__} has no docstring; open it with the mathematics in one line and its source in brackets")
+        raise ConformanceError(f"{cls.__name__} has no docstring; open it with the mathematics in one line and its source in brackets")
     for option, field in cls.model_fields.items():
         if option != "kind" and not (field.description or "").strip():
-            raise Nonconforming(f"option '{option}' has no description: give it a Field(..., description='...')")
+            raise ConformanceError(f"option '{option}' has no description: give it a Field(..., description='...')")
     _schema_has(cls.family, names_of(cls))
     if cls.model_config.get("extra") != "forbid" or not cls.model_config.get("frozen"):
-        raise Nonconforming("`model_config` was loosened: a component is frozen and refuses unknown options")
+        raise ConformanceError("`model_config` was loosened: a component is frozen and refuses unknown options")
     for place, pipeline in exam.places.items():
         spec = trial.spec_of(pipeline)
         if Spec.model_validate_json(spec.to_json()) != spec:
-            raise Nonconforming(f"as {place} the component is not read back from JSON as it was written; keep options plain data")
+            raise ConformanceError(f"as {place} the component is not read back from JSON as it was written; keep options plain data")
 
 
 def _schema_has(family: str, names: tuple[str, ...]) -> None:
     defs = json_schema()["$defs"]
     missing = [name for name in names if f"{family}.{name}" not in defs]
     if missing:
-        raise Nonconforming(f"the JSON schema does not know {missing}")
+        raise ConformanceError(f"the JSON schema does not know {missing}")
 
 
 # ------------------------------------------------------------------------------------------------------------------ what it does
@@ -118,24 +115,24 @@ def pure(exam: Examination) -> None:
 
 
 def precision(exam: Examination) -> None:
-    """The dtype of the signal is kept, and its device: on a pretended GPU nothing is left on the CPU."""
+    """The dtype of the signal is kept, and its device: nothing is left on the CPU when it is elsewhere."""
     exam.expect("slots", "precision")
     notes = Notes()
     for place, pipeline in exam.places.items():
         watched = placed(pipeline, exam.component, notes)
         with FakeTensorMode():
-            grads = [torch.empty(3, 6, 4, device="cuda") for _ in range(UPDATES)]
+            grads = [torch.empty(3, 6, 4, device="meta") for _ in range(UPDATES)]
             try:
-                drive(watched.on(6, 4), grads, notes, where=f"as {place}, on a GPU, ")
+                drive(watched.on(6, 4), grads, notes, where=f"as {place}, on another device, ")
             except (DataDependentOutputException, DynamicOutputShapeException):
-                continue  # it looks at values, which pretended tensors do not have
+                continue  # it looks at values, which fake tensors do not have
             except Exception as error:
-                raise Nonconforming(
-                    f"as {place}, with matrices on a GPU: {type(error).__name__}: {error}. Make new tensors where x is: "
+                raise ConformanceError(
+                    f"as {place}, with matrices on another device: {type(error).__name__}: {error}. Make new tensors where x is: "
                     "x.new_zeros(...), torch.arange(n, device=x.device)"
                 ) from error
     for text in notes.found.get("precision", []):
-        raise Nonconforming(text)
+        raise ConformanceError(text)
 
 
 def stacked(exam: Examination) -> None:
@@ -168,7 +165,7 @@ def _alike(a: Tensor, b: Tensor, what: str) -> None:
     else:
         same = bool(torch.equal(a, b))
     if not same:
-        raise Nonconforming(f"{what}; reduce over the last two dimensions only, never over the first")
+        raise ConformanceError(f"{what}; reduce over the last two dimensions only, never over the first")
 
 
 def deterministic(exam: Examination) -> None:
@@ -185,14 +182,14 @@ def deterministic(exam: Examination) -> None:
     finally:
         torch.set_rng_state(kept)
     if touched:
-        raise Nonconforming(
+        raise ConformanceError(
             "the global random number generator is used; a selector declares what it needs in `draws` and finds it in `step.noise`, drawn "
             "from seed, parameter name and update, the same on all ranks and after a resume"
         )
     for place in first:
         for (name, a), (_, b) in zip(_results(first[place]), _results(second[place]), strict=True):
             if not torch.equal(a, b):
-                raise Nonconforming(f"as {place}, {name} is another one when the same run is repeated")
+                raise ConformanceError(f"as {place}, {name} is another one when the same run is repeated")
 
 
 def finite(exam: Examination) -> None:
@@ -203,7 +200,10 @@ def finite(exam: Examination) -> None:
         ranked = normal[1][..., :1] @ normal[2][..., :1, :]
         runs = {
             "gradients that are 0 for one matrix at first and for all later": [
-                normal[0] * torch.tensor([0.0, 1, 1], dtype=dtype).view(3, 1, 1), normal[1], *[torch.zeros_like(ranked)] * 4, normal[2]
+                normal[0] * torch.tensor([0.0, 1, 1], dtype=dtype).view(3, 1, 1),
+                normal[1],
+                *[torch.zeros_like(ranked)] * 4,
+                normal[2],
             ],
             "gradients of rank 1": [ranked, ranked, normal[0], ranked, -ranked],
             "gradients of size 1e-20": [1e-20 * g for g in normal],
@@ -213,7 +213,7 @@ def finite(exam: Examination) -> None:
             for place, trace in exam.traces(grads).items():
                 for name, value in _results(trace):
                     if not value.isfinite().all():
-                        raise Nonconforming(f"as {place}, with {what} in {dtype}: {name} holds NaN or infinity; guard the division")
+                        raise ConformanceError(f"as {place}, with {what} in {dtype}: {name} holds NaN or infinity; guard the division")
 
 
 # --------------------------------------------------------------------------------------------------------------- selectors only
@@ -224,13 +224,13 @@ def basis(exam: Examination) -> None:
     selector = exam.component
     if not isinstance(selector, Selector):
         return
-    exam.expect("slots", "basis")
     for m, n in (*SHAPES, (1, 1), (6, 1)):
         rows, cols = Dim("rows", m), Dim("cols", n)
         for variant in _ranked(selector):
             k, r = variant.coords(rows, cols)
-            if not (0 <= k.size <= m and 0 <= r.size <= n) or (k.size == 0) != (r.size == 0) and min(k.size, r.size) > 0:
-                raise Nonconforming(f"`coords` of {variant!r} gives {k.size} x {r.size} coordinates for a matrix {m} x {n}")
+            if not (0 <= k.size <= m and 0 <= r.size <= n):
+                raise ConformanceError(f"`coords` of {variant!r} gives {k.size} x {r.size} coordinates for a matrix {m} x {n}")
+    exam.expect("slots", "basis")
 
 
 def _ranked(selector: Selector) -> list[Selector]:
@@ -247,7 +247,7 @@ def planned(exam: Examination) -> None:
     exam.expect("slots")
     for place, split in exam.splits():
         if not all(math.isfinite(cost) and cost >= 0 for cost in split.flops):
-            raise Nonconforming(f"as {place} the costs in operations are {split.flops}; `flops` should give numbers, 0 or more")
+            raise ConformanceError(f"as {place} the costs in operations are {split.flops}; `flops` should give numbers, 0 or more")
     _each(exam, trial.check_plan)
 
 
@@ -268,16 +268,11 @@ def _each(exam: Examination, check: Callable[[trial.Trial], None]) -> None:
     for place, pipeline in exam.places.items():
         try:
             check(trial.of_pipeline(pipeline))
-        except Nonconforming as error:
-            raise Nonconforming(f"as {place}: {error}") from error
+        except ConformanceError as error:
+            raise ConformanceError(f"as {place}: {error}") from error
 
 
 QUESTIONS: dict[str, Callable[[Examination], None]] = {
     question.__name__: question
     for question in (documented, slots, pure, precision, stacked, deterministic, finite, basis, planned, resumed, optimized)
 }
-
-
-def own_docstring(question: Callable[..., None]) -> str:
-    """What a question asks, in one line."""
-    return inspect.getdoc(question) or ""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ SHAPES = ((6, 4), (4, 7), (5, 5), (1, 6))
 DTYPES = (torch.float64, torch.float32)
 
 
-class Nonconforming(AssertionError):
+class ConformanceError(AssertionError):
     """A component or spec that does not keep its contract; the message says what, where, and what to do."""
 
 
@@ -33,6 +33,7 @@ class Notes:
     """What was seen, by question, each thing once."""
 
     where: str = ""
+    error: Exception | None = None  # what ended a run
     found: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, question: str, message: str) -> None:
@@ -49,20 +50,20 @@ def probed(component: P, notes: Notes) -> P:
     """The component as a probe that writes to `notes`."""
     cls = type(component)
     methods = _rule_methods(cls, notes) if isinstance(component, Rule) else _selector_methods(cls, notes)
-    probe = type(cls.__name__, (cls,), {"__module__": cls.__module__, "__doc__": cls.__doc__, **methods})
-    return probe.model_construct(**dict(component))  # type: ignore[no-any-return]
+    probe: Any = type(cls.__name__, (cls,), {"__module__": cls.__module__, "__doc__": cls.__doc__, **methods})
+    return cast(P, probe.model_construct(**dict(component)))
 
 
 def _rule_methods(cls: type[Any], notes: Notes) -> dict[str, Callable[..., Any]]:
     def apply(self: Rule, x: Tensor, grad: Tensor, state: State, step: Step) -> tuple[Tensor, State]:
-        with _watched(notes, "apply", state, x=x, grad=grad, state=state, step=step):
+        with _watched(notes, "apply", x=x, grad=grad, state=state, step=step):
             out, new = _pair(cls.apply(self, x, grad, state, step), "apply", "(update, state)")
         _check_tensor(notes, "slots", "the update of `apply`", out, tuple(x.shape), x.dtype, x.device)
         _check_state(notes, "apply", new, _like(state), x, whole=True)
         return out, new
 
     def transport(self: Rule, state: State, slots: dict[str, Slot], change: Change, step: Step) -> State:
-        with _watched(notes, "transport", state, state=state, change=change, step=step):
+        with _watched(notes, "transport", state=state, change=change, step=step):
             moved: State = cls.transport(self, state, slots, change, step)
         if state:
             _check_state(notes, "transport", moved, _like(state), next(iter(state.values())), whole=True)
@@ -76,13 +77,13 @@ def _selector_methods(cls: type[Any], notes: Notes) -> dict[str, Callable[..., A
         return _declared(self.slots(step.rows, step.cols), x.dtype)
 
     def refresh(self: Selector, x: Tensor, state: State, step: Step) -> tuple[State, Order | None]:
-        with _watched(notes, "refresh", state, x=x, state=state, step=step):
+        with _watched(notes, "refresh", x=x, state=state, step=step):
             new, order = _pair(cls.refresh(self, x, state, step), "refresh", "(state, order or None)")
         _check_state(notes, "refresh", new, declared(self, step, x), x, whole=True, extras=True)
         return new, order
 
     def observe(self: Selector, x: Tensor, c: Tensor, state: State, step: Step) -> State:
-        with _watched(notes, "observe", state, x=x, c=c, state=state, step=step):
+        with _watched(notes, "observe", x=x, c=c, state=state, step=step):
             new: State = cls.observe(self, x, c, state, step)
         # What a refresh handed on for this update may be passed through; anything else that is not declared is lost at once.
         passed = {name: value for name, value in new.items() if value is not state.get(name)}
@@ -90,7 +91,7 @@ def _selector_methods(cls: type[Any], notes: Notes) -> dict[str, Callable[..., A
         return new
 
     def basis(self: Selector, state: State, step: Step) -> Basis:
-        with _watched(notes, "basis", state, state=state, step=step):
+        with _watched(notes, "basis", state=state, step=step):
             found: Basis = cls.basis(self, state, step)
         _check_basis(notes, self, found, step)
         return found
@@ -100,19 +101,19 @@ def _selector_methods(cls: type[Any], notes: Notes) -> dict[str, Callable[..., A
 
 def _pair(value: Any, method: str, what: str) -> Any:
     if not isinstance(value, tuple) or len(value) != 2:
-        raise Nonconforming(f"`{method}` returned {type(value).__name__}, not a pair {what}")
+        raise ConformanceError(f"`{method}` returned {type(value).__name__}, not a pair {what}")
     return value
 
 
 @contextmanager
-def _watched(notes: Notes, method: str, state: State, **inputs: Any) -> Iterator[None]:
+def _watched(notes: Notes, method: str, **inputs: Any) -> Iterator[None]:
     """Note it if a method writes to what it was given, or looks for a slot that is not declared."""
     before = [(name, value, _copy(value)) for name, value in _tensors(inputs)]
     try:
         yield
     except KeyError as error:
-        if error.args and isinstance(error.args[0], str) and error.args[0] not in state:
-            notes.add("slots", _missing(error.args[0], method, state))
+        if error.args and isinstance(error.args[0], str) and error.args[0] not in inputs["state"]:
+            notes.add("slots", _missing(error.args[0], method, inputs["state"]))
         raise
     for name, value, copy in before:
         if copy is not None and not torch.equal(value.nan_to_num(), copy):
@@ -156,7 +157,7 @@ def _check_state(
 ) -> None:
     """Keys, shapes and dtypes of a returned state against its declaration; `whole`: all of it, `extras`: and more, for this update."""
     if not isinstance(new, Mapping):
-        raise Nonconforming(f"`{method}` returned {type(new).__name__} for a state, not a dict of tensors")
+        raise ConformanceError(f"`{method}` returned {type(new).__name__} for a state, not a dict of tensors")
     for name in sorted(set(new) - set(declared)):
         if not extras:
             notes.add("slots", f"`{method}`: returned state has key '{name}' that `slots` does not declare")
@@ -186,7 +187,7 @@ def _check_tensor(
 def _check_basis(notes: Notes, selector: Selector, basis: Basis, step: Step) -> None:
     """Shapes as `coords` says, and orthonormal columns where they are claimed."""
     if not isinstance(basis, Basis):
-        raise Nonconforming(f"`basis` returned {type(basis).__name__}, not a Basis")
+        raise ConformanceError(f"`basis` returned {type(basis).__name__}, not a Basis")
     coords = selector.coords(step.rows, step.cols)
     for name, side, own, dim in (("left", basis.left, step.rows, coords[0]), ("right", basis.right, step.cols, coords[1])):
         if side is None:
@@ -304,8 +305,8 @@ def _draws(split: Split, call: int, grad: Tensor, twins: bool) -> Tensor | None:
     if shape is None:
         return None
     if _is_fake(grad):
-        return grad.new_zeros(grad.size(0), *shape, dtype=torch.float32)
-    return stack((grad.size(0), *shape), torch.float32, 1000 + call, twins=twins).to(grad.device)
+        return grad.new_zeros(grad.size(0), *shape)
+    return stack((grad.size(0), *shape), grad.dtype, 1000 + call, twins=twins)
 
 
 def placed(pipeline: Pipeline, component: Rule | Selector, notes: Notes) -> Pipeline:

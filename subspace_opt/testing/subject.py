@@ -6,12 +6,12 @@ import importlib
 import inspect
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Iterator
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -23,7 +23,7 @@ SMALL: Mapping[str, Any] = {"rank": 2, "every": 3}
 FAMILIES = ("rule", "selector")
 
 
-class UnknownComponent(ValueError):
+class UnknownComponentError(ValueError):
     """What was asked for cannot be found or made; the message says how to ask."""
 
 
@@ -46,14 +46,15 @@ def subjects(asked: str | type[Component] | Rule | Selector) -> list[Subject]:
     component it defines, or `all` for every kind that is installed. Options follow as JSON: `switch={"at": 3}`.
 
     Raises:
-        UnknownComponent: nothing is found under that name, or it cannot be made with these options.
+        UnknownComponentError: nothing is found under that name, or it cannot be made with these options.
     """
     if isinstance(asked, Rule | Selector):
         return [Subject(kind_of(type(asked)), asked)]
     if isinstance(asked, type):
         return [Subject(kind_of(asked), made(asked, {}))]
     name, options = _parsed(asked)
-    return [Subject(_label(name, cls, len(found)), made(cls, options)) for found in [_classes(name)] for cls in found]
+    found = _classes(name)
+    return [Subject(asked if len(found) == 1 else f"{cls.family} {kind_of(cls)}", made(cls, options)) for cls in found]
 
 
 def _parsed(asked: str) -> tuple[str, dict[str, Any]]:
@@ -63,14 +64,10 @@ def _parsed(asked: str) -> tuple[str, dict[str, Any]]:
     try:
         options = json.loads(text)
     except json.JSONDecodeError as error:
-        raise UnknownComponent(f"--component '{asked}': the options are not JSON: {error}") from None
+        raise UnknownComponentError(f"--component '{asked}': the options are not JSON: {error}") from None
     if not isinstance(options, dict):
-        raise UnknownComponent(f"--component '{asked}': the options are not a mapping, such as {{\"rank\": 4}}")
+        raise UnknownComponentError(f"--component '{asked}': the options are not a mapping, such as {{\"rank\": 4}}")
     return name, options
-
-
-def _label(name: str, cls: type[Component], count: int) -> str:
-    return name if count == 1 else f"{cls.family} {kind_of(cls)}"
 
 
 def _classes(name: str) -> list[type[Component]]:
@@ -80,7 +77,7 @@ def _classes(name: str) -> list[type[Component]]:
     if colon and module:
         found = getattr(_module(module), attribute, None)
         if not (isinstance(found, type) and issubclass(found, Component)) or found.is_family:
-            raise UnknownComponent(f"'{attribute}' of '{module}' is no rule or selector; it has {_named(_module(module))}")
+            raise UnknownComponentError(f"'{attribute}' of '{module}' is no rule or selector; it has {_named(_module(module))}")
         return [found]
     if name.endswith(".py"):
         return _defined(_module(name))
@@ -90,7 +87,7 @@ def _classes(name: str) -> list[type[Component]]:
     if "." in name or importlib.util.find_spec(name) is not None:
         return _defined(_module(name))
     known = {kind for family in FAMILIES for kind in kinds(family)}
-    raise UnknownComponent(f"no rule, selector or module '{name}'; {suggest(name, known)}")
+    raise UnknownComponentError(f"no rule, selector or module '{name}'; {suggest(name, known)}")
 
 
 def _module(name: str) -> ModuleType:
@@ -99,14 +96,14 @@ def _module(name: str) -> ModuleType:
         try:
             load_plugin(name)
         except RegistryError as error:
-            raise UnknownComponent(str(error)) from None
+            raise UnknownComponentError(str(error)) from None
         file = str(Path(name).resolve())
         return next(m for m in list(sys.modules.values()) if getattr(m, "__file__", None) == file)
     with _working_directory():
         try:
             return importlib.import_module(name)
         except ImportError as error:
-            raise UnknownComponent(f"module '{name}' cannot be imported: {error}") from None
+            raise UnknownComponentError(f"module '{name}' cannot be imported: {error}") from None
 
 
 @contextmanager
@@ -127,7 +124,7 @@ def _defined(module: ModuleType) -> list[type[Component]]:
         if value.__module__ == module.__name__ and not value.is_family
     ]
     if not found:
-        raise UnknownComponent(f"'{module.__name__}' defines no rule or selector; it has {_named(module)}")
+        raise UnknownComponentError(f"'{module.__name__}' defines no rule or selector; it has {_named(module)}")
     return found
 
 
@@ -143,7 +140,7 @@ def made(cls: type[Component], options: Mapping[str, Any]) -> Rule | Selector:
     """A component with these options; what it needs besides comes from its fields' `examples`, and `SMALL` where it fits.
 
     Raises:
-        UnknownComponent: the options are wrong, or a field without a default has no example.
+        UnknownComponentError: the options are wrong, or a field without a default has no example.
     """
     given = dict(options)
     try:
@@ -153,7 +150,7 @@ def made(cls: type[Component], options: Mapping[str, Any]) -> Rule | Selector:
     try:
         cls.model_validate(given)
     except ValidationError as error:
-        raise UnknownComponent(_cannot_be_made(cls, error)) from None
+        raise UnknownComponentError(_cannot_be_made(cls, error)) from None
     for name, value in SMALL.items():
         if name in cls.model_fields and name not in given and _valid(cls, {**given, name: value}):
             given[name] = value

@@ -1,0 +1,211 @@
+"""How long `step()` takes and how much state it keeps: every preset beside torch's own optimizers, in one run.
+
+All optimizers hold the same weights and see the same gradients. They take turns, one step each a round and in another
+order every round, so that whatever else the machine does falls on all alike; a ratio is taken within a round, and its
+median and quartiles are over the rounds.
+
+A selector that refreshes its basis every k steps is timed in both kinds of step: `step` is one without a refresh,
+`refresh` one with, and `mean` what a step costs on the average, (refresh + (k - 1) step) / k.
+
+Example: python benchmarks/step_time.py --layers 2 --presets cosmos,muon,soap
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from statistics import median, quantiles
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from subspace_opt import SubspaceOptimizer, build
+from subspace_opt.lab.device import choose_device, clock
+from subspace_opt.lab.measure import measured_bytes
+from subspace_opt.lab.report import readable_bytes
+from subspace_opt.spec import preset_names
+
+LR = 1e-5  # the weights hardly move, and what they are makes no difference to the time
+ADAMW, MUON = "torch AdamW fused", "torch Muon"  # what the others are measured by
+POOL = 4  # gradients made beforehand
+
+
+@dataclass
+class Timed:
+    """One optimizer and what it took."""
+
+    name: str
+    optimizer: Optimizer
+    first: float = math.nan
+    steps: list[float] = field(default_factory=list)
+    refreshes: list[float] = field(default_factory=list)
+
+    def step(self, device: torch.device) -> float:
+        """Milliseconds of one step."""
+        start = clock(device)
+        self.optimizer.step()
+        return 1e3 * (clock(device) - start)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is reported of one optimizer; times in milliseconds, (lower quartile, median, upper quartile)."""
+
+    name: str
+    state_bytes: int
+    step: tuple[float, float, float]
+    to_adamw: tuple[float, float, float]  # ratio within a round
+    to_muon: tuple[float, float, float]
+    every: int | None  # steps between refreshes; None where there are none, or at every step
+    refresh: float | None
+    mean: float
+    first: float
+
+
+def hidden_matrices(width: int, layers: int, device: torch.device) -> nn.Module:
+    """The matrices of a LLaMA's hidden layers: four of attention and three of the MLP in each."""
+    inner = math.ceil(8 * width / 3 / 16) * 16  # 1376 of 512, as in the papers
+    sides = {"q": (width, width), "k": (width, width), "v": (width, width), "o": (width, width)}
+    sides |= {"gate": (inner, width), "up": (inner, width), "down": (width, inner)}
+    return nn.ModuleList(
+        nn.ModuleDict({name: nn.Linear(cols, rows, bias=False, device=device) for name, (rows, cols) in sides.items()})
+        for _ in range(layers)
+    )
+
+
+def gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Noise with a few strong directions, which is what gradients look like to a selector."""
+    made = []
+    for p in parameters:
+        rows, cols = p.shape
+        strong = torch.randn(rows, 8, device=p.device) @ torch.randn(8, cols, device=p.device)
+        made.append(1e-3 * (strong + torch.randn_like(p)))
+    return made
+
+
+def contestants(model: nn.Module, presets: Sequence[str]) -> list[Timed]:
+    """torch's optimizers and the presets, all on the same parameters."""
+    own = list(model.parameters())
+    theirs: dict[str, Callable[[], Optimizer]] = {
+        ADAMW: lambda: torch.optim.AdamW(own, lr=LR, fused=True),
+        "torch AdamW foreach": lambda: torch.optim.AdamW(own, lr=LR, foreach=True),
+        MUON: lambda: torch.optim.Muon(own, lr=LR),
+    }
+    made = [Timed(name, make()) for name, make in theirs.items()]
+    return [*made, *(Timed(name, build(name, model, lr=LR)) for name in presets)]
+
+
+def period(optimizer: Optimizer) -> int | None:
+    """Steps between refreshes of the basis, where that is more than one."""
+    if not isinstance(optimizer, SubspaceOptimizer):
+        return None
+    split = optimizer.plan.rows[0].splits[0][1]
+    every = split.pipeline.selector.every if split.opens else None
+    return every if every is not None and every > 1 else None
+
+
+def race(timed: Sequence[Timed], model: nn.Module, steps: int, refreshes: int, device: torch.device) -> None:
+    """Take all times."""
+    parameters = list(model.parameters())
+    pool = [gradients(parameters) for _ in range(POOL)]
+    order = random.Random(0)
+
+    def turns(number: int) -> list[Timed]:
+        for p, gradient in zip(parameters, pool[number % POOL], strict=True):
+            p.grad = gradient.clone()
+        return order.sample(list(timed), len(timed))
+
+    for one in turns(0):
+        one.first = one.step(device)
+    for one in turns(1):
+        one.step(device)  # a second warm-up: what starts with its second gradient has started now
+    for number in track(range(steps), description="steps", console=Console(stderr=True), transient=True):
+        for one in turns(number):
+            one.steps.append(one.step(device))
+    for number in range(refreshes):
+        for one in turns(number):
+            if isinstance(one.optimizer, SubspaceOptimizer) and period(one.optimizer):
+                one.optimizer.refresh_bases()
+                one.refreshes.append(one.step(device))
+
+
+def report(timed: Sequence[Timed]) -> list[Row]:
+    """The numbers, quickest first."""
+    steps = {one.name: one.steps for one in timed}
+    rows = []
+    for one in timed:
+        every, step = period(one.optimizer), spread(one.steps)
+        refresh = median(one.refreshes) if one.refreshes else None
+        mean = step[1] if refresh is None or every is None else (refresh + (every - 1) * step[1]) / every
+        adamw, muon = (spread([x / y for x, y in zip(one.steps, steps[name], strict=True)]) for name in (ADAMW, MUON))
+        rows.append(Row(one.name, measured_bytes(one.optimizer), step, adamw, muon, every, refresh, mean, one.first))
+    return sorted(rows, key=lambda row: row.mean)
+
+
+def spread(values: Sequence[float]) -> tuple[float, float, float]:
+    """Lower quartile, median, upper quartile."""
+    low, middle, high = quantiles(values, n=4, method="inclusive")
+    return low, middle, high
+
+
+def show(rows: Sequence[Row], out: Console) -> None:
+    """A table for people."""
+    ratios = ("x AdamW", "quartiles", "x Muon", "quartiles")
+    numbers = ("state", "x AdamW", "step ms", *ratios, "refresh ms", "every", "mean ms", "first ms")
+    table = Table("optimizer", *numbers, box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify, column.no_wrap = "right", True
+    adamw = next(row.state_bytes for row in rows if row.name == ADAMW)
+    for row in rows:
+        refresh = ("-", "-") if row.refresh is None else (f"{row.refresh:.1f}", str(row.every))
+        times = (f"{row.step[1]:.1f}", *_words(row.to_adamw), *_words(row.to_muon), *refresh, f"{row.mean:.1f}")
+        state = (readable_bytes(row.state_bytes), f"{row.state_bytes / adamw:.2f}")
+        table.add_row(row.name, *state, *times, f"{row.first:.0f}")
+    out.print(table)
+
+
+def _words(ratio: tuple[float, float, float]) -> tuple[str, str]:
+    digits = 1 if ratio[1] >= 10 else 2
+    return f"{ratio[1]:.{digits}f}", f"{ratio[0]:.{digits}f}-{ratio[2]:.{digits}f}"
+
+
+def main(
+    width: Annotated[int, typer.Option(min=16, help="Hidden width; 512 is LLaMA-60M.")] = 512,
+    layers: Annotated[int, typer.Option(min=1, help="Hidden layers, seven matrices each; LLaMA-60M has 8.")] = 8,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of torch on a CPU.")] = 1,
+    steps: Annotated[int, typer.Option(min=2, help="Rounds that are timed, after two that are not.")] = 20,
+    refreshes: Annotated[int, typer.Option(min=0, help="Rounds with a refresh of the basis.")] = 3,
+    presets: Annotated[str, typer.Option(help="Names with commas between; all if omitted.")] = "",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
+) -> None:
+    """Time `step()` of presets and of torch's own optimizers on the hidden matrices of a LLaMA."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    where = choose_device(device)
+    model = hidden_matrices(width, layers, where)
+    timed = contestants(model, [name.strip() for name in presets.split(",")] if presets else preset_names())
+    race(timed, model, steps, refreshes, where)
+    context: dict[str, Any] = {"width": width, "layers": layers, "threads": threads, "steps": steps}
+    context |= {"device": str(where), "torch": torch.__version__, "parameters": sum(p.numel() for p in model.parameters())}
+    rows = report(timed)
+    if as_json:
+        typer.echo(json.dumps({**context, "rows": [asdict(row) for row in rows]}, indent=2))
+        return
+    out = Console(highlight=False, width=None if Console().is_terminal else 140)
+    out.print(", ".join(f"{key} {value:,}" if isinstance(value, int) else f"{key} {value}" for key, value in context.items()))
+    out.print()
+    show(rows, out)
+
+
+if __name__ == "__main__":
+    typer.run(main)

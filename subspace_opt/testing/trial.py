@@ -1,0 +1,288 @@
+"""Questions to a whole spec in a real optimizer, each a function that raises `ConformanceError`; components are asked some of them too."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..engine import NonFiniteGradient
+from ..optimizer import SubspaceOptimizer, build
+from ..spec import Spec
+from ..split import Pipeline
+from .drive import ConformanceError, stack
+
+UPDATES = 7  # with a refresh every third one, two of them after the first
+
+
+class Shapes(nn.Module):
+    """Parameters of the shapes that a pipeline may meet: two alike, tall, wide, square, a vector, a stack of matrices; float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        shapes = {"tall": (6, 4), "twin": (6, 4), "wide": (4, 7), "square": (5, 5), "vector": (6,), "experts": (3, 5, 4)}
+        for seed, (name, shape) in enumerate(shapes.items()):
+            self.register_parameter(name, nn.Parameter(stack(shape, torch.float64, 70 + seed)))
+
+
+class Small(nn.Module):
+    """A model with an embedding, a convolution, norms, linear layers and a head, that learns a successor for each of 16 tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(16, 12)
+        self.convolution = nn.Conv1d(12, 12, 3, padding=1)
+        self.norm = nn.LayerNorm(12)
+        self.up = nn.Linear(12, 20)
+        self.down = nn.Linear(20, 12)
+        self.head = nn.Linear(12, 16, bias=False)
+        for seed, p in enumerate(self.parameters()):
+            start = stack(tuple(p.shape), p.dtype, 80 + seed) * max(1, p[0].numel()) ** -0.5
+            p.data.copy_(torch.ones_like(p) if p is self.norm.weight else start)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        x = x + self.convolution(x.mT).mT
+        x = x + self.down(torch.nn.functional.gelu(self.up(self.norm(x))))
+        logits: Tensor = self.head(x)
+        return logits
+
+    def loss(self) -> Tensor:
+        """Cross-entropy on all the data there is."""
+        tokens = torch.arange(48).view(8, 6) * 5 % 16
+        return torch.nn.functional.cross_entropy(self(tokens).flatten(0, 1), (tokens * 3 + 1).flatten() % 16)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A spec and the model that it is tried on."""
+
+    spec: Spec
+    model: Callable[[], nn.Module]
+
+    def start(self, **options: Any) -> Run:
+        """A fresh model and optimizer."""
+        model = self.model()
+        return Run(model, build(self.spec, model, **options))
+
+
+@dataclass
+class Run:
+    """A model, its optimizer, and how many gradients it has had."""
+
+    model: nn.Module
+    optimizer: SubspaceOptimizer
+    count: int = 0
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return dict(self.model.named_parameters())
+
+    def step(self, *, missing: Sequence[str] = (), spoiled: Sequence[str] = (), noise: float = 0.0) -> None:
+        """One update from prescribed gradients; some may be missing, hold a NaN, or all be off by a little relative noise."""
+        self.count += 1
+        for name, p in self.parameters.items():
+            p.grad = None if name in missing else _gradient(name, self.count, p)
+            if noise and p.grad is not None:
+                p.grad.addcmul_(p.grad, _gradient(f"{name}/noise", self.count, p), value=noise)
+            if name in spoiled and p.grad is not None:
+                p.grad.view(-1)[-1] = torch.nan
+        self.optimizer.step()
+
+    def picture(self) -> dict[str, Tensor]:
+        """A copy of every parameter and state tensor."""
+        found = {name: p.detach().clone() for name, p in self.parameters.items()}
+        for name, p in self.parameters.items():
+            found |= {f"{name}: {key}": value.clone() for key, value in self.optimizer.state.get(p, {}).items()}
+        return found
+
+
+def _gradient(name: str, count: int, like: Tensor) -> Tensor:
+    seed = int.from_bytes(hashlib.sha256(f"{name}/{count}".encode()).digest()[:4], "little")
+    return stack(tuple(like.shape), like.dtype, seed)
+
+
+def spec_of(pipeline: Pipeline) -> Spec:
+    """The spec that sends every parameter through one pipeline."""
+    return Spec.model_validate({"name": "trial", "pipelines": {"all": pipeline.model_dump()}, "routes": [{"use": "all"}]})
+
+
+def of_pipeline(pipeline: Pipeline) -> Trial:
+    """A pipeline on parameters of all shapes."""
+    return Trial(spec_of(pipeline), Shapes)
+
+
+def of_spec(spec: Spec) -> Trial:
+    """A spec on a small model."""
+    return Trial(spec, Small)
+
+
+def _unlike(a: dict[str, Tensor], b: dict[str, Tensor]) -> str | None:
+    """The first thing in which two pictures differ."""
+    for name in sorted(set(a) ^ set(b)):
+        return f"{name} (which only one of them has)"
+    return next((name for name in a if not torch.equal(a[name].nan_to_num(), b[name].nan_to_num())), None)
+
+
+# ----------------------------------------------------------------------------------------------------------------- questions
+
+
+def check_plan(trial: Trial) -> None:
+    """The plan is made on the meta device, and its bytes are those that are allocated, parameter by parameter."""
+    run = trial.start()
+    run.step()
+    planned = build(trial.spec, trial.model().to("meta")).plan
+    for name, p in run.parameters.items():
+        row = planned.by_name[name]
+        tensors = {key: value for key, value in run.optimizer.state[p].items() if isinstance(value, Tensor)}
+        allocated = sum(value.untyped_storage().nbytes() for value in tensors.values())
+        if allocated != row.state_bytes:
+            shown = {key: (tuple(value.shape), value.dtype) for key, value in tensors.items()}
+            raise ConformanceError(f"'{name}' {row.entry.shape}: {row.state_bytes} bytes planned, {allocated} allocated: {shown}")
+
+
+def check_resume(trial: Trial) -> None:
+    """Cut after any update: saved, loaded into a new optimizer and continued, it ends in the same bits."""
+    whole = trial.start()
+    saved = []
+    for _ in range(UPDATES):
+        saved.append(_saved(whole))
+        whole.step()
+    for cut, data in enumerate(saved):
+        resumed = _restored(trial, data, cut)
+        for _ in range(cut, UPDATES):
+            resumed.step()
+        what = _unlike(whole.picture(), resumed.picture())
+        if what:
+            raise ConformanceError(
+                f"resumed after update {cut}, training ends with another {what}; whatever outlives an update belongs into a slot"
+            )
+
+
+def _saved(run: Run) -> bytes:
+    data = io.BytesIO()
+    torch.save({"model": run.model.state_dict(), "optimizer": run.optimizer.state_dict()}, data)
+    return data.getvalue()
+
+
+def _restored(trial: Trial, data: bytes, count: int) -> Run:
+    loaded = torch.load(io.BytesIO(data), weights_only=True)
+    run = trial.start()
+    run.model.load_state_dict(loaded["model"])
+    run.optimizer.load_state_dict(loaded["optimizer"])
+    run.count = count
+    return run
+
+
+def check_stacking(trial: Trial) -> None:
+    """Matrices of one shape computed together move as they do one by one."""
+    single, together, shaken = trial.start(stacking="never"), trial.start(stacking="always"), trial.start(stacking="never")
+    for _ in range(UPDATES):
+        single.step()
+        together.step()
+        shaken.step(noise=torch.finfo(next(trial.model().parameters()).dtype).eps)
+    start = dict(trial.model().named_parameters())
+    for name, p in single.parameters.items():
+        gap = (p - together.parameters[name]).abs().max()
+        # What round-off alone does, where it decides: the eigenvectors of a covariance without full rank are arbitrary.
+        allowed = torch.finfo(p.dtype).eps ** 0.5 * (p - start[name]).abs().max() + 10 * (p - shaken.parameters[name]).abs().max()
+        if not gap <= allowed + 1e-12:
+            raise ConformanceError(
+                f"'{name}' moves in another way, by {float(gap):.1e}, when matrices of its shape are computed together: reduce over the "
+                "last two dimensions only"
+            )
+
+
+@contextmanager
+def _generators_untouched() -> Iterator[None]:
+    before = torch.get_rng_state()
+    yield
+    if not torch.equal(before, torch.get_rng_state()):
+        torch.set_rng_state(before)
+        raise ConformanceError("an update draws from the global random number generator")
+
+
+def check_gradients_kept(trial: Trial) -> None:
+    """`p.grad` is only read, and the global random number generator is not touched."""
+    run = trial.start()
+    with _generators_untouched():
+        for _ in range(4):
+            run.step()
+            for name, p in run.parameters.items():
+                if p.grad is None or not torch.equal(p.grad, _gradient(name, run.count, p)):
+                    raise ConformanceError(f"update {run.count} writes to the gradient of '{name}'")
+
+
+def check_missing(trial: Trial) -> None:
+    """A parameter without a gradient stays as it is, with its state, and goes on later."""
+    run = trial.start()
+    names = list(run.parameters)[::2]
+    for missing in (names, (), names, ()):
+        before = run.picture()
+        run.step(missing=missing)
+        for key, value in run.picture().items():
+            if key.partition(":")[0] in missing and not torch.equal(before[key].nan_to_num(), value.nan_to_num()):
+                raise ConformanceError(f"'{key}' changes although its parameter has no gradient")
+    for key, value in run.picture().items():
+        if not value.isfinite().all():
+            raise ConformanceError(f"'{key}' is not finite after updates in which its parameter had no gradient")
+
+
+# ------------------------------------------------------------------------------------------------------------------ specs only
+
+
+def check_loss(trial: Trial) -> None:
+    """At the spec's own learning rate the loss of a small model falls."""
+    run = trial.start(nonfinite="propagate")
+    assert isinstance(run.model, Small)
+    losses = []
+    for _ in range(60):
+        run.optimizer.zero_grad()
+        loss = run.model.loss()
+        loss.backward()
+        run.optimizer.step()
+        losses.append(float(loss.detach()))
+    if not sum(losses[-5:]) / 5 < losses[0]:
+        raise ConformanceError(f"the loss goes from {losses[0]:.4g} to {losses[-1]:.4g} in {len(losses)} updates; lower `defaults.lr`")
+
+
+def check_nonfinite(trial: Trial) -> None:
+    """A NaN in a gradient raises before anything changes, or, if asked, leaves that one parameter alone."""
+    run = trial.start()
+    run.step()
+    spoiled = [next(iter(run.parameters))]
+    before = run.picture()
+    try:
+        run.step(spoiled=spoiled)
+    except NonFiniteGradient:
+        if what := _unlike(before, run.picture()):
+            raise ConformanceError(f"a NaN in a gradient raises after '{what}' was changed") from None
+    else:
+        raise ConformanceError("a NaN in a gradient is not noticed")
+    run = trial.start(nonfinite="skip")
+    run.step()
+    before = run.picture()
+    run.step(spoiled=spoiled)
+    after = run.picture()
+    for key, value in after.items():
+        if key.partition(":")[0] == spoiled[0] and not torch.equal(before[key], value):
+            raise ConformanceError(f"with nonfinite='skip', '{key}' changes although its gradient holds NaN")
+        if not value.isfinite().all():
+            raise ConformanceError(f"with nonfinite='skip', '{key}' is not finite after a gradient with NaN")
+
+
+QUESTIONS: dict[str, Callable[[Trial], None]] = {
+    "planned": check_plan,
+    "resumed": check_resume,
+    "stacked": check_stacking,
+    "gradients_kept": check_gradients_kept,
+    "missing_gradients": check_missing,
+    "nonfinite_gradients": check_nonfinite,
+    "loss_falls": check_loss,
+}
