@@ -168,7 +168,7 @@ def show(rows: Sequence[Row], out: Console) -> None:
     for row in rows:
         refresh = ("-", "-") if row.refresh is None else (f"{row.refresh:.1f}", str(row.every))
         times = (f"{row.step[1]:.1f}", *_words(row.to_adamw), *_words(row.to_muon), *refresh, f"{row.mean:.1f}")
-        state = (readable_bytes(row.state_bytes), f"{row.state_bytes / adamw:.2f}")
+        state = (readable_bytes(row.state_bytes), f"{row.state_bytes / adamw:.3f}")
         table.add_row(row.name, *state, *times, f"{row.first:.0f}")
     out.print(table)
 

@@ -47,9 +47,7 @@ def matched(
     return state, merged
 
 
-def _pairs(
-    saved_groups: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]], own: list[Tensor]
-) -> list[tuple[Any, Tensor]]:
+def _pairs(saved_groups: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]], own: list[Tensor]) -> list[tuple[Any, Tensor]]:
     """(saved id, parameter): by name where both sides have names, else by position."""
     saved_ids = [i for group in saved_groups for i in group["params"]]
     saved_names = [n for group in saved_groups for n in group.get("param_names", ())]
@@ -98,7 +96,8 @@ def _merged_groups(
             _check_spec(kept.get("spec"), group.get("spec"))
             if kept.get("use") != group.get("use"):
                 raise CheckpointError(
-                    f"parameter group {index} has `use` {kept.get('use')!r} in the checkpoint and {group.get('use')!r} here; give it the same"
+                    f"parameter group {index} has `use` {kept.get('use')!r} in the checkpoint and {group.get('use')!r} here; "
+                    "give it the same"
                 )
         clash = sorted({k for kept in options[1:] for k in kept if not _equal(kept[k], options[0].get(k))})
         if clash:
@@ -140,6 +139,8 @@ def _check_spec(saved: Any, own: Any) -> None:
 def _difference(there: Any, here: Any, path: str) -> str | None:
     """The first place where two plain values differ."""
     if isinstance(there, dict) and isinstance(here, dict):
+        if path.endswith(".split") and list(there) != list(here):
+            return f"{path} cuts {', '.join(there)} there and {', '.join(here)} here"
         for key in sorted(set(there) | set(here)):
             if key not in there or key not in here:
                 return f"{path}.{key} is only in {'the checkpoint' if key in there else 'this spec'}"
@@ -159,14 +160,14 @@ def _difference(there: Any, here: Any, path: str) -> str | None:
 def _loaded(saved: Mapping[str, Any], row: Row, param: Tensor, problems: list[str]) -> dict[str, Any]:
     """One parameter's state on its device, in its own storages; what does not fit goes to `problems`."""
     name, out = row.entry.name, {}
-    for key in sorted(set(saved) ^ set(row.state)):
-        problems.append(f"'{name}': slot '{key}' is {'unknown here' if key in saved else 'missing'}")
+    odd = sorted(set(saved) ^ set(row.state))
+    problems += [f"'{name}': slot '{key}' is {'unknown here' if key in saved else 'missing'}" for key in odd]
     for key, (shape, dtype) in row.state.items():
         if key not in saved:
             continue
         value = saved[key]
         if key == "step":
-            if isinstance(value, Tensor) and value.numel() != 1 or not isinstance(value, Tensor | int | float):
+            if not isinstance(value, Tensor | int | float) or (isinstance(value, Tensor) and value.numel() != 1):
                 problems.append(f"'{name}': slot 'step' is {type(value).__name__}, not a number")
                 continue
             out[key] = torch.tensor(float(value), dtype=torch.float32)

@@ -29,7 +29,7 @@ MOST_FAILURES = 3  # decompositions of one parameter that may fail in a row
 SMALL = 4096  # entries up to which a CPU gains from stacking
 
 
-class NonFiniteGradient(FloatingPointError):
+class NonFiniteGradient(FloatingPointError):  # noqa: N818  the gradient is what is wrong
     """A gradient holds NaN or infinity; nothing has been changed."""
 
 
@@ -275,7 +275,7 @@ def _joined(parts: Iterable[Tensor], dtype: torch.dtype) -> Tensor:
 
 
 def _advance(stack: Stack, options: Options, memory: Memory, errors: dict[str, Exception]) -> None:
-    """Apply, settle, update. Where a decomposition fails, the matrices go on with the basis they have, and `errors` is told whose they are."""
+    """Apply, update, settle. Where a decomposition fails, matrices go on with the basis they have, and `errors` is told whose."""
     split, pieces = stack.split, stack.pieces
     if stack.phase is Phase.WAITING:
         _update(pieces, None, split, options)
@@ -310,9 +310,7 @@ def _advance(stack: Stack, options: Options, memory: Memory, errors: dict[str, E
     _settle(pieces, split, old, new)
 
 
-def _run(
-    split: Split, grad: Tensor, weight: Tensor | None, old: State, step: Step, sound: bool
-) -> tuple[Tensor | None, State]:
+def _run(split: Split, grad: Tensor, weight: Tensor | None, old: State, step: Step, sound: bool) -> tuple[Tensor | None, State]:
     """Update and new state; none yet where the first gradient only sets the basis."""
     if step.first and split.primes:
         return None, split.prime(grad, weight, old, step)
@@ -398,7 +396,9 @@ def _report(work: list[Work], errors: dict[str, Exception], failures: dict[str, 
         failures[name] = failures.get(name, 0) + 1
         if failures[name] < MOST_FAILURES:
             warnings.warn(
-                f"a decomposition for '{name}' failed; its basis is kept and the next update tries again: {error}", RuntimeWarning, stacklevel=5
+                f"a decomposition for '{name}' failed; its basis is kept and the next update tries again: {error}",
+                RuntimeWarning,
+                stacklevel=5,
             )
     for name, error in errors.items():
         if failures[name] >= MOST_FAILURES:

@@ -99,7 +99,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             "refresh": False,
         }
         _check_rates(defaults)
-        super().__init__(params, defaults)  # type: ignore[arg-type]
+        super().__init__(params, defaults)
         self._warn_if_blind()
         self.plan  # noqa: B018  with `strict`, a route without parameters is an error now
 
@@ -188,9 +188,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     @property
     def plan(self) -> Plan:
         """Routes, views, ranks and bytes of state of every parameter; made anew when groups or parameters change."""
-        key = tuple(
-            (id(p), p.shape, p.dtype, p.requires_grad, g["spec"], g["use"]) for g in self.param_groups for p in g["params"]
-        )
+        key = tuple((id(p), p.shape, p.dtype, p.requires_grad, g["spec"], g["use"]) for g in self.param_groups for p in g["params"])
         if self._planned is None or self._planned[0] != key:
             specs = [_spec_of(g["spec"]) for g in self.param_groups for _ in g["params"]]
             kahan = self._options.rounding == "kahan"
@@ -331,14 +329,10 @@ def build(
     See `SubspaceOptimizer` for the options.
     """
     if not isinstance(model_or_params, nn.Module):
-        return SubspaceOptimizer(
-            model_or_params, spec, lr=lr, weight_decay=weight_decay, overrides=overrides, **options
-        )
+        return SubspaceOptimizer(model_or_params, spec, lr=lr, weight_decay=weight_decay, overrides=overrides, **options)
     found = module_kinds(model_or_params)
     named = OrderedDict((canonical_name(name), p) for name, p in model_or_params.named_parameters())
     if not named:
         raise SpecError("the model has no parameters")
     kinds = {name: found.get(id(p), frozenset()) for name, p in named.items()}
-    return SubspaceOptimizer(
-        named.items(), spec, lr=lr, weight_decay=weight_decay, overrides=overrides, modules=kinds, **options
-    )
+    return SubspaceOptimizer(named.items(), spec, lr=lr, weight_decay=weight_decay, overrides=overrides, modules=kinds, **options)

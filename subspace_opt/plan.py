@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
@@ -122,15 +122,18 @@ class Plan:
 
     @cached_property
     def constants(self) -> dict[str, int]:
-        """Bytes of the tables shared by matrices (never in a checkpoint), by name."""
+        """Bytes of the tables shared by matrices (never in a checkpoint), by name and precision."""
         out: dict[str, int] = {}
         for row in self.rows:
             for _, split in row.splits:
+                if not split.opens:
+                    continue
                 for name, make in split.pipeline.selector.constants(split.rows, split.cols).items():
-                    if name not in out:
+                    key = f"{name} {row.compute_dtype}".replace("torch.", "")
+                    if key not in out:
                         # On the meta device a table has a size and no memory.
                         with torch.device("meta"):
-                            out[name] = make().numel() * row.compute_dtype.itemsize
+                            out[key] = make().numel() * row.compute_dtype.itemsize
         return out
 
     def to_dict(self) -> dict[str, Any]:
@@ -174,9 +177,7 @@ def adamw_bytes(entry: Entry) -> int:
     return 0 if entry.frozen else 2 * entry.numel * entry.dtype.itemsize + STEP_BYTES
 
 
-def make_plan(
-    spec: Spec | Sequence[Spec], entries: Sequence[Entry], *, strict: bool = False, compensated: bool = False
-) -> Plan:
+def make_plan(spec: Spec | Sequence[Spec], entries: Sequence[Entry], *, strict: bool = False, compensated: bool = False) -> Plan:
     """Route every parameter and lay out its state.
 
     Args:
@@ -219,8 +220,7 @@ def _route(spec: Spec, entry: Entry) -> tuple[int, Route]:
     if entry.use is not None:
         if entry.use not in spec.pipelines:
             raise SpecError(
-                f"parameter group of '{entry.name}': use '{entry.use}' is no pipeline of '{spec.name}'; "
-                f"known: {', '.join(spec.pipelines)}"
+                f"parameter group of '{entry.name}': use '{entry.use}' is no pipeline of '{spec.name}'; known: {', '.join(spec.pipelines)}"
             )
         return -1, Route(use=entry.use)
     dims = len(entry.shape)
@@ -235,9 +235,7 @@ def _route(spec: Spec, entry: Entry) -> tuple[int, Route]:
     )
 
 
-def _row(
-    spec: Spec, entry: Entry, index: int, route: Route, splits: dict[Any, Split], compensated: bool
-) -> Row:
+def _row(spec: Spec, entry: Entry, index: int, route: Route, splits: dict[Any, Split], compensated: bool) -> Row:
     try:
         view = make_view(
             entry.shape,

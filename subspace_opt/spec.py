@@ -16,7 +16,7 @@ from pydantic_core import PydanticCustomError
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 
-from . import rules, selectors
+from . import presets, rules, selectors
 from .document import Document, DocumentError, parse_document, read_document
 from .messages import describe
 from .modules import ModuleKind
@@ -138,7 +138,9 @@ class Spec(Model):
     def to_json(self) -> str:
         """What the spec computes, without its prose, as one line of JSON: the form in which it travels in a checkpoint."""
         plain = self.model_dump(mode="json", exclude={"about", "notes", "published"})
-        return json.dumps(plain, sort_keys=True, separators=(",", ":"))
+        # Not sort_keys: the order of pipelines says nothing, that of the blocks in a `split` says where each lies.
+        plain["pipelines"] = dict(sorted(plain["pipelines"].items()))
+        return json.dumps(plain, separators=(",", ":"))
 
     def to_yaml(self, *, full: bool = False) -> str:
         """YAML that reads back as an equal spec; what has its default value is left out unless `full`."""
@@ -198,9 +200,9 @@ def _on_a_line(value: Any) -> Any:
 # ----------------------------------------------------------------------------------------------------------------- reading
 
 
-def preset_names() -> list[str]:
-    """The presets that come with the package."""
-    return sorted(p.stem for p in PRESETS.glob("*.yaml"))
+def preset_names(*, installed: bool = True) -> list[str]:
+    """The presets that come with this package, and those of `installed` ones."""
+    return presets.names(installed_too=installed)
 
 
 def load_spec(source: Spec | Mapping[str, Any] | str | os.PathLike[str], overrides: Mapping[str, Any] | None = None) -> Spec:
@@ -250,16 +252,18 @@ def _document(source: Spec | Mapping[str, Any] | str | os.PathLike[str]) -> Docu
         raise SpecError(f"a spec is a preset's name, a path, a mapping or a Spec, not {type(source).__name__}")
     text = os.fspath(source)
     try:
-        if source in preset_names():
-            return read_document(PRESETS / f"{text}.yaml")
+        preset = presets.find(text) if isinstance(source, str) else None
+        if preset is not None:
+            return preset.read()
         if isinstance(source, str) and not text.endswith((".yaml", ".yml", ".json")) and not os.path.lexists(text):
             if os.sep not in text:
                 short = text[:80]
+                broken = "".join(f"; preset package '{name}' failed: {why}" for name, why in presets.failures().items())
                 raise SpecError(
-                    f"no preset '{short}'; {suggest(text, preset_names())} (a file is given with its ending: ./{short}.yaml)"
+                    f"no preset '{short}'; {suggest(text, preset_names())} (a file is given with its ending: ./{short}.yaml){broken}"
                 )
         return read_document(source)
-    except DocumentError as error:
+    except (DocumentError, presets.PresetError) as error:
         raise SpecError(str(error)) from None
 
 
@@ -350,7 +354,7 @@ def json_schema() -> dict[str, Any]:
             own["required"] = sorted({*own.get("required", []), "kind"})
             defs[f"{family}.{name}"] = own
         refs = [{"$ref": f"#/$defs/{family}.{name}"} for name in known]
-        defs[family] = {"anyOf": [{"enum": list(known), "type": "string"}, *refs]}
+        defs[family] = {"anyOf": [{"enum": list(known), "type": "string"}, {"type": "null"}, *refs]}
     schema = _with_families(schema)
     schema["required"] = ["pipelines"]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
@@ -366,5 +370,5 @@ def _with_families(node: Any) -> Any:
     out = {k: _with_families(v) for k, v in node.items()}
     if out.get("type") == "array" and out.get("items") == {"$ref": "#/$defs/rule"}:
         del out["type"], out["items"]
-        out["anyOf"] = [{"$ref": "#/$defs/rule"}, {"type": "array", "items": {"$ref": "#/$defs/rule"}}, {"type": "null"}]
+        out["anyOf"] = [{"$ref": "#/$defs/rule"}, {"type": "array", "items": {"$ref": "#/$defs/rule"}}]
     return out

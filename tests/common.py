@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from subspace_opt import Spec, SubspaceOptimizer, load_spec
 from subspace_opt.spec import preset_names
 
-PRESETS = preset_names()
+PRESETS = preset_names(installed=False)
 RANK, EVERY = 3, 3
 LINEAR = frozenset({"linear"})
 

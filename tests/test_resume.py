@@ -178,10 +178,7 @@ def test_a_group_without_parameters_and_several_groups_are_matched_by_name() -> 
     names = list(params)
 
     def made(params: dict[str, nn.Parameter], groups: list[list[str]]) -> SubspaceOptimizer:
-        given = [
-            {"params": [(n, params[n]) for n in group], "weight_decay": 0.0 if "bias" in group else 0.125}
-            for group in groups
-        ]
+        given = [{"params": [(n, params[n]) for n in group], "weight_decay": 0.0 if "bias" in group else 0.125} for group in groups]
         given.append({"params": [], "param_names": [], "lr": 0.75})
         return SubspaceOptimizer(given, small("cosmos"), modules=dict.fromkeys(params, LINEAR))
 
@@ -275,6 +272,16 @@ def test_another_spec_is_refused_with_the_first_difference(trained: Trained, ove
     refused(*trained, state_of(spec), "the checkpoint is of spec 'cosmos', this optimizer of 'cosmos'", difference)
 
 
+def test_blocks_cut_in_another_order_are_refused() -> None:
+    """A mapping is equal to itself in another order; a fused weight is not."""
+    routes = [{"name": "tall", "split": order, "use": "matrix"} for order in ({"q": 4, "k": 3}, {"k": 3, "q": 4})]
+    specs = [load_spec(small("cosmos"), {"routes": [route, {"use": "other"}]}) for route in routes]
+    params = parameters()
+    opt = optimizer(specs[0], params)
+    train(opt, params, range(2))
+    refused(opt, params, state_of(specs[1]), "routes.0.split cuts k, q there and q, k here")
+
+
 def test_what_a_spec_says_beside_the_mathematics_may_differ(trained: Trained) -> None:
     opt, _ = trained
     saved = state_of(load_spec(small("cosmos"), {"name": "mine", "defaults.lr": 0.5, "notes": "a copy"}))
@@ -350,7 +357,9 @@ def test_every_slot_is_checked(preset: str) -> None:
             del state[drop]
         return {**saved, "state": {**saved["state"], number: state}}
 
-    refused(opt, params, broken({"spare": torch.ones(2)}), "the checkpoint does not fit this optimizer:\n'wide': slot 'spare' is unknown here")
+    refused(
+        opt, params, broken({"spare": torch.ones(2)}), "the checkpoint does not fit this optimizer:\n'wide': slot 'spare' is unknown here"
+    )
     for key, value in saved["state"][number].items():
         refused(opt, params, broken({}, drop=key), f"'wide': slot '{key}' is missing")
         if key == "step":

@@ -100,9 +100,7 @@ SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
     "PolynomialLR": lambda o: schedulers.PolynomialLR(o, power=0.9, total_iters=12),
     "CosineAnnealingLR": lambda o: schedulers.CosineAnnealingLR(o, T_max=12),
     "CosineAnnealingWarmRestarts": lambda o: schedulers.CosineAnnealingWarmRestarts(o, T_0=4),
-    "CyclicLR": lambda o: schedulers.CyclicLR(
-        o, base_lr=0.1 * rate(o), max_lr=rate(o), step_size_up=3, cycle_momentum=False
-    ),
+    "CyclicLR": lambda o: schedulers.CyclicLR(o, base_lr=0.1 * rate(o), max_lr=rate(o), step_size_up=3, cycle_momentum=False),
     "OneCycleLR": lambda o: schedulers.OneCycleLR(o, max_lr=rate(o), total_steps=12, cycle_momentum=False),
     "ReduceLROnPlateau": lambda o: schedulers.ReduceLROnPlateau(o, patience=0, threshold=10.0),
     "SequentialLR": lambda o: schedulers.SequentialLR(
@@ -232,7 +230,7 @@ def test_a_group_may_come_later(preset: str) -> None:
 
 
 def test_groups_may_have_overrides_specs_and_pipelines_of_their_own() -> None:
-    params = parameters({n: (7, 4) for n in "abcde"})
+    params = parameters(dict.fromkeys("abcde", (7, 4)))
     groups = [
         {"params": [("a", params["a"])]},
         {"params": [("b", params["b"])], "overrides": {"matrix.selector.rank": 2}},
@@ -250,9 +248,7 @@ def test_groups_may_have_overrides_specs_and_pipelines_of_their_own() -> None:
     assert set(opt.state[params["d"]]) == {"step", "complement.exp_avg", "complement.exp_avg_sq"}
 
     alone = parameters({"e": (7, 4)})
-    other = SubspaceOptimizer(
-        alone.items(), "galore", lr=0.5, overrides={"matrix.selector.rank": 1}, modules={"e": LINEAR}
-    )
+    other = SubspaceOptimizer(alone.items(), "galore", lr=0.5, overrides={"matrix.selector.rank": 1}, modules={"e": LINEAR})
     other.param_groups[0]["weight_decay"] = opt.param_groups[4]["weight_decay"]
     train(other, alone, range(2))
     assert same_tensor(alone["e"], params["e"])
@@ -314,11 +310,9 @@ def test_an_unknown_key_of_a_group_is_refused(key: str, hint: str) -> None:
 )
 def test_a_bad_rate_is_refused(options: dict[str, Any], message: str, where: str) -> None:
     p = nn.Parameter(torch.ones(3))
+    params, whole = ([p], options) if where == "whole" else ([{"params": [p], **options}], {})
     with pytest.raises(ValueError, match=message):
-        if where == "whole":
-            SubspaceOptimizer([p], "adamw", **options)
-        else:
-            SubspaceOptimizer([{"params": [p], **options}], "adamw")
+        SubspaceOptimizer(params, "adamw", **whole)
 
 
 @pytest.mark.parametrize(
@@ -679,7 +673,7 @@ def test_states_load_from_named_and_unnamed_into_named_and_unnamed(preset: str, 
     train(opt, params, range(3, 7))
     train(twin, twins, range(3, 7))
     if source == "named" or into == "unnamed":
-        assert same(snapshot(opt, params), {k: v for k, v in snapshot(twin, twins).items()})
+        assert same(snapshot(opt, params), snapshot(twin, twins))
 
 
 @every_preset

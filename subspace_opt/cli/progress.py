@@ -8,6 +8,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.table import Column
 
 from ..lab import Ended, Evaluated, Event, Saved, Started, Stepped
 from ..lab.report import readable_bytes
@@ -24,7 +25,7 @@ class RunProgress:
         self._last: Stepped | None = None
         self._corpus = ""
         self._bars = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", table_column=Column(overflow="ellipsis")),  # gives way first
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
             TextColumn("{task.fields[told]}"),
@@ -54,7 +55,7 @@ class RunProgress:
                 self._last = event
                 self._move(event, f"{event.tokens_per_second:,.0f} tokens/s  {_clock(event.eta_seconds)} left")
             case Evaluated():
-                self._validation[event.run] = f"validation {event.loss:.3f}"
+                self._validation[event.run] = f"val {event.loss:.3f}"
                 if not self.out.is_terminal:
                     self._line(event)
             case Saved():

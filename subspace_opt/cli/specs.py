@@ -5,13 +5,15 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Iterator, Sequence
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from .. import presets
 from ..registry import Component, failures, kinds, plugin_entry_points
-from ..spec import Spec, SpecError, json_schema, load_spec, preset_names
+from ..spec import Spec, SpecError, json_schema, load_spec
 from .options import AsJson, Overrides, Plugins, SpecName, overrides, print_json
 from .tables import console, show_catalogue
 
@@ -89,9 +91,9 @@ def _summary(spec: Spec) -> str:
 def _catalogue(files: Sequence[Path]) -> dict[str, Any]:
     known = {family: kinds(family) for family in ("selector", "rule")}
     plugins = list(_plugins(files, {kind: cls for family in known.values() for kind, cls in family.items()}))
-    origin = {kind: plugin["name"] for plugin in plugins for kind in plugin["kinds"]}
+    origin = {kind: plugin["name"] for plugin in plugins for kind in plugin["gives"]}
     return {
-        "presets": [_preset(name) for name in preset_names()],
+        "presets": list(_presets()),
         "selectors": _described(known["selector"], origin),
         "rules": _described(known["rule"], origin),
         "plugins": plugins,
@@ -101,17 +103,39 @@ def _catalogue(files: Sequence[Path]) -> dict[str, Any]:
 def _plugins(files: Sequence[Path], known: dict[str, type[Component]]) -> Iterator[dict[str, Any]]:
     """Installed plugins, those that failed too, and files given on the command line."""
     for point in plugin_entry_points():
-        own = [kind for kind, cls in known.items() if cls.__module__ == point.module]
-        package = f"{point.dist.name} {point.dist.version}" if point.dist else ""
-        yield {"name": point.name, "package": package, "kinds": own, "error": failures().get(point.name)}
+        own = [kind for kind, cls in known.items() if _within(cls.__module__, point.module)]
+        yield _plugin(point.name, _package(point), own, failures().get(point.name))
+    for point in entry_points(group=presets.GROUP):
+        own = [name for name, owners in presets.installed().items() if _package(point) in {o.package for o in owners}]
+        yield _plugin(point.name, _package(point), own, presets.failures().get(point.name))
     for file in files:
         own = [kind for kind, cls in known.items() if inspect.getfile(cls) == str(file.resolve())]
-        yield {"name": str(file), "package": "--plugin", "kinds": own, "error": None}
+        yield _plugin(file.name, str(file), own, None)
 
 
-def _preset(name: str) -> dict[str, Any]:
-    spec = load_spec(name)
-    return {"name": name, "source": spec.source, "about": spec.about, "defaults": spec.defaults.model_dump()}
+def _plugin(name: str, package: str, gives: list[str], error: str | None) -> dict[str, Any]:
+    return {"name": name, "package": package, "gives": gives, "error": error}
+
+
+def _package(point: EntryPoint) -> str:
+    return f"{point.dist.name} {point.dist.version}" if point.dist else point.name
+
+
+def _within(module: str, package: str) -> bool:
+    return module == package or module.startswith(f"{package}.")
+
+
+def _presets() -> Iterator[dict[str, Any]]:
+    found = {name: [preset] for name, preset in presets.built_in().items()} | presets.installed()
+    for name, owners in sorted(found.items()):
+        entry = {"name": name, "package": " and ".join(owner.package for owner in owners)}
+        try:
+            spec = load_spec(name)
+        except SpecError as error:  # of a package: what is built in is tested
+            yield {**entry, "source": [], "about": "", "defaults": None, "error": str(error)}
+        else:
+            said = {"source": spec.source, "about": spec.about, "defaults": spec.defaults.model_dump()}
+            yield {**entry, **said, "error": None}
 
 
 def _described(family: dict[str, type[Component]], origin: dict[str, str]) -> list[dict[str, Any]]:

@@ -44,21 +44,30 @@ def show_catalogue(catalogue: Mapping[str, Any], out: Console) -> None:
     """Presets, kinds, plugins: a table each."""
     presets = _table("preset", "source", fold="source")
     for preset in catalogue["presets"]:
-        presets.add_row(preset["name"], escape(", ".join(preset["source"])))
+        words = escape(", ".join(preset["source"])) if preset["error"] is None else _failed(preset["error"])
+        presets.add_row(preset["name"], words + _origin(preset["package"]))
     out.print(presets)
     for family in ("selectors", "rules"):
         kinds = _table(family.removesuffix("s"), "what it does", fold="what it does")
         for kind in catalogue[family]:
-            origin = "" if kind["plugin"] is None else f" [dim]{escape('[' + kind['plugin'] + ']')}[/dim]"
-            kinds.add_row(", ".join(kind["names"]), escape(kind["doc"]) + origin)
+            kinds.add_row(", ".join(kind["names"]), escape(kind["doc"]) + _origin(kind["plugin"]))
         out.print()
         out.print(kinds)
-    plugins = _table("plugin", "from", "kinds", fold="kinds")
+    plugins = _table("plugin", "from", "gives", fold="gives")
     for plugin in catalogue["plugins"]:
-        failed = plugin["error"] and f"[red]failed to import: {escape(plugin['error'])}[/red]"
-        plugins.add_row(escape(plugin["name"]), escape(plugin["package"]), failed or ", ".join(plugin["kinds"]) or "none")
+        gives = ", ".join(plugin["gives"]) or "nothing"
+        words = gives if plugin["error"] is None else _failed(f"failed to import: {plugin['error']}")
+        plugins.add_row(escape(plugin["name"]), escape(plugin["package"]), words)
     out.print()
     out.print(plugins if catalogue["plugins"] else "no plugins installed")
+
+
+def _origin(name: str | None) -> str:
+    return f" [dim]{escape(f'[{name}]')}[/dim]" if name else ""
+
+
+def _failed(why: str) -> str:
+    return f"[red]{escape(why)}[/red]"
 
 
 # ------------------------------------------------------------------------------------------------------- explain, plan

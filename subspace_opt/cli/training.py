@@ -21,6 +21,7 @@ from .options import AsJson, Overrides, Plugins, SpecName, overrides, print_json
 from .progress import RunProgress
 from .tables import console, show_results
 
+TITLE = "Python's standard library, byte by byte"
 TRY_NEXT = """\
 Try next:
   subspace-opt show cosmos                    the spec that ran
@@ -104,14 +105,16 @@ def demo(
     """
     from ..lab import compare, to_json, write_picture
     from ..lab.demo import configs
+    from ..lab.journal import make_folder
 
     runs = [config if steps is None else config.model_copy(update={"steps": steps}) for config in configs()]
-    _check_picture(out)  # now, not after two minutes
+    _check_picture()  # now, not after two minutes
+    folder = make_folder(out)
     with _running(runs) as progress:
         results = compare(runs, on_event=progress)
-        picture = write_picture(results, out / "comparison.png")
-        numbers = out / "comparison.json"
+        numbers = folder / "comparison.json"
         numbers.write_text(to_json(results), encoding="utf-8")
+        picture = write_picture(results, folder / "comparison.png", title=TITLE)
     if as_json:
         print_json(json.loads(to_json(results)))
     else:
@@ -132,13 +135,9 @@ def _config(given: dict[str, Any]) -> TrainConfig:
         raise LabError(f"--{option}: {why}, not {wrong['input']!r}") from None
 
 
-def _check_picture(folder: Path) -> None:
+def _check_picture() -> None:
     if find_spec("matplotlib") is None:
         raise LabError("the picture needs matplotlib, which is not installed. Run: pip install 'subspace-opt[lab]'")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise LabError(f"--out: {folder} cannot be made a folder: {error.strerror}. Choose another") from None
 
 
 @contextmanager

@@ -24,9 +24,7 @@ class TrainConfig(BaseModel):
     spec: str | dict[str, Any] = Field(default="cosmos", description="preset name, path to a spec, or the spec itself")
     name: str = Field(default="", description="what to call the run; empty: after the spec")
     model: str = Field(default="tiny", description="size name, or path to a Hugging Face config")
-    data: tuple[str, ...] = Field(
-        default=(), description="files and folders; none: the Python standard library's source"
-    )
+    data: tuple[str, ...] = Field(default=(), description="files and folders; none: the Python standard library's source")
     max_bytes: PositiveInt = Field(default=MAX_BYTES, description="how much text to keep in memory")
     steps: PositiveInt = Field(default=200, description="updates to make")
     batch_size: PositiveInt = Field(default=8, description="windows per forward pass")
@@ -35,9 +33,7 @@ class TrainConfig(BaseModel):
     lr: PositiveFloat | None = Field(default=None, description="peak learning rate; none: the spec's")
     weight_decay: NonNegativeFloat | None = Field(default=None, description="none: the spec's")
     overrides: dict[str, Any] = Field(default={}, description="dotted paths into the spec, as `build` takes them")
-    warmup: NonNegativeInt | None = Field(
-        default=None, description="updates of linear warm-up; none: a tenth of `steps`"
-    )
+    warmup: NonNegativeInt | None = Field(default=None, description="updates of linear warm-up; none: a tenth of `steps`")
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = Field(
         default=0.1, description="where the cosine ends, as a part of the peak; 1 is a constant rate"
     )

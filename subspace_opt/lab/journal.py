@@ -19,13 +19,8 @@ class Journal:
     """
 
     def __init__(self, folder: Path | None, on_event: OnEvent | None) -> None:
-        self.path = folder / LOG if folder else None
+        self.path = make_folder(folder) / LOG if folder else None
         self.on_event = on_event
-        try:
-            if folder:
-                folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise LabError(f"out: {folder} cannot be made a folder: {error.strerror}. Choose another") from error
 
     def __call__(self, event: Event) -> None:
         if self.path:
@@ -41,6 +36,15 @@ class Journal:
             known = [(line, _step(line)) for line in lines]
             kept = [line + "\n" for line, at in known if at is not None and at <= step]
             self.path.write_text("".join(kept), encoding="utf-8")
+
+
+def make_folder(folder: Path) -> Path:
+    """The folder, there from now on. Raises LabError where it cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LabError(f"out: {folder} cannot be made a folder: {error.strerror}. Choose another") from error
+    return folder
 
 
 def _step(line: str) -> int | None:

@@ -57,9 +57,7 @@ def spec_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
     """The optimizer that the config's spec describes."""
     from subspace_opt import build
 
-    return build(
-        config.spec, model, lr=config.lr, weight_decay=config.weight_decay, overrides=dict(config.overrides) or None
-    )
+    return build(config.spec, model, lr=config.lr, weight_decay=config.weight_decay, overrides=dict(config.overrides) or None)
 
 
 @dataclass
@@ -71,9 +69,7 @@ class _Times:
 
 
 class _Run:
-    def __init__(
-        self, config: TrainConfig, corpus: Corpus, on_event: OnEvent | None, make_optimizer: OptimizerFactory | None
-    ) -> None:
+    def __init__(self, config: TrainConfig, corpus: Corpus, on_event: OnEvent | None, make_optimizer: OptimizerFactory | None) -> None:
         self.config, self.corpus = config, corpus
         self.emit = Journal(config.out, on_event)
         self.device = choose_device(config.device)

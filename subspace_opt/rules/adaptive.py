@@ -29,6 +29,7 @@ class Adam(Rule):
     form of Hugging Face and GaLore, where eps is not corrected.
     """
 
+    scale_free: ClassVar[bool] = True
     kind: Literal["adam"] = "adam"
     beta1: float = Field(0.9, ge=0.0, lt=1.0, description="Part of the first moment that is kept; 0 keeps no first moment.")
     beta2: float = Beta2
@@ -74,6 +75,7 @@ class Power(Rule):
     """`sign(X) |X|^beta`: steepest descent under an l_p norm, beta = 1 / (p - 1); power(0) = 0 (PowerStep, arXiv:2605.10335)."""
 
     uses_grad: ClassVar[bool] = False
+    scale_free: ClassVar[bool] = True  # nearly: 1e-16 to the power 0.1 is 0.03
     kind: Literal["power"] = "power"
     beta: float = Field(0.1, gt=0.0, le=1.0, description="The exponent: 1 leaves the signal, towards 0 it tends to its sign.")
 

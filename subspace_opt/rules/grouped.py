@@ -21,6 +21,7 @@ class SubsetNorm(Rule):
     row-major order. With `beta2: 1` squares are summed as in AdaGrad. In `finish` it divides the whole update.
     """
 
+    scale_free: ClassVar[bool] = True
     kind: Literal["subset_norm"] = "subset_norm"
     subsets: Literal["lines"] | int = Field(
         "lines",

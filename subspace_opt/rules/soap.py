@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor
@@ -21,6 +21,7 @@ class Soap(Rule):
     the r x r covariance is, and Q follows it by one power iteration and a QR each update.
     """
 
+    scale_free: ClassVar[bool] = True
     kind: Literal["soap"] = "soap"
     beta2: float = Field(0.95, ge=0.0, lt=1.0, description="Part of the second moment that is kept at each update.")
     eps: float = Field(1e-8, ge=0.0, description="Added to the root of the second moment.")

@@ -16,6 +16,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from ..algebra import Rule, Selector
 from ..registry import Component
 from ..spec import Spec, load_spec
@@ -36,10 +38,14 @@ class Check:
     ask: Callable[[], None]
 
     def __call__(self) -> None:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # the matrices are tiny: threads would only wait for each other
         try:
             self.ask()
         except ConformanceError as error:
             raise ConformanceError(f"{self.subject}, {self.question}: {error}") from error.__cause__
+        finally:
+            torch.set_num_threads(threads)
 
     def __str__(self) -> str:
         return f"{self.subject}-{self.question}"

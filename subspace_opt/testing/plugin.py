@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from ..registry import RegistryError
 from ..spec import SpecError, preset_names
@@ -31,7 +30,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Find what is asked for, before anything is collected."""
-    torch.set_num_threads(1)  # the matrices are tiny: threads only wait for each other
     found: list[Check] = []
     try:
         for name in config.getoption("component"):

@@ -1,0 +1,42 @@
+"""Adafactor's second moment as a rule: one statistic for each row and one for each column, whose product stands for all entries."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from subspace_opt import Dim, Rule, Slot, State, Step, Transport, register
+
+
+@register
+class Adafactor(Rule):
+    """`R <- b R + (1 - b) mean_j G_ij^2; C <- b C + (1 - b) mean_i G_ij^2; X_ij / sqrt(R_i C_j / mean R)`, b = 1 - t^-decay (arXiv:1804.04235).
+
+    The quotient is exact where G.G has rank one, as it has for a vector. What comes out is held to root mean square `clip`.
+    """
+
+    scale_free: ClassVar[bool] = True
+    kind: Literal["adafactor"] = "adafactor"
+    decay: float = Field(0.8, gt=0.0, le=1.0, description="The part of the statistics that is kept at update t is 1 - t^-decay.")
+    eps: float = Field(1e-30, gt=0.0, description="Added to every square.")
+    clip: float | None = Field(1.0, gt=0.0, description="Largest root mean square of an update; null for none.")
+    on_refresh: Transport = Field("keep", description="What becomes of the statistics when the subspace is refreshed.")
+
+    def slots(self, rows: Dim, cols: Dim) -> dict[str, Slot]:
+        carried: Transport = "project_abs" if self.on_refresh == "project" else self.on_refresh  # they must stay positive
+        return {"row": Slot((rows,), carried), "col": Slot((cols,), carried)}
+
+    def apply(self, x: Tensor, grad: Tensor, state: State, step: Step) -> tuple[Tensor, State]:
+        clock = step.age if self.on_refresh == "reset" else step.t
+        weight = clock**-self.decay  # 1 at first: the statistics are averages from the start and need no correction
+        squares = grad.square() + self.eps  # (B, m, n)
+        row = state["row"] + weight * (squares.mean(-1) - state["row"])  # (B, m)
+        col = state["col"] + weight * (squares.mean(-2) - state["col"])  # (B, n)
+        # The product of both would underflow in single precision; each root by itself does not.
+        out = x * (row / row.mean(-1, keepdim=True)).rsqrt().unsqueeze(-1) * col.rsqrt().unsqueeze(-2)
+        if self.clip is not None:
+            rms = out.square().mean((-2, -1), keepdim=True).sqrt()
+            out = out / (rms / self.clip).clamp_min(1.0)
+        return out, {"row": row, "col": col}

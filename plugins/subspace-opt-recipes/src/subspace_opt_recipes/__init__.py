@@ -1,0 +1,1 @@
+"""Presets for subspace_opt, one YAML file each."""

@@ -1,0 +1,313 @@
+"""`new_plugin`: the skeleton of a plugin package, which passes its own conformance tests as it is written."""
+
+from __future__ import annotations
+
+import keyword
+import re
+from pathlib import Path
+from typing import Literal, get_args
+
+from . import __all__ as public_names
+from . import __version__, presets
+from .registry import RegistryError, find, owner
+
+Kind = Literal["selector", "rule", "preset"]
+
+NAME = re.compile(r"[a-z][a-z0-9]*([-_][a-z0-9]+)*")
+TAKEN = {*public_names, "Field", "Literal", "Order", "Tensor"}  # what the written modules import
+
+
+class ScaffoldError(RegistryError):
+    """A plugin that cannot be laid out under this name or in this place; nothing was written."""
+
+
+def new_plugin(name: str, directory: str | Path = ".", kind: Kind = "selector") -> Path:
+    """Write the package `subspace-opt-NAME` into a directory and return its folder.
+
+    It holds a rule or selector that works, or a preset; a spec that uses it; tests that run the conformance kit on it; a README.
+
+    Raises:
+        ScaffoldError: a name that is no name or is taken, or a folder that is there already.
+    """
+    word = name.removeprefix("subspace-opt-")
+    if kind not in get_args(Kind):
+        raise ScaffoldError(f"a plugin is a {', '.join(get_args(Kind))}, not '{kind}'")
+    if not NAME.fullmatch(word) or keyword.iskeyword(word):
+        raise ScaffoldError(f"'{name[:80]}' is no name for a plugin: take small letters, digits and single hyphens, such as top-peaks")
+    if _class_name(word) in TAKEN:
+        raise ScaffoldError(f"'{_class_name(word)}' is a word of the library itself; take another name")
+    _check_free(word, kind)
+    folder = Path(directory) / f"subspace-opt-{word.replace('_', '-')}"
+    if folder.exists():
+        raise ScaffoldError(f"'{folder}' is there already; remove it, or take another name")
+    for path, text in _files(word, kind).items():
+        file = folder / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding="utf-8")
+    return folder
+
+
+def _class_name(word: str) -> str:
+    return "".join(part.capitalize() for part in re.split("[-_]", word))
+
+
+def _check_free(word: str, kind: Kind) -> None:
+    if kind == "preset":
+        if (taken := presets.find(word)) is not None:
+            raise ScaffoldError(f"there is a preset '{word}' already: {taken.file}; take another name")
+    elif (cls := find(kind, word.replace("-", "_"))) is not None:
+        raise ScaffoldError(f"there is a {kind} '{word.replace('-', '_')}' already: {owner(cls)}; take another name")
+
+
+def _files(word: str, kind: Kind) -> dict[str, str]:
+    """The text of every file by its path in the package."""
+    snake, dashed = word.replace("-", "_"), word.replace("_", "-")
+    words = {
+        "PACKAGE": f"subspace_opt_{snake}",
+        "PROJECT": f"subspace-opt-{dashed}",
+        "CLASS": _class_name(word),
+        "KIND": snake,
+        "PRESET": word,
+        "FAMILY": kind,
+        "VERSION": ".".join(__version__.split(".")[:2]),
+        "GROUP": presets.GROUP if kind == "preset" else "subspace_opt.plugins",
+        "USE": USES[kind],
+    }
+    files = {
+        "pyproject.toml": PYPROJECT,
+        "README.md": README[kind],
+        "src/@PACKAGE@/__init__.py": SOURCES[kind],
+        "tests/test_@KIND@.py": TESTS[kind],
+        "src/@PACKAGE@/@PRESET@.yaml" if kind == "preset" else "example.yaml": EXAMPLE if kind != "preset" else PRESET,
+    }
+    return {_filled(path, words): _filled(text, words) for path, text in files.items()}
+
+
+def _filled(text: str, words: dict[str, str]) -> str:
+    for _ in range(2):  # a word may hold another
+        for name, word in words.items():
+            text = text.replace(f"@{name}@", word)
+    return text
+
+
+# -------------------------------------------------------------------------------------------------------------- the texts
+
+PYPROJECT = """\
+[build-system]
+requires = ["hatchling>=1.27"]
+build-backend = "hatchling.build"
+
+[project]
+name = "@PROJECT@"
+version = "0.1.0"
+description = "A @FAMILY@ for subspace_opt."
+readme = "README.md"
+requires-python = ">=3.11"
+dependencies = ["subspace-opt>=@VERSION@"]
+
+[project.optional-dependencies]
+test = ["pytest>=8"]
+
+# The whole registration.
+[project.entry-points."@GROUP@"]
+@KIND@ = "@PACKAGE@"
+
+[tool.hatch.build.targets.wheel]
+packages = ["src/@PACKAGE@"]
+
+[tool.pytest.ini_options]
+testpaths = ["tests"]
+"""
+
+SOURCES: dict[Kind, str] = {
+    "selector": '''\
+"""The selector `@KIND@`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from subspace_opt import Basis, Dim, LowRank, Slot, State, Step, register
+from subspace_opt.algebra import Order
+from torch import Tensor
+
+
+@register
+class @CLASS@(LowRank):
+    """The `rank` columns of largest `|X|_p`, as coordinates: a basis of r indices (write here where it comes from)."""
+
+    kind: Literal["@KIND@"] = "@KIND@"
+    power: float = Field(4.0, ge=1.0, description="The p of the norm; the larger, the more single entries count.")
+
+    def slots(self, rows: Dim, cols: Dim) -> dict[str, Slot]:
+        return {"index": Slot((self.coords(rows, cols)[1],), dtype=torch.int64)}  # (B, r)
+
+    def basis(self, state: State, step: Step) -> Basis:
+        return Basis(right=state["index"])  # integers pick columns; a float (B, n, r) holds orthonormal columns
+
+    def refresh(self, x: Tensor, state: State, step: Step) -> tuple[State, Order | None]:
+        size = torch.linalg.vector_norm(x, ord=self.power, dim=-2)  # (B, n)
+        # In ascending order a column that stays selected moves little in position.
+        return {"index": size.topk(state["index"].size(-1)).indices.sort().values}, None
+''',
+    "rule": '''\
+"""The rule `@KIND@`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+from subspace_opt import Dim, Rule, Slot, State, Step, Transport, register
+from torch import Tensor
+
+
+@register
+class @CLASS@(Rule):
+    """`M <- beta M + (1 - beta) X; M min(1, limit / rms(M))` (write here where it comes from)."""
+
+    kind: Literal["@KIND@"] = "@KIND@"
+    beta: float = Field(0.9, ge=0.0, lt=1.0, description="Part of the average that is kept at each update.")
+    limit: float = Field(1.0, gt=0.0, description="Largest root mean square of what is passed on.")
+    on_refresh: Transport = Field("keep", description="What becomes of the average at a refresh.")
+
+    def slots(self, rows: Dim, cols: Dim) -> dict[str, Slot]:
+        return {"exp_avg": Slot((rows, cols), self.on_refresh)}
+
+    def apply(self, x: Tensor, grad: Tensor, state: State, step: Step) -> tuple[Tensor, State]:
+        m = state["exp_avg"].lerp(x, 1 - self.beta)  # (B, m, n)
+        rms = m.square().mean((-2, -1), keepdim=True).sqrt()
+        return m * (self.limit / rms.clamp_min(self.limit)), {"exp_avg": m}
+''',
+    "preset": '''\
+"""Presets for subspace_opt: every .yaml file beside this one, by its name."""
+''',
+}
+
+USES: dict[Kind, str] = {
+    "selector": "    selector: {kind: @KIND@, rank: 32, every: 100}\n    inside: adam",
+    "rule": "    selector: {kind: svd, rank: 32, every: 100}\n    inside: {kind: @KIND@}\n    complement: {kind: @KIND@}",
+    "preset": "",
+}
+
+EXAMPLE = """\
+# Nothing but the name `@KIND@` asks for the plugin.
+version: 1
+name: @KIND@-example
+defaults: {lr: 1.0e-3, weight_decay: 0.0}
+pipelines:
+  matrix:
+    orient: short
+@USE@
+"""
+
+PRESET = """\
+version: 1
+name: @PRESET@
+source: [write here where it comes from]
+notes: Adam in the leading singular directions of the gradient, and nothing outside.
+defaults: {lr: 1.0e-3, weight_decay: 0.0}
+pipelines:
+  matrix:
+    orient:   short
+    selector: {kind: svd, rank: 128, every: 200}
+    inside:   {kind: adam, beta1: 0.9, beta2: 0.999}
+  other:
+    complement: {kind: adam, beta1: 0.9, beta2: 0.999}
+routes:
+  - {module: [embedding, head], use: other}
+  - {name: "*head*", use: other}
+  - {min_dims: 2, use: matrix}
+  - {use: other}
+"""
+
+_COMPONENT_TESTS = '''\
+"""The @FAMILY@ keeps the contract of every @FAMILY@; a spec finds it by its name alone."""
+
+from pathlib import Path
+
+import pytest
+from subspace_opt.registry import find
+from subspace_opt.testing import Check, checks, spec_checks
+
+from @PACKAGE@ import @CLASS@
+
+EXAMPLE = Path(__file__).parent.parent / "example.yaml"
+
+
+@pytest.mark.parametrize("check", checks(@CLASS@), ids=str)
+def test_the_@FAMILY@_conforms(check: Check) -> None:
+    check()
+
+
+@pytest.mark.parametrize("check", spec_checks(EXAMPLE), ids=str)
+def test_the_example_conforms(check: Check) -> None:
+    check()
+
+
+def test_the_kind_is_found_by_its_name() -> None:
+    assert find("@FAMILY@", "@KIND@") is @CLASS@
+'''
+
+TESTS: dict[Kind, str] = {
+    "selector": _COMPONENT_TESTS,
+    "rule": _COMPONENT_TESTS,
+    "preset": '''\
+"""The preset is found by its name alone and keeps the contract of every spec."""
+
+import pytest
+from subspace_opt import load_spec
+from subspace_opt.testing import Check, spec_checks
+
+
+def test_the_preset_is_found_by_its_name() -> None:
+    assert load_spec("@PRESET@").name == "@PRESET@"
+
+
+@pytest.mark.parametrize("check", spec_checks("@PRESET@"), ids=str)
+def test_the_preset_conforms(check: Check) -> None:
+    check()
+''',
+}
+
+_COMPONENT_README = """\
+# @PROJECT@
+
+A @FAMILY@ for `subspace_opt`.
+
+```yaml
+@USE@
+```
+
+`example.yaml` is a whole spec that uses it: `build("example.yaml", model)`.
+
+## Work on it
+
+```console
+$ pip install -e '.[test]'
+$ pytest                                                          # the conformance kit, and tests of your own
+$ pytest --pyargs subspace_opt.testing --component @KIND@         # the kit alone
+$ subspace-opt list                                               # it is in there
+```
+"""
+
+README: dict[Kind, str] = {
+    "selector": _COMPONENT_README,
+    "rule": _COMPONENT_README,
+    "preset": """\
+# @PROJECT@
+
+Presets for `subspace_opt`: every YAML file beside `src/@PACKAGE@/__init__.py`, by its name.
+
+## Work on it
+
+```console
+$ pip install -e '.[test]'
+$ pytest                                                          # the conformance kit, and tests of your own
+$ pytest --pyargs subspace_opt.testing --spec @PRESET@            # the kit alone
+$ subspace-opt show @PRESET@
+```
+""",
+}
