@@ -563,14 +563,14 @@ def test_class_that_is_no_kind(body: str, message: str, tmp_path: Path) -> None:
     assert message in str(caught.value)
 
 
-def install(site: Path, name: str, source: str) -> None:
+def install(site: Path, name: str, source: str, group: str = "subspace_opt.plugins", module: str = "") -> None:
     """A distribution as pip leaves it: a module, and metadata that names its entry point."""
     site.mkdir(exist_ok=True)
     (site / f"{name}.py").write_text(source)
     info = site / f"{name}-1.2.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.2\n")
-    (info / "entry_points.txt").write_text(f"[subspace_opt.plugins]\n{name} = {name}\n")
+    (info / "entry_points.txt").write_text(f"[{group}]\n{name} = {module or name}\n")
 
 
 def with_site(site: Path, code: str) -> subprocess.CompletedProcess[str]:
@@ -631,6 +631,29 @@ def test_command_lists_a_broken_plugin_and_works(tmp_path: Path) -> None:
         {"name": "raising_plugin", "package": "raising_plugin 1.2", "gives": [], "error": "OSError: no licence"},
     ]
     assert {"names": ["twice"], "doc": "`2 X`.", "plugin": "good_plugin"} in listed["rules"]
+
+
+def test_command_lists_broken_presets_of_packages(tmp_path: Path) -> None:
+    """A package whose preset is no spec, and one that is not there: both named, everything else listed."""
+    site = tmp_path / "site"
+    for name, module in (("good_recipes", "good_recipes"), ("lost_recipes", "nowhere")):
+        install(site, name, "", group="subspace_opt.presets", module=module)
+    package = site / "good_recipes"
+    package.mkdir()
+    (site / "good_recipes.py").unlink()
+    (package / "__init__.py").touch()
+    (package / "house.yaml").write_text(load_spec("muon").to_yaml())
+    (package / "wrong.yaml").write_text("pipelines: {matrix: {complement: muonn}}")
+    done = with_site(site, "from subspace_opt.cli import main; main(['list', '--json'])")
+    assert done.returncode == 0, done.stderr
+    listed = json.loads(done.stdout)
+    found = {preset["name"]: preset for preset in listed["presets"]}
+    assert (found["house"]["package"], found["house"]["error"]) == ("good_recipes 1.2", None)
+    assert found["wrong"]["error"].endswith("wrong.yaml:1:22: pipelines.matrix.complement: unknown rule kind 'muonn'; did you mean 'muon'?")
+    assert found["cosmos"]["package"] == ""
+    rows = {plugin["name"]: plugin for plugin in listed["plugins"]}
+    assert rows["good_recipes"]["gives"] == ["house", "wrong"]
+    assert rows["lost_recipes"]["error"] == "ModuleNotFoundError: No module named 'nowhere'"
 
 
 # --- the optimizer

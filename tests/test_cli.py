@@ -252,6 +252,16 @@ def test_plan_names_the_tables_that_layers_share(run: Run) -> None:
     assert "tables" not in run("plan", "cosmos", "--model", "tiny")
 
 
+def test_explain_tells_how_a_parameter_is_seen(tmp_path: Path, run: Run) -> None:
+    """GPT-2 stores its linear layers as (in, out)."""
+    config = tmp_path / "config.json"
+    ends = {"bos_token_id": 0, "eos_token_id": 0}
+    config.write_text(json.dumps({"model_type": "gpt2", "n_embd": 64, "n_layer": 1, "n_head": 2, "vocab_size": 500, **ends}))
+    text = run("explain", "cosmos", "--model", str(config), width=80)
+    assert re.search(r"^transformer\.wte\.weight +500x64 +other +- +256,004 +0 *$", text, re.M)
+    assert re.search(r"^  attn\.c_attn\.weight +64x192, transposed +matrix +64 +[\d,]+ +2 *$", text, re.M)
+
+
 @pytest.mark.parametrize(
     ("name", "layer", "rest"),
     [

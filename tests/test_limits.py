@@ -55,21 +55,24 @@ def trained(spec: Spec, overrides: dict[str, Any] | None = None, decay: float = 
     return {name: p.detach() for name, p in params.items()}
 
 
-def by_hand(step: Callable[[Tensor, Tensor, int, dict[str, Any]], Tensor], skipped: int = 0) -> dict[str, Tensor]:
+Memory = dict[str, Tensor]
+
+
+def by_hand(step: Callable[[Tensor, Tensor, int, Memory], Tensor], skipped: int = 0) -> dict[str, Tensor]:
     """Parameters after the same gradients by a formula of the test's own: (weight, gradient, t, memory) -> weight."""
     out = {}
     for name, p in parameters().items():
-        w, memory = p.detach(), dict[str, Any]()
+        w, memory = p.detach(), Memory()
         for t in range(skipped, STEPS):
             w = step(w, gradient(name, t), t + 1 - skipped, memory)
         out[name] = w
     return out
 
 
-def hugging_face(b1: float, b2: float, eps: float) -> Callable[[Tensor, Tensor, int, dict[str, Any]], Tensor]:
+def hugging_face(b1: float, b2: float, eps: float) -> Callable[[Tensor, Tensor, int, Memory], Tensor]:
     """Adam as in Hugging Face's AdamW: eps is not bias-corrected, decay follows the update."""
 
-    def step(w: Tensor, g: Tensor, t: int, memory: dict[str, Any]) -> Tensor:
+    def step(w: Tensor, g: Tensor, t: int, memory: Memory) -> Tensor:
         memory["m"] = b1 * memory.get("m", torch.zeros_like(g)) + (1 - b1) * g
         memory["v"] = b2 * memory.get("v", torch.zeros_like(g)) + (1 - b2) * g * g
         size = LR * math.sqrt(1 - b2**t) / (1 - b1**t)
@@ -187,8 +190,8 @@ def test_trion_at_full_rank_is_muon_with_a_heavy_ball(selector: dict[str, Any]) 
 
 
 def test_powerstep_with_exponent_one_is_heavy_ball_sgd() -> None:
-    def sgd(w: Tensor, g: Tensor, t: int, memory: dict[str, Any]) -> Tensor:
-        memory["m"] = 0.9 * memory.get("m", 0.0) + g
+    def sgd(w: Tensor, g: Tensor, t: int, memory: Memory) -> Tensor:
+        memory["m"] = 0.9 * memory.get("m", torch.zeros_like(g)) + g
         return w * (1 - LR * DECAY) - LR * memory["m"]
 
     assert_alike(trained("powerstep", {"all.complement.beta": 1.0}), by_hand(sgd))
@@ -197,8 +200,8 @@ def test_powerstep_with_exponent_one_is_heavy_ball_sgd() -> None:
 def test_powerstep_tends_to_sign_descent() -> None:
     """`sign(m) |m|^beta = sign(m) (1 + beta log |m| + ...)`: ten times nearer for a tenth of the exponent."""
 
-    def sign(w: Tensor, g: Tensor, t: int, memory: dict[str, Any]) -> Tensor:
-        memory["m"] = 0.9 * memory.get("m", 0.0) + g
+    def sign(w: Tensor, g: Tensor, t: int, memory: Memory) -> Tensor:
+        memory["m"] = 0.9 * memory.get("m", torch.zeros_like(g)) + g
         return w * (1 - LR * DECAY) - LR * memory["m"].sign()
 
     exact = by_hand(sign)
@@ -245,7 +248,7 @@ def named(selector: dict[str, Any]) -> str:
     return "-".join(str(v) for k, v in selector.items() if k in ("kind", "sides", "draw"))
 
 
-def sgd(w: Tensor, g: Tensor, t: int, memory: dict[str, Any]) -> Tensor:
+def sgd(w: Tensor, g: Tensor, t: int, memory: Memory) -> Tensor:
     return w * (1 - LR * DECAY) - LR * g
 
 
@@ -394,7 +397,7 @@ def test_the_local_selectors_are_what_they_claim() -> None:
     for selector in (Identity(rank=3), Turning(rank=3, by="rotations")):
         bases = [_basis(selector, t) for t in (1, 2)]
         torch.testing.assert_close(bases[0] @ bases[0].mT, bases[1] @ bases[1].mT)
-    assert not torch.allclose(*bases)
+    assert not torch.allclose(bases[0], bases[1])
 
 
 def _basis(selector: Selector, t: int) -> Tensor:

@@ -91,7 +91,7 @@ def test_two_copies_of_a_matrix_stay_copies(preset: str, stacking: Any, monkeypa
         return torch.randn(shape, generator=torch.Generator().manual_seed(call)).expand(piece.stop - piece.start, *shape)
 
     monkeypatch.setattr(engine, "_noise", noise)
-    params = parameters(dict.fromkeys(("one", "other", "two"), (6, 4)), torch.float64)
+    params = parameters(dict.fromkeys(("one", "other", "two"), (5, 5) if preset in DEGENERATE else (7, 5)), torch.float64)
     with torch.no_grad():
         params["two"].copy_(params["one"])
     opt = optimizer(preset, params, stacking=stacking)
@@ -100,9 +100,10 @@ def test_two_copies_of_a_matrix_stay_copies(preset: str, stacking: Any, monkeypa
         assert params["one"].grad is not None
         params["two"].grad = params["one"].grad.clone()
         opt.step()
-    assert torch.equal(params["one"], params["two"])
-    one, two = opt.state[params["one"]], opt.state[params["two"]]
-    assert same(one, two)
+    gap = differences(
+        {"weight": params["one"].detach(), **opt.state[params["one"]]}, {"weight": params["two"].detach(), **opt.state[params["two"]]}
+    )
+    assert max(gap.values()) < 1e-12  # a batched product may round differently from place to place
     assert not torch.equal(params["one"], params["other"])
 
 

@@ -764,7 +764,7 @@ def check_moves_like_its_contiguous_twin(spec: Any, make: Callable[[], Tensor]) 
         opt.step()
         twin.step()
     assert finite(snapshot(opt, params))
-    assert max(differences(snapshot(opt, params), snapshot(twin, twins)).values()) < 1e-9
+    assert max(differences(snapshot(opt, params), snapshot(twin, twins)).values()) < 1e-7
     assert (p.stride(), p.data_ptr()) == (strides, pointer)
     assert p.numel() == 0 or not torch.equal(p, filled(make))
 

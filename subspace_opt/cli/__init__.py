@@ -20,7 +20,7 @@ from ..document import DocumentError
 from ..lab import LabError
 from ..registry import RegistryError
 from ..spec import SpecError
-from . import memory, plugins, specs, training
+from . import fidelity, memory, plugins, specs, training
 
 BAD_INPUT = (SpecError, DocumentError, RegistryError, CheckpointError, LabError)
 
@@ -43,6 +43,7 @@ for name, command, example in (
     ("plan", memory.plan, "plan cosmos --model 70b --dtype bfloat16"),
     ("train", training.train, "train cosmos --model mini --steps 500 --out runs/cosmos"),
     ("demo", training.demo, "demo --steps 50 --out runs/demo"),
+    ("parity", fidelity.parity, "parity --json"),
     ("new-plugin", plugins.new, "new-plugin top-peaks --kind selector"),
 ):
     app.command(name, epilog=f"Example: subspace-opt {example}")(command)

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -18,6 +18,9 @@ from rich.table import Table
 from ..lab import Result
 from ..lab.report import readable_bytes
 from ..plan import Plan, Row, adamw_bytes
+
+if TYPE_CHECKING:
+    from ..testing.parity import Parity
 
 PIPE_WIDTH = 160  # a file has no width; rows that `grep` is to find should not be folded
 
@@ -35,6 +38,26 @@ def _table(*columns: str, right: Collection[str] = (), fold: str = "") -> Table:
     for column in columns:
         table.add_column(column, justify="right" if column in right else "left", no_wrap=column != fold, overflow="fold")
     return table
+
+
+# -------------------------------------------------------------------------------------------------------------- parity
+
+
+def show_parity(measured: Sequence[Parity], out: Console) -> None:
+    """A line for each trajectory; what is left out of one, below."""
+    table = _table("preset", "file", "tolerance", "error", "", right=("tolerance", "error"))
+    for row in measured:
+        error = f"{row.error:.1e}" if row.compared else "-"
+        verdict = "" if row.holds else "exceeded"
+        table.add_row(row.preset, row.file, f"{row.tolerance:.0e}", error, verdict)
+    out.print(table)
+    out.print(f"\n{sum(row.holds for row in measured)} of {len(measured)} trajectories within their tolerance")
+    defects = {why for row in measured for why in row.left_out.values()}
+    if defects:
+        out.print("left out, being defects of the reference that tests reproduce:")
+        for why in sorted(defects):
+            names = ", ".join(row.file for row in measured if why in row.left_out.values())
+            out.print(f"  {why}: {names}", soft_wrap=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------- list
@@ -109,7 +132,7 @@ def show_plan(plan: Plan, title: str, out: Console) -> None:
         ratio = f"{first.state_bytes / first.adamw_bytes:.2f}" if first.adamw_bytes else "-"
         sizes = (readable_bytes(first.state_bytes), readable_bytes(first.adamw_bytes), ratio)
         table.add_row(_span([layer.name for layer in alike]), str(len(alike)), f"{first.parameters:,}", *sizes)
-    out.print(escape(title), end="\n\n")
+    out.print(title, end="\n\n", markup=False, soft_wrap=True)
     out.print(table)
     _show_total(plan, out)
 
@@ -140,7 +163,7 @@ def show_explained(plan: Plan, title: str, out: Console) -> None:
     """One row a parameter, and below it the routes that decided."""
     full = _explained(plan)
     fits = out.measure(full, options=out.options.update(width=10_000)).maximum <= out.width
-    out.print(escape(title), end="\n\n")
+    out.print(title, end="\n\n", markup=False, soft_wrap=True)
     out.print(full if fits else _explained_by_layer(plan))
     routes = _table("why", "pipeline", "lr x", "decay", right=("lr x", "decay"), fold="why")
     for route in dict.fromkeys((row.why, row.pipeline, f"{row.lr_scale:g}", f"{row.decay:g}") for row in plan):
@@ -197,8 +220,11 @@ def _cause(row: Row) -> str:
 
 def _seen(row: Row) -> str:
     """The shape, and how it is seen where that is something else."""
-    shape, view = "x".join(map(str, row.entry.shape)) or "scalar", str(row.view)
-    return shape if shape == view or len(row.entry.shape) < 2 else f"{shape} as {view}"
+    shape, view = "x".join(map(str, row.entry.shape)) or "scalar", row.view
+    turned = f"{view.rows}x{view.cols}, stored transposed"
+    if str(view) == turned:
+        return f"{shape}, transposed"
+    return shape if shape == str(view) or len(row.entry.shape) < 2 else f"{shape} as {view}"
 
 
 # ------------------------------------------------------------------------------------------------------------- results

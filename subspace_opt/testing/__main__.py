@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 
-import pytest
-
 if __name__ == "__main__":
-    sys.exit(pytest.main(["-p", "subspace_opt.testing.plugin", "--pyargs", "subspace_opt.testing", *sys.argv[1:]]))
+    # A process of its own: pytest wants to see modules before they are imported.
+    pytest = [sys.executable, "-m", "pytest", "-p", "subspace_opt_pytest", "--pyargs", "subspace_opt.testing"]
+    sys.exit(subprocess.call([*pytest, *sys.argv[1:]]))

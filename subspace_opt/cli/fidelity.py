@@ -1,0 +1,34 @@
+"""Measuring presets against their authors' trajectories."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import AsJson, print_json
+from .tables import console, show_parity
+from .training import RunError
+
+
+def parity(
+    golden: Annotated[Path, typer.Option(metavar="DIR", help="The folder of the trajectories, tests/golden of a checkout.")] = Path("tests/golden"),
+    as_json: AsJson = False,
+) -> None:
+    """Replay the trajectories of the authors' own code, and measure the difference.
+
+    Leaves with status 1 if one exceeds its tolerance.
+    """
+    from ..testing.parity import measure_all  # needs numpy, which the optimizers do not
+
+    try:
+        measured = measure_all(golden)
+    except FileNotFoundError as error:
+        raise typer.BadParameter(str(error), param_hint="--golden") from None
+    if as_json:
+        print_json([row.to_dict() for row in measured])
+    else:
+        show_parity(measured, console())
+    if not all(row.holds for row in measured):
+        raise RunError(f"{sum(not row.holds for row in measured)} of {len(measured)} trajectories exceed their tolerance")

@@ -1,0 +1,65 @@
+"""The code in README and the documentation runs as it stands there."""
+
+from __future__ import annotations
+
+import doctest
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import subspace_opt
+from subspace_opt import registry
+from subspace_opt.spec import parse_spec
+
+ROOT = Path(__file__).parent.parent
+PAGES = ["docs/quick-start.md", "docs/plugins.md"]
+
+
+@pytest.fixture(autouse=True)
+def kinds_of_their_own() -> Iterator[None]:
+    """What a page registers is forgotten after it."""
+    before = {family: dict(table) for family, table in registry._kinds.items()}
+    yield
+    registry._kinds.clear()
+    registry._kinds.update(before)
+
+
+def blocks(page: str, language: str) -> list[str]:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_sessions_run_as_written(page: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # parameters without a model: the page is about that
+        result = doctest.testfile(str(ROOT / page), module_relative=False, optionflags=doctest.ELLIPSIS)
+    assert result.attempted > 0
+    assert result.failed == 0
+
+
+def test_docstrings_run_as_written() -> None:
+    results = [doctest.testmod(module) for module in (subspace_opt.optimizer, subspace_opt.linalg, subspace_opt.spec)]
+    assert sum(r.attempted for r in results) > 0
+    assert sum(r.failed for r in results) == 0
+
+
+def test_readmes_python_runs() -> None:
+    model = torch.nn.Sequential(torch.nn.Embedding(10, 8), torch.nn.Linear(8, 10))
+    found = blocks("README.md", "python")
+    assert len(found) >= 2
+    for source in found:
+        exec(compile(source, "README.md", "exec"), {"model": model, "__name__": "readme"})
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/quick-start.md"])
+def test_specs_in_pages_parse_and_plan(page: str) -> None:
+    found = blocks(page, "yaml")
+    assert found
+    for text in found:
+        spec = parse_spec(text)
+        assert subspace_opt.make_plan(spec, [subspace_opt.Entry("w", (16, 8)), subspace_opt.Entry("b", (8,))]).total_bytes > 0

@@ -1,0 +1,175 @@
+"""Packages that bring kinds and presets: the real ones in `plugins/`, skeletons as they are laid out, and broken ones."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from subspace_opt import SpecError, load_spec, presets
+from subspace_opt.registry import RegistryError
+from subspace_opt.scaffold import Kind, ScaffoldError, new_plugin
+from subspace_opt.spec import preset_names
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = sorted(path.parent for path in (ROOT / "plugins").glob("*/pyproject.toml"))
+PLAIN = "pipelines: {all: {complement: sgd}}\nroutes: [{use: all}]\n"
+
+
+def dist_info(site: Path, name: str, version: str, entry_points: Mapping[str, Mapping[str, str]]) -> None:
+    """What an installer leaves behind for a package: its name, its version, its entry points."""
+    folder = site / f"{name.replace('-', '_')}-{version}.dist-info"
+    folder.mkdir(parents=True)
+    (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    lines = [line for group, points in entry_points.items() for line in (f"[{group}]", *(f"{k} = {v}" for k, v in points.items()))]
+    (folder / "entry_points.txt").write_text("\n".join(lines) + "\n")
+
+
+def run_its_tests(package: Path, site: Path) -> None:
+    """Run a package's own tests in a process in which it is installed."""
+    project = tomllib.loads((package / "pyproject.toml").read_text())["project"]
+    dist_info(site, project["name"], project["version"], project["entry-points"])
+    source = package / "src" if (package / "src").exists() else package
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, (ROOT, source, site)))}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "error", "-c", str(package / "pyproject.toml")]
+    done = subprocess.run(
+        [*command, str(package / "tests")], cwd=site, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda path: path.name)
+def test_a_package_passes_its_own_tests(package: Path, tmp_path: Path) -> None:
+    run_its_tests(package, tmp_path)
+
+
+def test_there_is_a_package_for_a_selector_a_rule_and_presets() -> None:
+    groups = {next(iter(tomllib.loads((p / "pyproject.toml").read_text())["project"]["entry-points"])) for p in PACKAGES}
+    assert groups == {"subspace_opt.plugins", "subspace_opt.presets"}
+    assert len(PACKAGES) >= 3
+
+
+# --------------------------------------------------------------------------------------------------------------- skeletons
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["selector", "rule", "preset"])
+def test_a_skeleton_passes_its_own_tests(kind: Kind, tmp_path: Path) -> None:
+    folder = new_plugin(f"some-{kind}s", tmp_path / "here", kind)
+    assert folder == tmp_path / "here" / f"subspace-opt-some-{kind}s"
+    assert "@" not in "".join(file.read_text() for file in folder.rglob("*.toml"))
+    run_its_tests(folder, tmp_path / "site")
+
+
+def test_a_skeleton_tells_what_it_cannot_be_called(tmp_path: Path) -> None:
+    for name, kind, message in (
+        ("Svd", "selector", "'Svd' is no name for a plugin: take small letters"),
+        ("a/b", "rule", "'a/b' is no name for a plugin"),
+        ("lambda", "rule", "'lambda' is no name for a plugin"),
+        ("svd", "selector", "there is a selector 'svd' already: subspace_opt.selectors.svd.Svd"),
+        ("kron-eigen", "selector", "there is a selector 'kron_eigen' already"),
+        ("cosmos", "preset", "there is a preset 'cosmos' already"),
+        ("step", "rule", "'Step' is a word of the library itself"),
+        ("some", "preconditioner", "a plugin is a selector, rule, preset, not 'preconditioner'"),
+    ):
+        with pytest.raises(ScaffoldError) as caught:
+            new_plugin(name, tmp_path, kind)  # type: ignore[arg-type]
+        assert message in str(caught.value)
+    assert not list(tmp_path.iterdir())
+    new_plugin("svd", tmp_path, "preset")
+    with pytest.raises(RegistryError, match="is there already; remove it"):
+        new_plugin("subspace-opt-svd", tmp_path, "preset")
+
+
+# ----------------------------------------------------------------------------------------------------------------- presets
+
+
+class Site:
+    """A folder on the path into which packages of presets are put."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def add(self, name: str, files: Mapping[str, str] | None) -> None:
+        """A package with these files; None for one whose module cannot be imported."""
+        dist_info(self.folder, name, "1.0", {presets.GROUP: {name: name.replace("-", "_")}})
+        if files is not None:
+            module = self.folder / name.replace("-", "_")
+            module.mkdir()
+            (module / "__init__.py").write_text("")
+            for file, text in files.items():
+                (module / file).write_text(text)
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
+    monkeypatch.setattr(presets, "_looked_at", {})
+    monkeypatch.setattr(presets, "_failures", {})
+    monkeypatch.syspath_prepend(tmp_path)
+    return Site(tmp_path)
+
+
+def test_a_package_brings_presets_by_their_file_names(site: Site) -> None:
+    site.add(
+        "preset-pack-one", {"mine-a.yaml": "name: mine-a\n" + PLAIN, "mine-b.yaml": "name: mine-b\n" + PLAIN, "notes.txt": "no preset"}
+    )
+    assert load_spec("mine-a").name == "mine-a"
+    assert load_spec("mine-b", {"all.complement": "sign"}).pipelines["all"].complement[0].model_dump() == {"kind": "sign"}
+    assert {"mine-a", "mine-b", "cosmos"} <= set(preset_names())
+    assert not {"mine-a", "mine-b"} & set(preset_names(installed=False))
+    with pytest.raises(SpecError, match="no preset 'mine-c'; did you mean 'mine-"):
+        load_spec("mine-c")
+
+
+def test_packages_are_not_looked_at_for_a_built_in_preset(site: Site) -> None:
+    site.add("preset-pack-lazy", {"lazy.yaml": PLAIN})
+    load_spec("cosmos")
+    assert not presets._looked_at
+    assert "preset_pack_lazy" not in sys.modules
+    load_spec("lazy")
+    assert "preset_pack_lazy" in sys.modules
+
+
+def test_a_broken_package_is_named_and_breaks_nothing(site: Site) -> None:
+    site.add("preset-pack-gone", None)
+    site.add("preset-pack-empty", {})
+    site.add("preset-pack-fine", {"fine.yaml": "name: fine\n" + PLAIN})
+    with pytest.warns(RuntimeWarning) as told:
+        assert load_spec("fine").name == "fine"
+    warnings = " ".join(str(w.message) for w in told)
+    assert "preset package 'preset-pack-gone' (from preset-pack-gone 1.0) failed and is left out: ModuleNotFoundError" in warnings
+    assert "preset package 'preset-pack-empty' (from preset-pack-empty 1.0) failed and is left out" in warnings
+    assert "there is no .yaml file in 'preset_pack_empty'" in warnings
+    assert set(presets.failures()) == {"preset-pack-gone", "preset-pack-empty"}
+    with pytest.raises(SpecError, match=r"no preset 'fin'; did you mean 'fine'.*; preset package 'preset-pack-empty' failed"):
+        load_spec("fin")  # and it does not warn again
+
+
+def test_a_broken_file_of_a_package_is_told_where_it_is_broken(site: Site) -> None:
+    site.add(
+        "preset-pack-typo", {"good.yaml": PLAIN, "typo.yaml": "name: typo\npipelines: {all: {complment: sgd}}\nroutes: [{use: all}]\n"}
+    )
+    assert load_spec("good")
+    with pytest.raises(SpecError, match=r"typo\.yaml:2:19: pipelines\.all\.complment: unknown key 'complment'; did you mean 'complement'"):
+        load_spec("typo")
+
+
+def test_two_packages_with_one_name_are_both_named(site: Site) -> None:
+    site.add("preset-pack-left", {"twice.yaml": PLAIN, "left.yaml": PLAIN})
+    site.add("preset-pack-right", {"twice.yaml": PLAIN})
+    assert load_spec("left")
+    with pytest.raises(SpecError, match=r"two owners for the preset 'twice': preset-pack-left 1\.0 .* and preset-pack-right 1\.0"):
+        load_spec("twice")
+
+
+def test_what_is_built_in_wins(site: Site) -> None:
+    site.add("preset-pack-shadow", {"cosmos.yaml": "name: impostor\n" + PLAIN, "other-one.yaml": PLAIN})
+    with pytest.warns(RuntimeWarning, match=r"the preset 'cosmos' of preset-pack-shadow 1\.0 .* has the name of a built-in one"):
+        load_spec("other-one")
+    assert load_spec("cosmos").name == "cosmos"
