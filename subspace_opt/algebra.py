@@ -290,6 +290,11 @@ class Selector(Component, family="selector"):
         return True
 
     @property
+    def keeps_basis(self) -> bool:
+        """Whether the basis of the update before is still there at a refresh, so that moments can be carried over by projection."""
+        return True
+
+    @property
     def gated(self) -> bool:
         """Whether the subspace may be {0} for some matrices, so that even a full basis has a complement."""
         return False

@@ -209,8 +209,9 @@ def _stacks(work: list[Work], options: Options, memory: Memory) -> Iterator[Stac
     for item in work:
         for index, (block, split) in enumerate(item.row.splits):
             most = _matrices_at_once(item, block, options)
+            decay = item.weight_decay if split.pipeline.decay == "coupled" else None  # then rules see it
             for phase, start, stop in _runs(_phases(item, index, memory.begun), most):
-                key = (id(split), phase, item.count, item.refresh, item.weight_decay, item.row.compute_dtype, item.param.device, most)
+                key = (id(split), phase, item.count, item.refresh, decay, item.row.compute_dtype, item.param.device, most)
                 stack = waiting.setdefault(key, Stack(split, phase, []))
                 if sum(p.stop - p.start for p in stack.pieces) + stop - start > most:
                     yield stack

@@ -79,9 +79,7 @@ def kind_of(cls: type[Component]) -> str:
     """The name of a kind: the default of its `kind` field."""
     field = cls.model_fields.get("kind")
     if field is None or not isinstance(field.default, str):
-        raise RegistryError(
-            f"{owner(cls)} cannot be registered: it needs a field such as `kind: Literal['my_kind'] = 'my_kind'`"
-        )
+        raise RegistryError(f"{owner(cls)} cannot be registered: it needs a field such as `kind: Literal['my_kind'] = 'my_kind'`")
     return field.default
 
 
@@ -113,9 +111,7 @@ def register(cls: C) -> C:
     for name in names_of(cls):
         other = table.get(name)
         if other is not None and other is not cls:
-            raise RegistryError(
-                f"two owners for the {cls.family} kind '{name}': {owner(other)} and {owner(cls)}; rename one of them"
-            )
+            raise RegistryError(f"two owners for the {cls.family} kind '{name}': {owner(other)} and {owner(cls)}; rename one of them")
     for name in names_of(cls):
         table[name] = cls
     return cls
@@ -166,9 +162,7 @@ def _resolve(family: type[Component], value: Any) -> Component:
     if isinstance(value, str):
         value = {"kind": value}
     if not isinstance(value, Mapping):
-        raise PydanticCustomError(
-            "component", "a {family} is a kind's name or a mapping with a `kind`", {"family": family.family}
-        )
+        raise PydanticCustomError("component", "a {family} is a kind's name or a mapping with a `kind`", {"family": family.family})
     kind = value.get("kind")
     if kind is None:
         raise PydanticCustomError(

@@ -15,6 +15,7 @@ from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, Valida
 from pydantic_core import PydanticCustomError
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
+from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from . import presets, rules, selectors
 from .document import Document, DocumentError, parse_document, read_document
@@ -47,7 +48,9 @@ class Route(Model):
     """Which parameters go to which pipeline, and how they are seen; all conditions given must hold."""
 
     use: str = Field(description="Name of the pipeline.")
-    name: Annotated[tuple[str, ...], BeforeValidator(_listed, json_schema_input_type=str | list[str])] = Field((), description="Globs, one of which fits the name.")
+    name: Annotated[tuple[str, ...], BeforeValidator(_listed, json_schema_input_type=str | list[str])] = Field(
+        (), description="Globs, one of which fits the name."
+    )
     module: Annotated[tuple[ModuleKind, ...], BeforeValidator(_listed, json_schema_input_type=ModuleKind | list[ModuleKind])] = Field(
         (), description="Kinds of module, one of which the parameter belongs to (known when a model is given)."
     )
@@ -119,10 +122,10 @@ class Spec(Model):
         if not isinstance(data, Mapping) or data.get("routes") or not isinstance(data.get("pipelines"), Mapping):
             return data
         pipelines = data["pipelines"]
+        if "matrix" not in pipelines and not set(data) <= set(cls.model_fields):
+            return data  # an unknown key, which may be `routes` misspelt, is what is wrong then
         if "matrix" not in pipelines:
-            raise _misrouted(
-                ("pipelines",), "without `routes` the pipelines must be named `matrix` and, if wanted, `other`; add `routes`"
-            )
+            raise _misrouted(("pipelines",), "without `routes` the pipelines must be named `matrix` and, if wanted, `other`; add `routes`")
         return {**data, "pipelines": {"other": STANDARD_OTHER, **pipelines}, "routes": list(STANDARD_ROUTES)}
 
     @model_validator(mode="after")
@@ -179,7 +182,9 @@ def _plain(value: Any, full: bool) -> Any:
         plain = _fields(value, full)
         return plain["kind"] if list(plain) == ["kind"] else plain
     if isinstance(value, Mapping):
-        return {k: _plain(v, full) for k, v in value.items()}
+        return {_plain(k, full): _plain(v, full) for k, v in value.items()}
+    if isinstance(value, str) and any(sign in value for sign in "\x85\u2028\u2029"):
+        return DoubleQuotedScalarString(value)  # else it would be written as the line break that YAML takes it for
     if isinstance(value, tuple):
         items = [_plain(v, full) for v in value]
         return items[0] if len(items) == 1 and isinstance(value[0], Component) else items
@@ -255,13 +260,13 @@ def _document(source: Spec | Mapping[str, Any] | str | os.PathLike[str]) -> Docu
         preset = presets.find(text) if isinstance(source, str) else None
         if preset is not None:
             return preset.read()
-        if isinstance(source, str) and not text.endswith((".yaml", ".yml", ".json")) and not os.path.lexists(text):
-            if os.sep not in text:
-                short = text[:80]
-                broken = "".join(f"; preset package '{name}' failed: {why}" for name, why in presets.failures().items())
-                raise SpecError(
-                    f"no preset '{short}'; {suggest(text, preset_names())} (a file is given with its ending: ./{short}.yaml){broken}"
-                )
+        word = isinstance(source, str) and os.sep not in text and not text.endswith((".yaml", ".yml", ".json"))
+        if word and not os.path.lexists(text):
+            short = text[:80]
+            broken = "".join(f"; preset package '{name}' failed: {why}" for name, why in presets.failures().items())
+            raise SpecError(
+                f"no preset '{short}'; {suggest(text, preset_names())} (a file is given with its ending: ./{short}.yaml){broken}"
+            )
         return read_document(source)
     except (DocumentError, presets.PresetError) as error:
         raise SpecError(str(error)) from None
@@ -329,11 +334,11 @@ def _opened(node: Any, key: int | str, path: str, where: str) -> Any:
 
 def _has(data: Any, path: tuple[int | str, ...]) -> bool:
     for part in path:
-        if isinstance(data, dict) and part in data:
-            data = data[part]
-        elif isinstance(data, list) and isinstance(part, int) and part < len(data):
-            data = data[part]
-        else:
+        if not isinstance(data, dict | list):
+            return False
+        try:
+            data = data[part]  # type: ignore[index]
+        except (KeyError, IndexError, TypeError):
             return False
     return True
 

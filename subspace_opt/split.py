@@ -94,6 +94,12 @@ class Pipeline(Model):
                 f"the columns of selector '{kind_of(type(self.selector))}' are not orthonormal here, so nothing that it leaves of a signal "
                 "is well defined: use neither `feedback` nor a `complement` that takes the residual"
             )
+        moves = {slot.transport for rule in self.inside for slot in rule.slots(*rank).values()}
+        if opens and not self.selector.keeps_basis and moves & {"project", "project_abs"}:
+            raise ValueError(
+                f"selector '{kind_of(type(self.selector))}' does not keep the basis of the update before, so nothing can be carried over by "
+                "projection; use a rule inside without memory, or `on_refresh: keep`"
+            )
         if self.selector.every is None and any(getattr(rule, "on_refresh", "keep") == "reset" for rule in self.inside):
             raise ValueError("`on_refresh: reset` needs a selector with a period: give `every` a number")
         return self
@@ -278,7 +284,8 @@ class Split:
         carried = [(key, rule, slots) for key, rule in keyed if (slots := rule.slots(*self.inner))]
         if step.first or not carried:
             return None
-        old, now = selector.basis(before, step), selector.basis(after, step)
+        now = selector.basis(after, step)
+        old = selector.basis(before, step) if selector.keeps_basis else Basis()  # then nothing is rotated, see the validator
         change = Change(old, now, *self.inner, order)
         lost: Tensor | None = None
         for key, rule, slots in carried:
@@ -329,11 +336,18 @@ def _without_round_off(residual: Tensor, whole: Tensor) -> Tensor:
 
 
 def _settled(before: State, after: State, source: Tensor) -> State:
-    """The new basis where it is sound; the old where the source is 0 or the decomposition returned NaN or infinity."""
-    sound = linalg.peak(source)[:, 0, 0] > 0
+    """The new basis, and the old where the source is 0.
+
+    Raises:
+        LinAlgError: a source without NaN and infinity gave a basis with; a QR does that where other decompositions raise.
+    """
+    peak = linalg.peak(source)[:, 0, 0]
+    sound = peak > 0
     for value in after.values():
         if value.is_floating_point():
             sound = sound & value.isfinite().reshape(value.size(0), -1).all(-1)
+    if not source.is_meta and bool((~sound & (peak > 0) & peak.isfinite()).any()):
+        raise torch.linalg.LinAlgError("the new basis holds NaN or infinity although its source does not")
     # What is not a slot serves this update alone and has no older value to fall back on.
     return {
         name: torch.where(sound.view(-1, *[1] * (value.dim() - 1)), value, before.get(name, torch.zeros_like(value)))

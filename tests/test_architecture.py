@@ -37,7 +37,7 @@ ARROWS: dict[str, set[str]] = {
     "lab": {"lab", "public"},
     "scaffold": {"presets", "public", "registry"},
 }
-ON_TOP = {"cli", "testing"}  # may import whatever they show or test; nothing imports them
+ON_TOP = {"testing": set(), "cli": {"testing"}}  # may import whatever they test or show; nothing else imports them
 
 
 def part(module: str) -> str:
@@ -73,7 +73,7 @@ def test_imports_point_one_way(file: Path) -> None:
     own = part(".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"))
     found = {part(name) for name in imported(file) if name.split(".")[0] == "subspace_opt"}
     if own in ON_TOP:
-        assert found & ON_TOP <= {own}
+        assert found & set(ON_TOP) <= {own} | ON_TOP[own]
     else:
         assert own in ARROWS, f"{own} is new: say in ARROWS what it may import"
         assert found <= ARROWS[own], f"{own} may import {sorted(ARROWS[own])}"

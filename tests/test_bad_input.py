@@ -57,6 +57,10 @@ UNKNOWN_KEYS = {
         "version: 1\npipeline: {matrix: {complement: muon}}",
         "FILE:2:1: pipeline: unknown key 'pipeline'; did you mean 'pipelines'?",
     ),
+    "routes, without which the pipelines have other names": (
+        "pipelines: {hidden: {complement: muon}}\nruotes: [{use: hidden}]",
+        "FILE:2:1: ruotes: unknown key 'ruotes'; did you mean 'routes'?",
+    ),
     "defaults": (
         matrix("complement: muon") + "\ndefaults: {momentum: 1}",
         "FILE:5:12: defaults.momentum: unknown key 'momentum'; known: lr, weight_decay",

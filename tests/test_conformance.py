@@ -15,11 +15,12 @@ from pydantic import ConfigDict, Field
 from torch import Tensor
 
 import subspace_opt
-from subspace_opt import Basis, Change, Dim, LowRank, Rule, Selector, Slot, State, Step
+from subspace_opt import Basis, Change, Dim, LowRank, Rule, Selector, Slot, State, Step, load_spec
 from subspace_opt.algebra import Order
 from subspace_opt.registry import Component, unregister
 from subspace_opt.spec import preset_names
 from subspace_opt.testing import Check, ConformanceError, UnknownComponentError, checks, spec_checks, subjects
+from subspace_opt.testing.trial import shrunk
 
 ROOT = Path(__file__).parent.parent
 
@@ -441,6 +442,13 @@ def test_a_spec_that_diverges_is_told() -> None:
     (asked,) = [check for check in spec_checks(spec) if check.question == "loss_falls"]
     with pytest.raises(ConformanceError, match=r"wild, loss_falls: .*lower `defaults\.lr`"):
         asked()
+
+
+def test_a_spec_is_made_small_enough_for_a_small_model_to_see_all_of_it() -> None:
+    selector = shrunk(load_spec("golore")).pipelines["matrix"].selector.model_dump()
+    assert (selector["every"], selector["at"], selector["first"]["rank"], selector["then"]["rank"]) == (3, 4, 3, 3)
+    assert shrunk(load_spec("frugal")).pipelines["matrix"].selector.model_dump()["rank"] == 0.25
+    assert shrunk(load_spec("adamw")) == load_spec("adamw")
 
 
 @pytest.mark.parametrize("registered", [Remembers, WritesGradient], indirect=True, ids=lambda cls: cls.__name__)

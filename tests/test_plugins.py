@@ -170,6 +170,6 @@ def test_two_packages_with_one_name_are_both_named(site: Site) -> None:
 
 def test_what_is_built_in_wins(site: Site) -> None:
     site.add("preset-pack-shadow", {"cosmos.yaml": "name: impostor\n" + PLAIN, "other-one.yaml": PLAIN})
-    with pytest.warns(RuntimeWarning, match=r"the preset 'cosmos' of preset-pack-shadow 1\.0 .* has the name of a built-in one"):
+    with pytest.warns(RuntimeWarning, match=r"the preset 'cosmos' of preset-pack-shadow 1\.0 .* is hidden by the built-in one"):
         load_spec("other-one")
     assert load_spec("cosmos").name == "cosmos"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import os
 import pickle
 import subprocess
@@ -199,6 +200,19 @@ def test_a_group_without_parameters_and_several_groups_are_matched_by_name() -> 
     merged = optimizer("cosmos", twins)
     with pytest.raises(CheckpointError, match="the parameters of group 0 were in groups with different weight_decay; group them as"):
         merged.load_state_dict(opt.state_dict())
+
+
+def test_a_refresh_that_was_asked_for_is_made_once() -> None:
+    params = parameters({"tall": (7, 4)})
+    opt = optimizer(small("galore", every=100), params)
+    seen = []
+    for step in range(6):
+        if step == 3:
+            opt.refresh_bases()
+        train(opt, params, range(step, step + 1))
+        seen.append(opt.state[params["tall"]]["selector.basis"].clone())
+    changed = [not torch.equal(a, b) for a, b in itertools.pairwise(seen)]
+    assert changed == [False, False, True, False, False]
 
 
 def test_a_refresh_that_was_asked_for_survives_a_cut() -> None:

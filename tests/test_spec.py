@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
@@ -77,6 +77,7 @@ def changed_presets(draw: st.DrawFn) -> Spec:
         raise
 
 
+@example(load_spec("cosmos", {"name": "no", "notes": "\x85 next\u2028line\u2029 1e-3"}))
 @given(changed_presets())
 def test_any_spec_survives_yaml_json_and_mappings(spec: Spec) -> None:
     assert parse_spec(spec.to_yaml()) == spec

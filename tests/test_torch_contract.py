@@ -549,12 +549,17 @@ def test_state_dict_hooks_fire_in_order_and_may_edit(preset: str) -> None:
         groups = [{**g, "lr": g["lr"] / 2} for g in state["param_groups"]]
         return {**state, "param_groups": groups}
 
+    def take_note(o: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        del state["note"]  # in place, on a copy
+
+    other.register_load_state_dict_pre_hook(take_note)
     other.register_load_state_dict_pre_hook(halve)
     other.register_load_state_dict_pre_hook(lambda o, s: order.append("first"), prepend=True)
     other.register_load_state_dict_post_hook(lambda o: order.append(f"post {bool(o.state)}"))
     other.register_load_state_dict_post_hook(lambda o: order.append(f"early {bool(o.state)}"), prepend=True)
     other.load_state_dict(saved)
     assert order == ["first", "pre", "early True", "post True"]
+    assert "note" in saved
     assert other.param_groups[0]["lr"] == saved["param_groups"][0]["lr"] / 2
     assert other.param_groups[0]["lr"] != saved["param_groups"][0]["lr"]  # the caller's dictionary is left as it was
 

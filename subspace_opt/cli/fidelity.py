@@ -13,12 +13,14 @@ from .training import RunError
 
 
 def parity(
-    golden: Annotated[Path, typer.Option(metavar="DIR", help="The folder of the trajectories, tests/golden of a checkout.")] = Path("tests/golden"),
+    golden: Annotated[Path, typer.Option(metavar="DIR", help="The folder of the trajectories, tests/golden of a checkout.")] = Path(
+        "tests/golden"
+    ),
     as_json: AsJson = False,
 ) -> None:
-    """Replay the trajectories of the authors' own code, and measure the difference.
+    """Measure presets against their authors' own code.
 
-    Leaves with status 1 if one exceeds its tolerance.
+    Its trajectories are replayed; leaves with status 1 if one differs by more than its tolerance.
     """
     from ..testing.parity import measure_all  # needs numpy, which the optimizers do not
 

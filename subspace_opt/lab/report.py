@@ -91,16 +91,22 @@ def readable_bytes(count: float) -> str:
 
 
 def _curves(axes: Axes, results: Sequence[Result], title: str) -> None:
-    """Thin: training loss, averaged over a few steps. Markers: validation loss."""
+    """Logarithmic upwards: every run falls steeply at first, and the end is where they differ."""
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+
     for number, r in enumerate(results):
         colour, dash = _COLOURS[number % len(_COLOURS)], _DASHES[number % len(_DASHES)]
         label = f"{r.run}: {r.validation_loss:.3f} nats, {r.bits_per_byte:.2f} bits per byte"
         axes.plot(*_xy(smooth(r.train)), color=colour, linestyle=dash, linewidth=1.2, alpha=0.75)
         marker = _MARKERS[number % len(_MARKERS)]
         axes.plot(*_xy(r.validation), color=colour, linestyle="none", marker=marker, markersize=6, label=label)
-    axes.set_title(title or "training loss (lines, smoothed) and validation loss (markers)")
+    axes.set_title(title or "the same model on the same text")
     axes.set_xlabel("update")
-    axes.set_ylabel("nats per byte")
+    axes.set_ylabel("nats per byte (lines: training, smoothed; markers: validation)")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 7)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)

@@ -97,9 +97,7 @@ def _of_package(point: EntryPoint) -> tuple[Preset, ...]:
             _warn(f"preset package '{point.name}' (from {package}) failed and is left out: {_failures[point.name]}")
         for preset in _looked_at[key]:
             if preset.name in built_in():
-                _warn(
-                    f"the preset '{preset.name}' of {package} ({preset.file}) has the name of a built-in one, which is used instead; rename it"
-                )
+                _warn(f"the preset '{preset.name}' of {package} ({preset.file}) is hidden by the built-in one; rename it")
     return _looked_at[key]
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import Field
 from torch import Tensor
 
 from .. import linalg
-from ..algebra import Change, Slot, State, Step
+from ..algebra import Change, Slot, State, Step, Transport
 from ..registry import register
 from .adaptive import Adam
 
@@ -22,6 +23,7 @@ class LDAdam(Adam):
     """
 
     kind: Literal["ldadam"] = "ldadam"  # type: ignore[assignment]
+    on_refresh: Transport = Field("project", description="The moments follow the basis, by the formulas above.")
 
     def transport(self, state: State, slots: dict[str, Slot], change: Change, step: Step) -> State:
         c = change.rotation(change.cols)

@@ -57,6 +57,10 @@ class Dion(LowRank):
     iterations: PositiveInt = Field(1, description="Power iterations an update.")
     eps: float = Field(1e-8, ge=0.0, description="Added to the norm of a column of R.")
 
+    @property
+    def keeps_basis(self) -> bool:
+        return False
+
     def slots(self, rows: Dim, cols: Dim) -> dict[str, Slot]:
         return {"warm_start": Slot((rows, self.coords(rows, cols)[1]))}
 

@@ -24,7 +24,8 @@ class Random(LowRank):
     draw: Literal["orthonormal", "gaussian", "coordinates"] = Field("orthonormal", description="What is drawn.")
 
     def limit(self, rows: Dim, cols: Dim) -> int:
-        return cols.size
+        # Picked columns need not be fewer than the rank that a gradient can have.
+        return cols.size if self.draw == "coordinates" else super().limit(rows, cols)
 
     def slots(self, rows: Dim, cols: Dim) -> dict[str, Slot]:
         rank = self.coords(rows, cols)[1]

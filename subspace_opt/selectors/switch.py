@@ -26,9 +26,10 @@ class Switch(Selector):
 
     @model_validator(mode="after")
     def _alike(self) -> Switch:
-        sides = (Dim("rows", 6), Dim("cols", 4))
-        if self.first.slots(*sides) != self.then.slots(*sides) or self.first.coords(*sides) != self.then.coords(*sides):
-            raise ValueError("`first` and `then` must open subspaces of the same rank and keep the same state")
+        for m, n in ((6, 4), (4, 6)):
+            sides = (Dim("rows", m), Dim("cols", n))
+            if self.first.slots(*sides) != self.then.slots(*sides) or self.first.coords(*sides) != self.then.coords(*sides):
+                raise ValueError("`first` and `then` must open subspaces of the same rank and keep the same state")
         return self
 
     def _now(self, t: int) -> Selector:

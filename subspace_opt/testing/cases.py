@@ -24,9 +24,7 @@ def options(golden: Golden, group: dict[str, Any] | None = None) -> dict[str, An
     return {**golden.meta["reference_defaults"], **golden.meta["optimizer_kwargs"], **(group or {})}
 
 
-def built(
-    golden: Golden, params: dict[str, torch.nn.Parameter], spec: Any, groups: list[dict[str, Any]]
-) -> SubspaceOptimizer:
+def built(golden: Golden, params: dict[str, torch.nn.Parameter], spec: Any, groups: list[dict[str, Any]]) -> SubspaceOptimizer:
     """An optimizer of groups given by parameter names."""
     named = [{**g, "params": [(n, params[n]) for n in g["params"]]} for g in groups if g["params"]]
     return SubspaceOptimizer(named, spec)
@@ -108,9 +106,7 @@ def muon_keller(golden: Golden, params: dict[str, torch.nn.Parameter]) -> Subspa
             flat = [n for n in o["params"] if params[n].dim() > 2]
             overrides = {"matrix.momentum.beta": o["momentum"]}
             rates = {"lr": o["lr"], "weight_decay": o["weight_decay"]}
-            groups.append(
-                {"params": [n for n in o["params"] if n not in flat], "use": "matrix", "overrides": overrides, **rates}
-            )
+            groups.append({"params": [n for n in o["params"] if n not in flat], "use": "matrix", "overrides": overrides, **rates})
             if flat:
                 # The authors take the shape factor of the unflattened gradient, kh / kw = 1, where they mean out / in: a defect.
                 overrides = {**overrides, "matrix.finish": {"kind": "scale", "by": "none"}}
@@ -411,13 +407,17 @@ def trion(golden: Golden, params: Params) -> SubspaceOptimizer:
 
 def dct_adamw(golden: Golden, params: Params) -> SubspaceOptimizer:
     o = options(golden)
-    overrides = adam_at("matrix.inside", o) | adam_at("other.complement", o) | {
-        "matrix.feedback": 0.0 if o["use_ef"] else None,
-        "matrix.inside.on_refresh": "project" if o["rotate_subspace"] else "keep",
-        "matrix.selector.rank": o["rank"],
-        "matrix.selector.every": o["update_proj_gap"],
-        "matrix.selector.ranking": f"l{o['ell_norm']}",
-    }
+    overrides = (
+        adam_at("matrix.inside", o)
+        | adam_at("other.complement", o)
+        | {
+            "matrix.feedback": 0.0 if o["use_ef"] else None,
+            "matrix.inside.on_refresh": "project" if o["rotate_subspace"] else "keep",
+            "matrix.selector.rank": o["rank"],
+            "matrix.selector.every": o["update_proj_gap"],
+            "matrix.selector.ranking": f"l{o['ell_norm']}",
+        }
+    )
     common = {"lr": o["lr"], "weight_decay": o["weight_decay"], "overrides": overrides}
     matrices = [n for n, p in params.items() if p.dim() == 2]
     vectors = [n for n in params if n not in matrices]

@@ -23,12 +23,13 @@ def places(component: Rule | Selector) -> dict[str, Pipeline]:
 
 
 def _around_rule(rule: Rule) -> dict[str, Pipeline]:
-    """Alone as the complement of nothing, and inside a subspace; a rule that looks at a subspace, or is silent, beside one."""
+    """Alone as the complement of nothing, and inside subspaces; a rule that looks at a subspace, or is silent, beside one."""
     if rule.silent or rule.takes_whole or _needs_subspace(rule):
         return {"complement of svd": _pipeline(selector=SUBSPACE, inside="adam", complement=rule)}
     found = {"complement": _pipeline(complement=rule)}
     for name, variant in _transported(rule).items():
         found[name] = _pipeline(selector=SUBSPACE, inside=variant, complement="sgd")
+    found["inside eigen"] = _pipeline(selector={"kind": "eigen", "rank": SMALL["rank"]}, inside=rule, complement="sgd")
     return found
 
 

@@ -12,9 +12,9 @@ from subspace_opt import Dim, Rule, Slot, State, Step, Transport, register
 
 @register
 class Adafactor(Rule):
-    """`R <- b R + (1 - b) mean_j G_ij^2; C <- b C + (1 - b) mean_i G_ij^2; X_ij / sqrt(R_i C_j / mean R)`, b = 1 - t^-decay (arXiv:1804.04235).
+    """`R <- b R + (1 - b) mean_j G_ij^2; C <- b C + (1 - b) mean_i G_ij^2; X_ij / sqrt(R_i C_j / mean R)` (arXiv:1804.04235).
 
-    The quotient is exact where G.G has rank one, as it has for a vector. What comes out is held to root mean square `clip`.
+    b is 1 - t^-decay. The quotient is exact where G.G has rank one, as it has for a vector. The result is held to root mean square `clip`.
     """
 
     scale_free: ClassVar[bool] = True
