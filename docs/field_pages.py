@@ -15,6 +15,7 @@ from subspace_opt.split import Pipeline
 from subspace_opt.testing.parity import Parity, measure_all
 
 ROOT = Path(__file__).parent.parent
+WIDE = ["---", "hide: [navigation, toc]", "---", ""]  # a table of a dozen columns needs the whole page
 SHAPE = (1376, 512)  # the feed-forward matrix of the 60M LLaMA
 
 
@@ -36,13 +37,14 @@ def field_page() -> str:
     rows = [field_row(name, load_spec(name)) for name in preset_names()]
     return "\n".join(
         [
+            *WIDE,
             "# The field",
             "",
             "Every method as the spec sees it: where its momentum lives, what opens its subspace and when, what runs inside and outside. "
             f"State and operations are those of one matrix of {SHAPE[0]} x {SHAPE[1]} at the preset's own rank, products and "
             "decompositions counted with two operations a multiply-add. The table is written from the presets.",
             "",
-            "<div class=\"wide\" markdown>",
+            '<div class="wide" markdown>',
             "",
             f"| {head} |",
             "|" + " --- |" * (head.count("|") + 1),
@@ -74,7 +76,7 @@ def field_row(name: str, spec: Spec) -> str:
         momentum(pipeline),
         words(pipeline.inside),
         words(pipeline.complement),
-        "carried by LDAdam's formula" if any(r.kind == "ldadam" for r in pipeline.inside) else ", ".join(sorted(kept)),  # type: ignore[attr-defined]
+        "by LDAdam's formula" if "ldadam" in words(pipeline.inside) else ", ".join(sorted(kept)),
         words(pipeline.finish),
         pipeline.decay,
         f"{state / prod(SHAPE):.3f}",
@@ -106,55 +108,49 @@ def momentum(pipeline: Pipeline) -> str:
 
 
 def words(rules: tuple[Rule, ...]) -> str:
-    return " + ".join(kind_of(type(rule)) for rule in rules)
+    return " + ".join(rule.kind for rule in rules)  # type: ignore[attr-defined]
 
 
 # ------------------------------------------------------------------------------------------------------------------- fidelity
 
 
+INTRODUCTION = """
+A preset claims to be the method of its paper, so it is held against the authors' own code: from the same start and the
+same gradients, 8 to 14 steps in float64, the parameters must agree step by step. The error is the largest over steps
+and parameters of |p - reference| / |reference - start|, relative to how far the reference has moved. Tolerances are
+fifty times what a change of two units in the last place of a gradient does. Of {count} trajectories {held} hold; the
+worst error is {worst:.1e} of its tolerance. Random draws and the signs of singular vectors, which are arbitrary, are
+taken from the file.
+
+`subspace-opt parity` measures this table anew. Deliberate mistakes (eps in another place, a refresh off by one, decay
+after instead of before) are shown by tests to exceed the tolerances.
+"""
+
+DEFECTS = """
+## Defects that are not reproduced
+
+Some files pin what can only be a slip in the authors' code. The parameters it touches are compared with that slip
+written as a rule in the tests, where they agree to the same tolerance: the difference is that and nothing else.
+"""
+
+
 def fidelity_page(measured: list[Parity]) -> str:
-    worst = max(p.error / p.tolerance for p in measured)
     held = "all" if all(p.holds for p in measured) else str(sum(p.holds for p in measured))
-    rows = [
-        f"| [{p.preset}](presets/{p.preset}.md) | `{p.file}` | {p.reference} | {p.pins} | {p.tolerance:.0e} | {error(p)} |" for p in measured
-    ]
-    return "\n".join(
-        [
-            "# Fidelity",
-            "",
-            "A preset claims to be the method of its paper, so it is held against the authors' own code: from the same start and the same gradients, "
-            "8 to 14 steps in float64, the parameters must agree step by step. The error is the largest over steps and parameters of "
-            "|p - reference| / |reference - start|, relative to how far the reference has moved. Tolerances are fifty times what a change of two units in "
-            f"the last place of a gradient does. Of {len(measured)} trajectories {held} hold; the worst error is {worst:.1e} of its tolerance. Random draws "
-            "and the signs of singular vectors, which are arbitrary, are taken from the file.",
-            "",
-            "`subspace-opt parity` measures this table anew. Deliberate mistakes (eps in another place, a refresh off by one, decay after instead of "
-            "before) are shown by tests to exceed the tolerances.",
-            "",
-            "<div class=\"wide\" markdown>",
-            "",
-            "| preset | file | reference | what it pins down | tolerance | error |",
-            "| --- | --- | --- | --- | --- | --- |",
-            *rows,
-            "",
-            "</div>",
-            "",
-            "## Defects that are not reproduced",
-            "",
-            "Some files pin what can only be a slip in the authors' code. The parameters it touches are compared with that slip written as a rule in the "
-            "tests, where they agree to the same tolerance: the difference is that and nothing else.",
-            "",
-            "| file | parameters | what the reference does |",
-            "| --- | --- | --- |",
-            *[f"| `{p.file}` | {', '.join(names)} | {why} |" for p in measured for why, names in by_defect(p).items()],
-            "| `muon_kj_wd` | conv | the shape factor is that of the unflattened kernel, 1; the spec of the test says so |",
-            "",
-            "## Where paper and code differ",
-            "",
-            *[f"- **[{name}](presets/{name}.md)**: {spec.notes}" for name in preset_names() if (spec := load_spec(name)).notes],
-            "",
-        ]
-    )
+    worst = max(p.error / p.tolerance for p in measured)
+    introduction = INTRODUCTION.format(count=len(measured), held=held, worst=worst)
+    slips = [f"| `{p.file}` | {', '.join(names)} | {why} |" for p in measured for why, names in by_defect(p).items()]
+    slips.append("| `muon_kj_wd` | conv | the shape factor is that of the unflattened kernel, 1; the spec of the test says so |")
+    differences = [f"- **[{name}](presets/{name}.md)**: {spec.notes}" for name in preset_names() if (spec := load_spec(name)).notes]
+    head = ["| preset | file | reference | what it pins down | tolerance | error |", "| --- | --- | --- | --- | --- | --- |"]
+    slip_head = ["| file | parameters | what the reference does |", "| --- | --- | --- |"]
+    table = ['<div class="wide" markdown>', "", *head, *(parity_row(p) for p in measured), "", "</div>", ""]
+    paper = ["", "## Where paper and code differ", "", *differences, ""]
+    return "\n".join([*WIDE, "# Fidelity", introduction, *table, DEFECTS, *slip_head, *slips, *paper])
+
+
+def parity_row(p: Parity) -> str:
+    cells = (f"[{p.preset}](presets/{p.preset}.md)", f"`{p.file}`", p.reference, p.pins, f"{p.tolerance:.0e}", error(p))
+    return f"| {' | '.join(cells)} |"
 
 
 def error(p: Parity) -> str:
@@ -166,5 +162,3 @@ def by_defect(p: Parity) -> dict[str, list[str]]:
     for name, why in p.left_out.items():
         out.setdefault(why, []).append(name)
     return out
-
-

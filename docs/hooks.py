@@ -63,15 +63,12 @@ def spec_page(schema: Schema) -> str:
         parts.append(f"## {title} {{#{name}}}\n\n{defs[name].get('description', '')}\n\n{fields(defs[name])}")
     for family, title in FAMILIES.items():
         parts.append(
-            f"## {title} {{#{family}}}\n\n"
-            f"A {family} is the name of a kind, or a mapping with `kind` and the fields of that kind.\n"
+            f"## {title} {{#{family}}}\n\nA {family} is the name of a kind, or a mapping with `kind` and the fields of that kind.\n"
         )
         for names, kind in by_class(family, defs):
             heading = ", ".join(f"`{name}`" for name in names)
             anchors = "".join(f'<a id="{family}.{name}"></a>' for name in names[1:])
-            parts.append(
-                f"### {heading} {{#{family}.{names[0]}}}\n\n{anchors}{kind.get('description', '')}\n\n{fields(kind)}"
-            )
+            parts.append(f"### {heading} {{#{family}.{names[0]}}}\n\n{anchors}{kind.get('description', '')}\n\n{fields(kind)}")
     return "\n\n".join(parts)
 
 
@@ -189,6 +186,12 @@ def preset_page(name: str, spec: Spec) -> str:
 MATRICES = ((512, 512), (1376, 512), (2048, 2048), (5461, 2048), (4096, 11008))
 
 
+def gigaflop(flops: float) -> str:
+    """Three digits, and no more places than they need."""
+    billions = flops / 1e9
+    return f"{billions:,.0f}" if billions >= 100 else f"{billions:.3g}"
+
+
 def cost_table(spec: Spec) -> str:
     """State and operations of the pipeline that hidden matrices take."""
     pipeline = spec.pipelines.get("matrix") or next(iter(spec.pipelines.values()))
@@ -196,11 +199,10 @@ def cost_table(spec: Spec) -> str:
     for m, n in MATRICES:
         split = pipeline.on(m, n)
         entries = sum(prod(slot.shape) for slot in split.slots.values())
-        update, refresh = (f"{flops / 1e9:.3g}" if flops else "entry by entry" for flops in split.flops)
+        update, refresh = (gigaflop(flops) if flops else "entry by entry" for flops in split.flops)
         refresh = refresh if split.opens and split.flops[1] else "none"
         rows.append(f"| {m} x {n} | {split.rank or ''} | {entries / (m * n):.3f} | {update} | {refresh} |")
     return "\n".join(rows)
-
 
 
 def sources(spec: Spec) -> str:

@@ -86,8 +86,8 @@ class Step(NamedTuple):
     inside: Coords | None = None  # for complement rules
     whole: Tensor | None = None  # for complement rules: the unsplit signal
     basis: Basis | None = None  # for complement rules: the basis in force
-    inner: State = {}  # for selectors: the inner rules' state, in coordinates of the old basis
-    constants: Constants = {}  # the selector's shared tables
+    inner: State = {}  # noqa: RUF012 -- never written to; for selectors: the inner rules' state, in coordinates of the old basis
+    constants: Constants = {}  # noqa: RUF012 -- the selector's shared tables
 
 
 # ------------------------------------------------------------------------------------------------------- project and lift
@@ -246,9 +246,7 @@ def _check_rank(value: Any) -> Any:
     return value if value < 1 else int(value)
 
 
-Rank = Annotated[
-    float, PlainValidator(_check_rank, json_schema_input_type=PositiveInt | Annotated[float, Field(gt=0, lt=1)])
-]
+Rank = Annotated[float, PlainValidator(_check_rank, json_schema_input_type=PositiveInt | Annotated[float, Field(gt=0, lt=1)])]
 
 
 class Selector(Component, family="selector"):
@@ -257,15 +255,11 @@ class Selector(Component, family="selector"):
     every: PositiveInt | None = Field(
         1, description="Updates between refreshes; null for none but the first and those asked for by `refresh_bases()`."
     )
-    offset: NonNegativeInt = Field(
-        0, description="Refresh on update t when t = 1 or t - 1 + offset is a multiple of `every`."
-    )
+    offset: NonNegativeInt = Field(0, description="Refresh on update t when t = 1 or t - 1 + offset is a multiple of `every`.")
     timing: Literal["before", "after"] = Field(
         "before", description="Refresh before the update is made, or after it (the first basis is always there before)."
     )
-    source: Literal["gradient", "momentum", "weight"] = Field(
-        "gradient", description="The matrix from which the basis is taken."
-    )
+    source: Literal["gradient", "momentum", "weight"] = Field("gradient", description="The matrix from which the basis is taken.")
 
     def refreshes(self, t: int) -> bool:
         """Whether update `t` (1-based) refreshes the basis by schedule."""

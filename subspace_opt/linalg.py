@@ -205,9 +205,7 @@ def orthonormal(y: Tensor) -> Tensor:
     return fixed
 
 
-def leading_right(
-    x: Tensor, rank: int, method: Literal["exact", "gram", "randomized"] = "exact", noise: Tensor | None = None
-) -> Tensor:
+def leading_right(x: Tensor, rank: int, method: Literal["exact", "gram", "randomized"] = "exact", noise: Tensor | None = None) -> Tensor:
     """The leading right singular vectors of `X` `(B, m, n)` as columns `(B, n, rank)`, in descending order.
 
     `exact` by a thin SVD; `gram` by eigh of the smaller of XX' and X'X, several times cheaper, exact for directions above
@@ -294,7 +292,7 @@ BLOCK = 128  # entries that share a scale
 
 
 def to_codes(x: Tensor) -> tuple[Tensor, Tensor]:
-    """`round(127 x / s)` int8 in the shape of `x` `(B, m, n)`, and s `(B, blocks)`, the largest entry of each run of 128 in row-major order."""
+    """`round(127 x / s)` int8 in the shape of `x` `(B, m, n)`, and s `(B, blocks)`, the largest of each 128 entries in row-major order."""
     flat = x.flatten(1)
     padded = torch.nn.functional.pad(flat, (0, -flat.size(1) % BLOCK)).unflatten(1, (-1, BLOCK))
     scale = padded.abs().amax(-1)

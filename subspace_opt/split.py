@@ -47,9 +47,7 @@ class Pipeline(Model):
     orient: Literal["right", "left", "short", "long"] = Field(
         "right", description="The side of the matrix on which the basis lives: columns, rows, the shorter, the longer."
     )
-    square: Literal["right", "left"] = Field(
-        "right", description="The side taken for a square matrix with `short` and `long`."
-    )
+    square: Literal["right", "left"] = Field("right", description="The side taken for a square matrix with `short` and `long`.")
     feedback: float | None = Field(
         None,
         ge=0.0,
@@ -97,8 +95,8 @@ class Pipeline(Model):
         moves = {slot.transport for rule in self.inside for slot in rule.slots(*rank).values()}
         if opens and not self.selector.keeps_basis and moves & {"project", "project_abs"}:
             raise ValueError(
-                f"selector '{kind_of(type(self.selector))}' does not keep the basis of the update before, so nothing can be carried over by "
-                "projection; use a rule inside without memory, or `on_refresh: keep`"
+                f"selector '{kind_of(type(self.selector))}' does not keep the basis of the update before, so nothing can be carried over "
+                "by projection; use a rule inside without memory, or `on_refresh: keep`"
             )
         if self.selector.every is None and any(getattr(rule, "on_refresh", "keep") == "reset" for rule in self.inside):
             raise ValueError("`on_refresh: reset` needs a selector with a period: give `every` a number")
@@ -353,4 +351,3 @@ def _settled(before: State, after: State, source: Tensor) -> State:
         name: torch.where(sound.view(-1, *[1] * (value.dim() - 1)), value, before.get(name, torch.zeros_like(value)))
         for name, value in after.items()
     }
-

@@ -111,13 +111,13 @@ def test_a_temporary_of_a_stack_is_bounded(batch_bytes: int, most: int, monkeypa
     assert sum(sizes) == 6
 
 
+@pytest.mark.parametrize("decay", [{"a": 0.0, "b": 0.5}, {"a": 0.25, "b": 0.25}])
 @pytest.mark.parametrize("stacking", ["always", "never"])
-def test_groups_that_differ_share_no_stack_where_it_matters(stacking: Any) -> None:
+def test_groups_that_differ_share_no_stack_where_it_matters(stacking: Any, decay: dict[str, float]) -> None:
     """Coupled decay is part of the gradient that rules see, and a refresh may be asked for one group."""
     spec = load_spec(small("galore", every=100), {"matrix.decay": "coupled"})
     shapes = dict.fromkeys("ab", (7, 4))
     params, alone = parameters(shapes, torch.float64), parameters(shapes, torch.float64)
-    decay = {"a": 0.0, "b": 0.5}
     opt = SubspaceOptimizer(
         [{"params": [(n, params[n])], "weight_decay": decay[n]} for n in "ab"],
         spec,

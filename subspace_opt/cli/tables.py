@@ -242,5 +242,5 @@ def show_results(results: Sequence[Result], out: Console) -> None:
         table.add_row(escape(r.run), f"{r.lr:.3g}", *losses, readable_bytes(r.measured_state_bytes), *times, style=style)
     out.print()
     out.print(table)
-    out.print("loss: validation, nats per byte; state: the optimizer's; times: medians, step() within update", style="dim")
+    out.print("loss: validation, nats per byte; times: medians, an update includes its step()", style="dim")
     out.print()

@@ -39,14 +39,10 @@ class Orthogonalize(Rule):
     coefficients: Coefficients = Field(
         "keller", description="The polynomials of `newton_schulz`: a named schedule or a list of [a, b, c], the last repeated."
     )
-    safety: float = Field(
-        1.02, ge=1.0, lt=2.0, description="How far above 1 singular values may lie with `polar_express` and `cans`."
-    )
+    safety: float = Field(1.02, ge=1.0, lt=2.0, description="How far above 1 singular values may lie with `polar_express` and `cans`.")
     eps: float = Field(1e-7, ge=0.0, description="Guards the division by the Frobenius norm.")
     eps_floor: bool = Field(False, description="Divide by max(norm, eps) instead of norm + eps.")
-    dtype: ComputeDtype = Field(
-        "auto", description="In which to iterate; `auto` is float64 for float64 signals and bfloat16 for others."
-    )
+    dtype: ComputeDtype = Field("auto", description="In which to iterate; `auto` is float64 for float64 signals and bfloat16 for others.")
 
     @model_validator(mode="after")
     def _polynomials_fit(self) -> Orthogonalize:

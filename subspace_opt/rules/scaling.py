@@ -87,9 +87,7 @@ class Debias(Rule):
 
     uses_grad: ClassVar[bool] = False
     kind: Literal["debias"] = "debias"
-    beta1: float | None = Field(
-        None, ge=0.0, lt=1.0, description="That of the first moment; omitted, it is not corrected.", examples=[0.9]
-    )
+    beta1: float | None = Field(None, ge=0.0, lt=1.0, description="That of the first moment; omitted, it is not corrected.", examples=[0.9])
     beta2: float | None = Field(
         None, ge=0.0, lt=1.0, description="That of the second moment; omitted, it is not corrected.", examples=[0.999]
     )

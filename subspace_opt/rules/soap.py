@@ -27,9 +27,7 @@ class Soap(Rule):
     eps: float = Field(1e-8, ge=0.0, description="Added to the root of the second moment.")
     eps_inside: bool = Field(False, description="Add eps to the second moment before its root and its correction.")
     debias: bool = Field(True, description="Divide the second moment by the sum of its weights.")
-    cov_beta: float = Field(
-        0.95, ge=0.0, lt=1.0, description="Part of the covariance kept at each update, where one is kept."
-    )
+    cov_beta: float = Field(0.95, ge=0.0, lt=1.0, description="Part of the covariance kept at each update, where one is kept.")
 
     def slots(self, rows: Dim, cols: Dim) -> dict[str, Slot]:
         slots = {"exp_avg_sq": Slot((rows, cols))}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
@@ -41,7 +40,8 @@ class Blocks(Selector):
         return 0.0  # all or nothing
 
     def refresh(self, x: Tensor, state: State, step: Step) -> tuple[State, Order | None]:
-        assert step.position is not None and self.every is not None
+        assert step.position is not None  # the core tells every selector
+        assert self.every is not None
         place, total = step.position[:, 0], step.position[:, 1]
         if self.order == "descending":
             place = total - 1 - place

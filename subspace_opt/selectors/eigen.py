@@ -21,9 +21,7 @@ class Eigen(LowRank):
     """
 
     kind: Literal["eigen"] = "eigen"
-    rank: Rank = Field(
-        64, description="Number of columns of the basis, clamped to the short side; below 1, that part of the short side."
-    )
+    rank: Rank = Field(64, description="Number of columns of the basis, clamped to the short side; below 1, that part of the short side.")
     beta: float = Field(0.95, ge=0.0, lt=1.0, description="Part of the covariance that is kept at each update.")
     init: Literal["gram", "exact", "randomized"] = Field(
         "gram",

@@ -121,7 +121,10 @@ def _watched(notes: Notes, method: str, **inputs: Any) -> Iterator[None]:
 
 
 def _missing(name: str, method: str, state: State) -> str:
-    return f"`{method}` reads state '{name}', which `slots` does not declare (declared: {', '.join(state) or 'nothing'})"
+    said = f"`{method}` reads state '{name}', which `slots` does not declare (declared: {', '.join(state) or 'nothing'})"
+    if method != "basis":
+        return said
+    return f"{said}; declare it, or find the basis anew at every update and let the property `keeps_basis` be False"
 
 
 def _copy(value: Tensor) -> Tensor | None:

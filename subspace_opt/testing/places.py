@@ -73,34 +73,17 @@ def _applies(rule: Rule, *, beside: bool) -> bool:
 
 
 def _around_selector(selector: Selector) -> dict[str, Pipeline]:
-    """Around Adam and plain SGD; where a full state inside can be carried over, around a projected momentum with feedback as well."""
+    """Around Adam and beside plain SGD; and around a momentum that is carried over, with feedback."""
     sides = selector.coords(Dim("rows", 6), Dim("cols", 4))
     if not sides[0].size * sides[1].size:
         return {"selector of nothing": _pipeline(selector=selector, complement="sgd")}
-    inside = "identity" if selector.every == 1 and fleeting(selector) else "adam"
     if not selector.orthonormal:
-        return {f"selector around {inside}": _pipeline(selector=selector, inside=inside)}
-    found = {f"selector around {inside}": _pipeline(selector=selector, inside=inside, complement="sgd")}
-    momentum = "identity" if inside == "identity" else {"kind": "heavy_ball", "on_refresh": "project"}
-    found["selector with feedback"] = _pipeline(selector=selector, inside=momentum, feedback=0.9)
-    return found
-
-
-def fleeting(selector: Selector) -> bool:
-    """Whether the basis is gone when the update ends: nothing that is declared gives it back, so no state inside can be carried over.
-
-    Only a selector that finds its basis anew at every update may be so.
-    """
-    rows, cols = Dim("rows", 5), Dim("cols", 4)
-    one = torch.ones((), dtype=torch.float64)
-    tables = {name: make().double() for name, make in selector.constants(rows, cols).items()}
-    step = Step(t=one, age=one, rows=rows, cols=cols, constants=tables)
-    state = {name: one.new_zeros(1, *slot.shape, dtype=slot.dtype) for name, slot in selector.slots(rows, cols).items()}
-    try:
-        selector.basis(state, step)
-    except KeyError:
-        return True
-    return False
+        return {"selector around adam": _pipeline(selector=selector, inside="adam")}
+    carried = "project" if selector.keeps_basis else "keep"
+    return {
+        "selector around adam": _pipeline(selector=selector, inside="adam", complement="sgd"),
+        "selector with feedback": _pipeline(selector=selector, inside={"kind": "heavy_ball", "on_refresh": carried}, feedback=0.9),
+    }
 
 
 def _pipeline(**parts: Any) -> Pipeline:
