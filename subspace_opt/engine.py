@@ -301,10 +301,12 @@ def _advance(stack: Stack, options: Options, memory: Memory, errors: dict[str, E
         if step.first:  # there is no basis to go on with: it begins with the next gradient
             pieces[0].work.held = len(pieces[0].work.row.splits) == 1 and pieces[0].block.count == 1
             return
+        if step.refresh and not split.pipeline.selector.keeps_basis:
+            return
         try:
             kept = _without_refresh(split, old) if step.refresh else old
             update, new = _run(split, grad, weight, kept, step._replace(refresh=False), sound)
-        except (torch.linalg.LinAlgError, KeyError):  # it was not the basis but a rule; or the basis is found anew at every update
+        except torch.linalg.LinAlgError:  # it was not the basis but a rule
             return
     if update is not None:
         _update(pieces, update, split, options)  # before the state is written: the update may be part of it

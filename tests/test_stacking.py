@@ -48,7 +48,7 @@ def run(preset: str, dtype: torch.dtype = torch.float64, **options: Any) -> dict
 DEGENERATE = [
     preset
     for preset in PRESETS
-    if any(getattr(p.selector, "sides", "") == "both" and p.selector.primes for p in small(preset).pipelines.values())
+    if any(getattr(p.selector, "max_dim", 0) > 1 and getattr(p.selector, "sides", "") == "both" for p in small(preset).pipelines.values())
 ]
 
 
@@ -162,6 +162,23 @@ def test_two_copies_of_a_matrix_stay_copies(preset: str, stacking: Any, monkeypa
     assert not torch.equal(params["one"], params["other"])
 
 
+@pytest.mark.xfail(reason="known defect: eigenvectors of eigenvalue 0 are round-off, and Adam in them is not small", strict=True)
+@pytest.mark.parametrize("preset", DEGENERATE)
+def test_round_off_chooses_no_basis(preset: str) -> None:
+    """A covariance of one gradient that is not square has a null space; a change in the last place must not turn all of it."""
+    ends = []
+    for change in (0.0, 1e-15):
+        params = parameters({"w": (7, 4)}, torch.float64)
+        opt = optimizer(preset, params)
+        for step in range(7):
+            give(params, step)
+            assert params["w"].grad is not None
+            params["w"].grad *= 1 + change * torch.arange(28, dtype=torch.float64).reshape(7, 4)
+            opt.step()
+        ends.append(params["w"].detach())
+    assert float((ends[0] - ends[1]).abs().max()) < 1e-6
+
+
 # --------------------------------------------------------------------------------------------------- every kind, any shape and rank
 
 
@@ -193,7 +210,7 @@ def pipeline_around_selector(kind: str, rank: int) -> dict[str, Any]:
     every = cls.model_fields["every"].default
     if every is not None and every > 1:
         options["every"] = 2
-    inside = "adam" if kind not in ("none", "dion") else "none" if kind == "none" else "identity"  # see test_dion_takes_rules_with_state
+    inside = "adam" if kind != "none" else "none"
     return {"selector": options, "inside": inside, "complement": "none" if kind != "none" else "adam"}
 
 
@@ -308,8 +325,6 @@ def test_a_rule_treats_every_matrix_of_a_stack_by_itself(kind: str, place: str, 
 def test_a_selector_treats_every_matrix_of_a_stack_by_itself(kind: str, rows: int, cols: int, rank: int, orient: str) -> None:
     if kind == "kron_eigen":
         rows = cols  # see `DEGENERATE`
-    if kind == "switch":
-        rows = cols  # see test_a_switch_keeps_its_rank
     check_rows_are_independent(split_of({**pipeline_around_selector(kind, rank), "orient": orient}, rows, cols, rank))
 
 
@@ -318,7 +333,6 @@ def test_a_selector_treats_every_matrix_of_a_stack_by_itself(kind: str, rows: in
 @given(rows=sides, cols=sides, rank=ranks)
 def test_a_basis_is_orthonormal(kind: str, rows: int, cols: int, rank: int) -> None:
     """What is lifted has the coordinates that it had; and with a full basis, what is projected is lost by nothing."""
-    rows = max(rows, cols) if kind == "switch" else rows  # see test_a_switch_keeps_its_rank
     split = split_of(pipeline_around_selector(kind, rank), rows, cols, rank)
     selector = split.pipeline.selector
     if not selector.orthonormal:
@@ -357,8 +371,6 @@ def test_a_gaussian_draw_says_that_it_is_not_orthonormal() -> None:
 def test_a_pipeline_runs_on_the_meta_device(preset: str, rows: int, cols: int, rank: int) -> None:
     """Shapes alone are enough to know the shapes of all that comes out; and nothing in between is made on another device."""
     for pipeline in small(preset, rank, every=2).pipelines.values():
-        if getattr(pipeline.selector, "kind", "") == "switch":
-            rows = max(rows, cols)  # see test_a_switch_keeps_its_rank
         split = pipeline.on(rows, cols)
         for (update, state), (real, values) in zip(drive(split, [0, 1], "meta"), drive(split, [0, 1]), strict=True):
             assert (update is None) == (real is None)

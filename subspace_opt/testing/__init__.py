@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from ..algebra import Rule, Selector
 from ..registry import Component
 from ..spec import Spec, load_spec
 from . import contract, trial
-from .drive import ConformanceError
+from .probe import ConformanceError
 from .subject import Subject, UnknownComponentError, subjects
 
 __all__ = ["Check", "ConformanceError", "Subject", "UnknownComponentError", "checks", "spec_checks", "subjects"]
@@ -73,7 +74,7 @@ def spec_checks(source: Spec | Mapping[str, Any] | str | os.PathLike[str]) -> li
         SpecError: a spec that cannot be used.
     """
     spec = load_spec(source)
-    label = os.fspath(source) if isinstance(source, str | os.PathLike) else spec.name
+    label = source if isinstance(source, str) else Path(source).name if isinstance(source, os.PathLike) else spec.name
     tried = trial.of_spec(spec)
     return [_check(label, name, question, tried) for name, question in trial.QUESTIONS.items()]
 

@@ -18,8 +18,10 @@ from ..registry import find, kind_of, names_of
 from ..spec import Spec, json_schema
 from ..split import Pipeline, Split
 from . import trial
-from .drive import DTYPES, SHAPES, ConformanceError, Notes, Trace, drive, placed, stack
+from .drive import DTYPES, SHAPES, Trace, drive, placed
+from .models import stack
 from .places import places
+from .probe import ConformanceError, Notes
 from .subject import Subject
 
 UPDATES = 5  # with a refresh every third one, two refreshes

@@ -1,238 +1,19 @@
-"""Run a component through the pure mathematics of its pipelines and note down whatever breaks its contract.
-
-The component is replaced by a *probe*, a subclass whose methods call the original's and look at what went in and what came out. What it
-finds is noted under the question it answers, so one run serves all of them.
-"""
+"""Run stacks of gradients through the pure mathematics of a pipeline, as the optimizer would."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, TypeVar, cast
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..algebra import Basis, Change, Order, Rule, Selector, Slot, State, Step
+from ..algebra import Rule, Selector, State, Step
 from ..split import Pipeline, Split
-
-P = TypeVar("P", bound=Rule | Selector)
-Declared = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # of one matrix
+from .models import stack
+from .probe import Notes, is_fake, probed
 
 SHAPES = ((6, 4), (4, 7), (5, 5), (1, 6))
 DTYPES = (torch.float64, torch.float32)
-
-
-class ConformanceError(AssertionError):
-    """A component or spec that does not keep its contract; the message says what, where, and what to do."""
-
-
-@dataclass
-class Notes:
-    """What was seen, by question, each thing once."""
-
-    where: str = ""
-    error: Exception | None = None  # what ended a run
-    found: dict[str, list[str]] = field(default_factory=dict)
-
-    def add(self, question: str, message: str) -> None:
-        """Note a breach, with the moment at which it was first seen."""
-        said = self.found.setdefault(question, [])
-        if not any(text.startswith(message) for text in said):
-            said.append(f"{message} ({self.where})" if self.where else message)
-
-
-# ------------------------------------------------------------------------------------------------------------------ probes
-
-
-def probed(component: P, notes: Notes) -> P:
-    """The component as a probe that writes to `notes`."""
-    cls = type(component)
-    methods = _rule_methods(cls, notes) if isinstance(component, Rule) else _selector_methods(cls, notes)
-    probe: Any = type(cls.__name__, (cls,), {"__module__": cls.__module__, "__doc__": cls.__doc__, **methods})
-    return cast(P, probe.model_construct(**dict(component)))
-
-
-def _rule_methods(cls: type[Any], notes: Notes) -> dict[str, Callable[..., Any]]:
-    def apply(self: Rule, x: Tensor, grad: Tensor, state: State, step: Step) -> tuple[Tensor, State]:
-        with _watched(notes, "apply", x=x, grad=grad, state=state, step=step):
-            out, new = _pair(cls.apply(self, x, grad, state, step), "apply", "(update, state)")
-        _check_tensor(notes, "slots", "the update of `apply`", out, tuple(x.shape), x.dtype, x.device)
-        _check_state(notes, "apply", new, _like(state), x, whole=True)
-        return out, new
-
-    def transport(self: Rule, state: State, slots: dict[str, Slot], change: Change, step: Step) -> State:
-        with _watched(notes, "transport", state=state, change=change, step=step):
-            moved: State = cls.transport(self, state, slots, change, step)
-        if state:
-            _check_state(notes, "transport", moved, _like(state), next(iter(state.values())), whole=True)
-        return moved
-
-    return {"apply": apply, "transport": transport}
-
-
-def _selector_methods(cls: type[Any], notes: Notes) -> dict[str, Callable[..., Any]]:
-    def declared(self: Selector, step: Step, x: Tensor) -> Declared:
-        return _declared(self.slots(step.rows, step.cols), x.dtype)
-
-    def refresh(self: Selector, x: Tensor, state: State, step: Step) -> tuple[State, Order | None]:
-        with _watched(notes, "refresh", x=x, state=state, step=step):
-            new, order = _pair(cls.refresh(self, x, state, step), "refresh", "(state, order or None)")
-        _check_state(notes, "refresh", new, declared(self, step, x), x, whole=True, extras=True)
-        return new, order
-
-    def observe(self: Selector, x: Tensor, c: Tensor, state: State, step: Step) -> State:
-        with _watched(notes, "observe", x=x, c=c, state=state, step=step):
-            new: State = cls.observe(self, x, c, state, step)
-        # What a refresh handed on for this update may be passed through; anything else that is not declared is lost at once.
-        passed = {name: value for name, value in new.items() if value is not state.get(name)}
-        _check_state(notes, "observe", passed, declared(self, step, x), x)
-        return new
-
-    def basis(self: Selector, state: State, step: Step) -> Basis:
-        with _watched(notes, "basis", state=state, step=step):
-            found: Basis = cls.basis(self, state, step)
-        _check_basis(notes, self, found, step)
-        return found
-
-    return {"refresh": refresh, "observe": observe, "basis": basis}
-
-
-def _pair(value: Any, method: str, what: str) -> Any:
-    if not isinstance(value, tuple) or len(value) != 2:
-        raise ConformanceError(f"`{method}` returned {type(value).__name__}, not a pair {what}")
-    return value
-
-
-@contextmanager
-def _watched(notes: Notes, method: str, **inputs: Any) -> Iterator[None]:
-    """Note it if a method writes to what it was given, or looks for a slot that is not declared."""
-    before = [(name, value, _copy(value)) for name, value in _tensors(inputs)]
-    try:
-        yield
-    except KeyError as error:
-        if error.args and isinstance(error.args[0], str) and error.args[0] not in inputs["state"]:
-            notes.add("slots", _missing(error.args[0], method, inputs["state"]))
-        raise
-    for name, value, copy in before:
-        if copy is not None and not torch.equal(value.nan_to_num(), copy):
-            notes.add("pure", f"`{method}` writes to its input `{name}`; make a new tensor: x.mul(2), not x.mul_(2)")
-
-
-def _missing(name: str, method: str, state: State) -> str:
-    said = f"`{method}` reads state '{name}', which `slots` does not declare (declared: {', '.join(state) or 'nothing'})"
-    if method != "basis":
-        return said
-    return f"{said}; declare it, or find the basis anew at every update and let the property `keeps_basis` be False"
-
-
-def _copy(value: Tensor) -> Tensor | None:
-    return None if _is_fake(value) else value.nan_to_num().clone()
-
-
-def _tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Every tensor in nested tuples and mappings, by its path."""
-    if isinstance(value, Tensor):
-        yield name, value
-    elif isinstance(value, Mapping):
-        for key, part in value.items():
-            yield from _tensors(part, f"{name}['{key}']" if name else str(key))
-    elif isinstance(value, tuple):
-        fields = getattr(value, "_fields", range(len(value)))
-        for key, part in zip(fields, value, strict=True):
-            yield from _tensors(part, f"{name}.{key}")
-
-
-# ------------------------------------------------------------------------------------------------------------ what came back
-
-
-def _like(state: State) -> Declared:
-    return {name: (tuple(value.shape[1:]), value.dtype) for name, value in state.items()}
-
-
-def _declared(slots: Mapping[str, Slot], dtype: torch.dtype) -> Declared:
-    return {name: (slot.shape, slot.dtype or dtype) for name, slot in slots.items()}
-
-
-def _check_state(
-    notes: Notes, method: str, new: State, declared: Declared, x: Tensor, *, whole: bool = False, extras: bool = False
-) -> None:
-    """Keys, shapes and dtypes of a returned state against its declaration; `whole`: all of it, `extras`: and more, for this update."""
-    if not isinstance(new, Mapping):
-        raise ConformanceError(f"`{method}` returned {type(new).__name__} for a state, not a dict of tensors")
-    for name in sorted(set(new) - set(declared)):
-        if not extras:
-            notes.add("slots", f"`{method}`: returned state has key '{name}' that `slots` does not declare")
-        elif not isinstance(new[name], Tensor) or new[name].size(0) != x.size(0):
-            notes.add("slots", f"`{method}`: returned '{name}' is no tensor with one entry for each matrix of the stack")
-    for name in sorted(set(declared) - set(new)) if whole else ():
-        notes.add("slots", f"`{method}`: returned state lacks key '{name}' that `slots` declares")
-    for name, (shape, dtype) in declared.items():
-        if name in new:
-            what = f"`{method}`: returned state '{name}'"
-            _check_tensor(notes, "slots", what, new[name], (x.size(0), *shape), dtype, x.device)
-
-
-def _check_tensor(
-    notes: Notes, question: str, what: str, value: Any, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
-) -> None:
-    if not isinstance(value, Tensor):
-        notes.add(question, f"{what} is {type(value).__name__}, not a tensor")
-    elif tuple(value.shape) != shape:
-        notes.add(question, f"{what} has shape {tuple(value.shape)}, and should have {shape}, the stack's size first")
-    elif value.dtype != dtype:
-        notes.add("precision", f"{what} has dtype {value.dtype}, and should have {dtype}")
-    elif value.device != device:
-        notes.add("precision", f"{what} is on device {value.device}, and should be on {device}, where the gradient is")
-
-
-def _check_basis(notes: Notes, selector: Selector, basis: Basis, step: Step) -> None:
-    """Shapes as `coords` says, and orthonormal columns where they are claimed."""
-    if not isinstance(basis, Basis):
-        raise ConformanceError(f"`basis` returned {type(basis).__name__}, not a Basis")
-    coords = selector.coords(step.rows, step.cols)
-    for name, side, own, dim in (("left", basis.left, step.rows, coords[0]), ("right", basis.right, step.cols, coords[1])):
-        if side is None:
-            if dim.size != own.size:
-                notes.add("basis", f"the {name} side is the identity, and `coords` says {dim.size} of {own.size} columns")
-        elif isinstance(side, tuple):
-            for factor in (f for f in side if isinstance(f, Tensor)):
-                _check_side(notes, selector, name, factor, (factor.size(-1), factor.size(-1)))
-        else:
-            _check_side(notes, selector, name, side, (own.size, dim.size))
-
-
-def _check_side(notes: Notes, selector: Selector, name: str, u: Tensor, shape: tuple[int, int]) -> None:
-    picks = u.dtype == torch.int64
-    expected = shape[1:] if picks else shape
-    if tuple(u.shape[1:]) != expected:
-        said = f"{tuple(u.shape)}, and `coords` asks for (B, {', '.join(map(str, expected))})"
-        notes.add("basis", f"the {name} side of the basis has shape {said}")
-        return
-    # A matrix that had no gradient yet has no basis either: zeros stand for it.
-    u = u[u.flatten(1).ne(0).any(-1)] if not _is_fake(u) else u
-    if _is_fake(u) or not selector.orthonormal or not u.numel():
-        return
-    if picks:
-        distinct = u.sort(dim=-1).values.diff(dim=-1).ne(0).all()
-        if not distinct or u.min() < 0 or u.max() >= shape[0]:
-            notes.add("basis", f"the {name} side picks columns twice, or columns that are not there (0 to {shape[0] - 1})")
-    else:
-        error = (u.mT @ u - torch.eye(u.size(-1), dtype=u.dtype, device=u.device)).abs().max().item()
-        if not error <= (1e-10 if u.dtype == torch.float64 else 1e-4):
-            notes.add(
-                "basis",
-                f"the columns of the {name} side are not orthonormal: |U'U - I| is {error:.1e}. Orthonormalise them (linalg.orthonormal), "
-                "or let the property `orthonormal` be False",
-            )
-
-
-def _is_fake(value: Tensor) -> bool:
-    return type(value) is not Tensor and type(value).__name__ == "FakeTensor"
-
-
-# ------------------------------------------------------------------------------------------------------------------ drive
 
 
 @dataclass(frozen=True)
@@ -269,15 +50,7 @@ def drive(split: Split, grads: list[Tensor], notes: Notes, *, where: str = "", t
 
 
 def _weights(like: Tensor, twins: bool) -> Tensor:
-    return like if _is_fake(like) else stack(tuple(like.shape), like.dtype, 99, twins=twins).to(like.device)
-
-
-def stack(shape: tuple[int, ...], dtype: torch.dtype, seed: int, *, twins: bool = False) -> Tensor:
-    """Standard normal matrices, the same for a seed in every dtype; with `twins` matrix 2 is a copy of matrix 0."""
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-    if twins and x.size(0) > 2:
-        x[2] = x[0]
-    return x
+    return like if is_fake(like) else stack(tuple(like.shape), like.dtype, 99, twins=twins).to(like.device)
 
 
 def moment(split: Split, call: int, grad: Tensor, twins: bool) -> Step:
@@ -307,7 +80,7 @@ def _draws(split: Split, call: int, grad: Tensor, twins: bool) -> Tensor | None:
     shape = selector.draws(split.rows, split.cols) if selector.draws_at(call) else None
     if shape is None:
         return None
-    if _is_fake(grad):
+    if is_fake(grad):
         return grad.new_zeros(grad.size(0), *shape)
     return stack((grad.size(0), *shape), grad.dtype, 1000 + call, twins=twins)
 

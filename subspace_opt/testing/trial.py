@@ -18,48 +18,11 @@ from ..engine import NonFiniteGradient
 from ..optimizer import SubspaceOptimizer, build
 from ..spec import Spec
 from ..split import Pipeline
-from .drive import ConformanceError, stack
+from .models import Shapes, Small, stack
+from .probe import ConformanceError
 
 RANK, EVERY = 3, 3  # what large ranks and periods of a spec become
 UPDATES = 7  # with a refresh every third one, two of them after the first
-
-
-class Shapes(nn.Module):
-    """Parameters of the shapes that a pipeline may meet: two alike, tall, wide, square, a vector, a stack of matrices; float64."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        shapes = {"tall": (6, 4), "twin": (6, 4), "wide": (4, 7), "square": (5, 5), "vector": (6,), "experts": (3, 5, 4)}
-        for seed, (name, shape) in enumerate(shapes.items()):
-            self.register_parameter(name, nn.Parameter(stack(shape, torch.float64, 70 + seed)))
-
-
-class Small(nn.Module):
-    """A model with an embedding, a convolution, norms, linear layers and a head, that learns a successor for each of 16 tokens."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(16, 12)
-        self.convolution = nn.Conv1d(12, 12, 3, padding=1)
-        self.norm = nn.LayerNorm(12)
-        self.up = nn.Linear(12, 20)
-        self.down = nn.Linear(20, 12)
-        self.head = nn.Linear(12, 16, bias=False)
-        for seed, p in enumerate(self.parameters()):
-            start = stack(tuple(p.shape), p.dtype, 80 + seed) * max(1, p[0].numel()) ** -0.5
-            p.data.copy_(torch.ones_like(p) if p is self.norm.weight else start)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embedding(tokens)
-        x = x + self.convolution(x.mT).mT
-        x = x + self.down(torch.nn.functional.gelu(self.up(self.norm(x))))
-        logits: Tensor = self.head(x)
-        return logits
-
-    def loss(self) -> Tensor:
-        """Cross-entropy on all the data there is."""
-        tokens = torch.arange(48).view(8, 6) * 5 % 16
-        return torch.nn.functional.cross_entropy(self(tokens).flatten(0, 1), (tokens * 3 + 1).flatten() % 16)
 
 
 @dataclass(frozen=True)
@@ -213,7 +176,7 @@ def check_stacking(trial: Trial) -> None:
         shaken.step(noise=torch.finfo(next(trial.model().parameters()).dtype).eps)
     start = dict(trial.model().named_parameters())
     for name, p in single.parameters.items():
-        gap = (p - together.parameters[name]).abs().max()
+        gap = (p - together.parameters[name]).detach().abs().max()
         # What round-off alone does, where it decides: the eigenvectors of a covariance without full rank are arbitrary.
         allowed = torch.finfo(p.dtype).eps ** 0.5 * (p - start[name]).abs().max() + 10 * (p - shaken.parameters[name]).abs().max()
         if not gap <= allowed + 1e-12:
