@@ -34,7 +34,7 @@ def field_page() -> str:
         "method | selector | source | refresh | momentum | inside | complement | moments at a refresh | finish | decay "
         "| state / mn | GFLOP an update | a refresh"
     )
-    rows = [field_row(name, load_spec(name)) for name in preset_names()]
+    rows = [field_row(name, load_spec(name)) for name in preset_names(installed=False)]
     return "\n".join(
         [
             *WIDE,
@@ -140,7 +140,7 @@ def fidelity_page(measured: list[Parity]) -> str:
     introduction = INTRODUCTION.format(count=len(measured), held=held, worst=worst)
     slips = [f"| `{p.file}` | {', '.join(names)} | {why} |" for p in measured for why, names in by_defect(p).items()]
     slips.append("| `muon_kj_wd` | conv | the shape factor is that of the unflattened kernel, 1; the spec of the test says so |")
-    differences = [f"- **[{name}](presets/{name}.md)**: {spec.notes}" for name in preset_names() if (spec := load_spec(name)).notes]
+    differences = [f"- **[{name}](presets/{name}.md)**: {spec.notes}" for name in preset_names(installed=False) if (spec := load_spec(name)).notes]
     head = ["| preset | file | reference | what it pins down | tolerance | error |", "| --- | --- | --- | --- | --- | --- |"]
     slip_head = ["| file | parameters | what the reference does |", "| --- | --- | --- |"]
     table = ['<div class="wide" markdown>', "", *head, *(parity_row(p) for p in measured), "", "</div>", ""]

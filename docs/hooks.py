@@ -21,7 +21,7 @@ Schema = dict[str, Any]
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Replace the folders in `nav` by the pages that are in them."""
-    written = {"presets/": ["presets/index.md", *(f"presets/{name}.md" for name in preset_names())]}
+    written = {"presets/": ["presets/index.md", *(f"presets/{name}.md" for name in preset_names(installed=False))]}
     nav = []
     for entry in config.nav or []:
         ((title, target),) = entry.items()
@@ -36,7 +36,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the written pages to those on disk."""
-    presets = {name: load_spec(name) for name in preset_names()}
+    presets = {name: load_spec(name) for name in preset_names(installed=False)}
     pages = {"spec.md": spec_page(json_schema()), "presets/index.md": preset_index(presets)}
     pages |= {f"presets/{name}.md": preset_page(name, spec) for name, spec in presets.items()}
     for path, content in pages.items():
