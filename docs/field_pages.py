@@ -140,7 +140,9 @@ def fidelity_page(measured: list[Parity]) -> str:
     introduction = INTRODUCTION.format(count=len(measured), held=held, worst=worst)
     slips = [f"| `{p.file}` | {', '.join(names)} | {why} |" for p in measured for why, names in by_defect(p).items()]
     slips.append("| `muon_kj_wd` | conv | the shape factor is that of the unflattened kernel, 1; the spec of the test says so |")
-    differences = [f"- **[{name}](presets/{name}.md)**: {spec.notes}" for name in preset_names(installed=False) if (spec := load_spec(name)).notes]
+    differences = [
+        f"- **[{name}](presets/{name}.md)**: {spec.notes}" for name in preset_names(installed=False) if (spec := load_spec(name)).notes
+    ]
     head = ["| preset | file | reference | what it pins down | tolerance | error |", "| --- | --- | --- | --- | --- | --- |"]
     slip_head = ["| file | parameters | what the reference does |", "| --- | --- | --- |"]
     table = ['<div class="wide" markdown>', "", *head, *(parity_row(p) for p in measured), "", "</div>", ""]

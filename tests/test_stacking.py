@@ -301,7 +301,9 @@ def check_rows_are_independent(split: Split) -> None:
         pairs = [] if u is None or v is None or w is None else [(u[2], v[0]), (u[1], w[0])]
         pairs += [(s[key][2], r[key][0]) for key in split.slots] + [(s[key][1], q[key][0]) for key in split.slots]
         for mine, theirs in pairs:
-            assert torch.allclose(mine.double(), theirs.double(), rtol=1e-8, atol=1e-8)
+            assert torch.allclose(
+                mine.double(), theirs.double(), rtol=1e-6, atol=1e-6
+            )  # a matrix that leaked in would be seen in the first place
 
 
 sides = st.integers(1, 6)

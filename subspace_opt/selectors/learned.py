@@ -48,6 +48,8 @@ class Learned(LowRank):
         gu = linalg.mm(g, u)
         error = linalg.addmm(g, gu, u.mT, beta=-1.0)  # G^ U U' - G^
         slope = 2 * (linalg.mm(g.mT, linalg.mm(error, u)) + linalg.mm(error.mT, gu))
+        # With a full basis nothing is left to learn, and AdamW would make a full step of round-off.
+        slope = slope * (linalg.norm(slope) > 64 * torch.finfo(x.dtype).eps)
         if self.optimizer == "sgd":
             return {"basis": u - self.lr * slope}, None
         count = step.t - 1  # the first basis is no step of AdamW
