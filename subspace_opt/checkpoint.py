@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .plan import Plan, Row
+from .plan import COUNTERS, Plan, Row
 
 MOST = 5  # differences shown
 
@@ -166,9 +166,9 @@ def _loaded(saved: Mapping[str, Any], row: Row, param: Tensor, problems: list[st
         if key not in saved:
             continue
         value = saved[key]
-        if key == "step":
+        if key in COUNTERS:
             if not isinstance(value, Tensor | int | float) or (isinstance(value, Tensor) and value.numel() != 1):
-                problems.append(f"'{name}': slot 'step' is {type(value).__name__}, not a number")
+                problems.append(f"'{name}': slot '{key}' is {type(value).__name__}, not a number")
                 continue
             out[key] = torch.tensor(float(value), dtype=torch.float32)
         elif not isinstance(value, Tensor):

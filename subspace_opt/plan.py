@@ -17,6 +17,7 @@ from .split import Split
 from .views import Block, View, ViewError, make_view
 
 STEP_BYTES = 4  # the float32 counter of a parameter
+COUNTERS = ("step", "refreshed")  # numbers on the host: updates made, and the last of them that took a new basis
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,8 @@ class Row:
             for key, slot in split.slots.items():
                 shape = slot.shape if block.count == 1 else (block.count, *slot.shape)
                 out[state_key(block, key)] = (shape, slot.dtype or self.compute_dtype)
+        if any(slot.transport == "reset" for _, split in self.splits for slot in split.slots.values()):
+            out["refreshed"] = ((), torch.float32)  # what begins anew at a refresh is bias-corrected from there
         if self.compensated:
             out["compensation"] = (self.entry.shape, self.entry.dtype)
         return out

@@ -98,8 +98,6 @@ class Pipeline(Model):
                 f"selector '{kind_of(type(self.selector))}' does not keep the basis of the update before, so nothing can be carried over "
                 "by projection; use a rule inside without memory, or `on_refresh: keep`"
             )
-        if self.selector.every is None and any(getattr(rule, "on_refresh", "keep") == "reset" for rule in self.inside):
-            raise ValueError("`on_refresh: reset` needs a selector with a period: give `every` a number")
         return self
 
     def on(self, rows: int, cols: int, modes: tuple[int, ...] = ()) -> Split:

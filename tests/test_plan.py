@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from subspace_opt import Entry, Spec, SpecError, SubspaceOptimizer, build, load_spec, make_plan
 from subspace_opt.modules import canonical_name, module_kinds
+from subspace_opt.plan import COUNTERS
 from subspace_opt.spec import Route
 
 every_preset = pytest.mark.parametrize("preset", PRESETS)
@@ -507,7 +508,7 @@ def test_blocks_have_state_of_their_own_under_their_names(preset: str) -> None:
     give(params, 0)
     opt.step()
     keys = {key.split(".")[0] for key in opt.state[params["qkv"]]}
-    assert keys <= {"step", "q", "k", "v"}
+    assert keys <= {*COUNTERS, "q", "k", "v"}
     assert {"q", "k", "v"} <= keys
 
 

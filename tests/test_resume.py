@@ -37,6 +37,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from subspace_opt import CheckpointError, SubspaceOptimizer, load_spec
+from subspace_opt.plan import COUNTERS
 
 every_preset = pytest.mark.parametrize("preset", PRESETS)
 STEPS = 9  # with a refresh every third update: cuts before, at and after several
@@ -166,7 +167,7 @@ def test_loading_keeps_dtypes_and_takes_storages_of_its_own(preset: str) -> None
     twin = optimizer(preset, twins, rounding="kahan")
     twin.load_state_dict(saved)
     before = snapshot(twin, twins)
-    assert {v.dtype for k, v in before.items() if k.endswith("step")} == {torch.float32}
+    assert {v.dtype for k, v in before.items() if k.endswith(COUNTERS)} == {torch.float32}
     train(opt, params, range(4, 6))
     for state in saved["state"].values():
         for value in state.values():
@@ -376,9 +377,9 @@ def test_every_slot_is_checked(preset: str) -> None:
     )
     for key, value in saved["state"][number].items():
         refused(opt, params, broken({}, drop=key), f"'wide': slot '{key}' is missing")
-        if key == "step":
-            refused(opt, params, broken({key: "two"}), "'wide': slot 'step' is str, not a number")
-            refused(opt, params, broken({key: torch.ones(2)}), "'wide': slot 'step' is Tensor, not a number")
+        if key in COUNTERS:
+            refused(opt, params, broken({key: "two"}), f"'wide': slot '{key}' is str, not a number")
+            refused(opt, params, broken({key: torch.ones(2)}), f"'wide': slot '{key}' is Tensor, not a number")
             continue
         wider = torch.zeros(*value.shape, 2, dtype=value.dtype)
         refused(opt, params, broken({key: wider}), f"'wide': slot '{key}' has shape {tuple(wider.shape)}, here {tuple(value.shape)}")
