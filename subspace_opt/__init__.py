@@ -2,11 +2,11 @@
 
 from .algebra import Basis, Change, Coords, Dim, LowRank, Order, Rule, Selector, Slot, State, Step, Transport
 from .checkpoint import CheckpointError
-from .engine import NonFiniteGradient
 from .optimizer import SubspaceOptimizer, build
 from .plan import Entry, Plan, make_plan
 from .registry import RegistryError, load_plugin, register
 from .spec import Spec, SpecError, load_spec
+from .survey import NonFiniteGradient
 
 __version__ = "0.1.0"
 

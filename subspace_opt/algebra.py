@@ -225,6 +225,17 @@ class Rule(Component, family="rule"):
         """Floating-point operations of one update of one matrix, those of products and decompositions; 0 for what is entry by entry."""
         return 0.0
 
+    @property
+    def has_kernel(self) -> bool:
+        """Whether `update_in_place` is there: `apply`, decay and update of a weight in one pass over memory."""
+        return False
+
+    def update_in_place(
+        self, weights: list[Tensor], grads: list[Tensor], states: dict[str, list[Tensor]], t: int, lr: float | Tensor, decay: float
+    ) -> None:
+        """`W <- W (1 - lr decay) - lr apply(G)` for many weights of any shape, and their state, in place, at update `t` (1-based)."""
+        raise NotImplementedError(f"'{type(self).__name__}' has no kernel")
+
     @abstractmethod
     def apply(self, x: Tensor, grad: Tensor, state: State, step: Step) -> tuple[Tensor, State]:
         """The new signal and the new state; pure: inputs are not written to."""
@@ -255,23 +266,33 @@ class Selector(Component, family="selector"):
     every: PositiveInt | None = Field(
         1, description="Updates between refreshes; null for none but the first and those asked for by `refresh_bases()`."
     )
-    offset: NonNegativeInt = Field(0, description="Refresh on update t when t = 1 or t - 1 + offset is a multiple of `every`.")
+    offset: NonNegativeInt | Literal["spread"] = Field(
+        0,
+        description="Refresh on update t when t = 1 or t - 1 + offset is a multiple of `every`; with `spread` the offset of a pipeline's "
+        "i-th of n parameters is i every / n, so that no step refreshes all.",
+    )
     timing: Literal["before", "after"] = Field(
         "before", description="Refresh before the update is made, or after it (the first basis is always there before)."
     )
     source: Literal["gradient", "momentum", "weight"] = Field("gradient", description="The matrix from which the basis is taken.")
 
-    def refreshes(self, t: int) -> bool:
-        """Whether update `t` (1-based) refreshes the basis by schedule."""
+    def refreshes(self, t: int, position: tuple[int, int] = (0, 1)) -> bool:
+        """Whether update `t` (1-based) refreshes the basis by schedule, for the parameter at `position` (i, n) in its pipeline."""
         if t == 1 and not self.primes:
             return True
-        return self.every is not None and t >= 1 and (t - 1 + self.offset) % self.every == 0
+        return self.every is not None and t >= 1 and (t - 1 + self._offset(position)) % self.every == 0
 
-    def age(self, t: int) -> int:
+    def age(self, t: int, position: tuple[int, int] = (0, 1)) -> int:
         """Updates since the last refresh before or at update `t`, that update counted."""
         if self.every is None:
             return t
-        return min((t - 1 + self.offset) % self.every, t - 1) + 1
+        return min((t - 1 + self._offset(position)) % self.every, t - 1) + 1
+
+    def _offset(self, position: tuple[int, int]) -> int:
+        if self.offset == "spread":
+            i, n = position
+            return i * (self.every or 0) // n
+        return self.offset
 
     @property
     def primes(self) -> bool:

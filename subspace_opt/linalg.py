@@ -1,4 +1,4 @@
-"""Linear algebra on stacks of matrices `(B, m, n)`: products, orthogonalization, bases, and the discrete cosine transform.
+"""Linear algebra on stacks of matrices `(B, m, n)`: products, decompositions, bases, and the discrete cosine transform.
 
 Pure functions. Statistics and decompositions run in the dtype they are given, which is float32 at least. The sign of a singular
 vector is arbitrary and moments outlive a refresh, so every function that returns a basis fixes the signs by one rule.
@@ -6,14 +6,23 @@ vector is arbitrary and moments outlive a refresh, so every function that return
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-Polynomial = tuple[float, float, float]
+
+@functools.cache
+def cpu_has_bfloat16() -> bool:
+    """Whether this CPU has instructions for products of bfloat16 (AVX-512 BF16, AMX, or those of ARM)."""
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported", "_is_arm_bf16_supported")
+    return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+
+
+PANEL = 128  # rows of a symmetric product that are made together, at least
 
 
 def mm(a: Tensor, b: Tensor) -> Tensor:
@@ -28,6 +37,27 @@ def addmm(c: Tensor, a: Tensor, b: Tensor, *, beta: float = 1.0, alpha: float = 
     if c.size(0) == 1:
         return torch.addmm(c[0], a[0], b[0], beta=beta, alpha=alpha).unsqueeze(0)
     return torch.baddbmm(c, a, b, beta=beta, alpha=alpha)
+
+
+def symmetric(a: Tensor, b: Tensor, c: Tensor | None = None, *, beta: float = 1.0, alpha: float = 1.0) -> Tensor:
+    """`beta C + alpha A B` `(B, k, k)`, where that is known to be symmetric (C symmetric, too; None for 0).
+
+    One large matrix on a CPU is made in panels of rows from the diagonal on, and mirrored: with p panels (p + 1) / 2p of the operations.
+    """
+    k = a.size(-2)
+    panels = min(k // PANEL, 6) if a.size(0) == 1 and a.device.type == "cpu" else 1
+    if panels < 2:
+        return mm(a, b) * alpha if c is None else addmm(c, a, b, beta=beta, alpha=alpha)
+    out = torch.empty(1, k, k, dtype=a.dtype)
+    edges = [k * i // panels for i in range(panels + 1)]
+    for low, high in itertools.pairwise(edges):
+        panel = out[0, low:high, low:]
+        if c is None:
+            torch.mm(a[0, low:high], b[0, :, low:], out=panel)
+        else:
+            torch.addmm(c[0, low:high, low:], a[0, low:high], b[0, :, low:], beta=beta, alpha=alpha, out=panel)
+        out[0, low:high, :low] = out[0, :low, low:high].mT
+    return out if c is not None or alpha == 1.0 else out * alpha
 
 
 def norm(x: Tensor) -> Tensor:
@@ -59,108 +89,6 @@ def unit_columns(x: Tensor, eps: float) -> Tensor:
     """Every column divided by its norm plus eps."""
     size: Tensor = torch.linalg.vector_norm(x, dim=-2, keepdim=True)
     return x / (size + eps)
-
-
-# --------------------------------------------------------------------------------------------------------- orthogonalization
-
-#: Odd polynomials `a x + b x^3 + c x^5`, one per step, and what follows the last: `cycle` through the list or `repeat` its end.
-SCHEDULES: dict[str, tuple[tuple[Polynomial, ...], Literal["cycle", "repeat"]]] = {
-    # Keller Jordan's Muon: largest slope at 0 that still converges into about [0.7, 1.2].
-    "keller": (((3.4445, -4.7750, 2.0315),), "repeat"),
-    # One polynomial per step, by You Jiacheng: after five steps within [0.98, 1.03] for inputs in [0.01, 1].
-    "quintic": (
-        (
-            (4.0848, -6.8946, 2.9270),
-            (3.9505, -6.3029, 2.6377),
-            (3.7418, -5.5913, 2.3037),
-            (2.8769, -3.1427, 1.2046),
-            (2.8366, -3.0525, 1.2012),
-        ),
-        "cycle",
-    ),
-    # Cubic by step: two products instead of three, a wider output range.
-    "cubic": (
-        (
-            (3.3657, -3.3421, 0.0),
-            (2.5744, -1.4957, 0.0),
-            (2.5369, -1.4313, 0.0),
-            (2.4419, -1.2764, 0.0),
-            (2.2230, -0.9631, 0.0),
-        ),
-        "repeat",
-    ),
-    # The Taylor polynomial of degree 5: slow, monotone, no overshoot.
-    "classical": (((1.875, -1.25, 0.375),), "repeat"),
-    # Polar Express (arXiv:2505.16932), minimax for singular values in [1e-3, 1]; as published it diverges just above 1.
-    "polar_express": (
-        (
-            (8.28721201814563, -23.595886519098837, 17.300387312530933),
-            (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
-            (3.9486908534822946, -2.908902115951949, 0.5518191394370137),
-            (3.3184196573706015, -2.488488024314874, 0.51004894012372),
-            (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
-            (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
-            (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
-            (1.875, -1.25, 0.375),
-        ),
-        "repeat",
-    ),
-    # Chebyshev-optimal (CANS, arXiv:2506.10935); like Polar Express it needs a safety factor.
-    "cans": (
-        (
-            (8.4703, -25.1081, 18.6293),
-            (4.1828, -3.1087, 0.5806),
-            (3.9619, -2.9541, 0.5630),
-            (3.2866, -2.4647, 0.5074),
-            (2.2737, -1.6447, 0.4162),
-        ),
-        "repeat",
-    ),
-}
-
-
-def schedule(coefficients: str | Sequence[Polynomial], steps: int, safety: float = 1.0) -> tuple[Polynomial, ...]:
-    """The polynomials of `steps` iterations. `safety` s > 1 evaluates every one but the last listed at x / s, which moves the
-    point of divergence from 1 to s (a / s, b / s^3, c / s^5)."""
-    if isinstance(coefficients, str):
-        listed, after = SCHEDULES[coefficients]
-    else:
-        listed, after = tuple(coefficients), "repeat"
-    safe = [(a / safety, b / safety**3, c / safety**5) for a, b, c in listed]
-    if len(safe) > 1:
-        safe[-1] = listed[-1]
-    return tuple(safe[i % len(safe)] if after == "cycle" else safe[min(i, len(safe) - 1)] for i in range(steps))
-
-
-def newton_schulz(
-    x: Tensor, polynomials: Sequence[Polynomial], *, eps: float = 1e-7, floor: bool = False, dtype: torch.dtype | None = None
-) -> Tensor:
-    """`X <- a X + b (XX') X + c (XX')^2 X`, repeated: an approximation of the polar factor `U V'` of `X = U S V'`.
-
-    Args:
-        x: `(B, m, n)`.
-        eps: Added to the Frobenius norm by which X is divided; with `floor`, the least norm to divide by.
-        dtype: In which to iterate (default: that of `x`). The result has it too.
-    """
-    size = norm(x)
-    size = size.clamp_min(eps) if floor else size + eps
-    y = (x / size).to(dtype or x.dtype)
-    tall = y.size(-2) > y.size(-1)
-    if tall:
-        y = y.mT
-    for a, b, c in polynomials:
-        gram = mm(y, y.mT)
-        poly = b * gram if c == 0.0 else addmm(gram, gram, gram, beta=b, alpha=c)
-        y = addmm(y, poly, y, beta=a)
-    return y.mT if tall else y
-
-
-def polar(x: Tensor) -> Tensor:
-    """The exact polar factor `U V'` of `X = U S V'` `(B, m, n)`, restricted to singular values above round-off: polar(0) = 0."""
-    u, s, vh = svd(unit_peak(x))
-    tau = max(x.size(-2), x.size(-1)) * torch.finfo(x.dtype).eps
-    kept = (s > tau * s[..., :1]) & (s > 0)
-    return mm(u * kept.unsqueeze(-2).to(u.dtype), vh)
 
 
 # ------------------------------------------------------------------------------------------------------------ decompositions

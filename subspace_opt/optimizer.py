@@ -15,12 +15,14 @@ from torch import Tensor, nn
 
 from . import engine
 from .checkpoint import matched
-from .engine import Memory, Nonfinite, Options, Stacking, Work
 from .modules import canonical_name, module_kinds
 from .plan import Entry, Plan, Row, make_plan
 from .registry import suggest
 from .spec import Spec, SpecError, load_spec
+from .stacks import Memory
+from .survey import survey
 from .update import Rounding
+from .work import Nonfinite, Options, Stacking, Work, allocate
 
 SpecLike = Spec | Mapping[str, Any] | str | os.PathLike[str]
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
@@ -226,12 +228,12 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                 if p.grad is not None and p.numel():
                     work.append(self._work(group, p, row))
                 elif p.grad is not None and not self.state.get(p):
-                    engine.allocate(row, p, self.state[p])  # nothing to update, yet checkpoints ask every parameter for state
-        work, skipped = engine.survey(work, self._options.nonfinite)
+                    allocate(row, p, self.state[p])  # nothing to update, yet checkpoints ask every parameter for state
+        work, skipped = survey(work, self._options.nonfinite)
         for item in work:
             item.state = self.state[item.param]
             if not item.state:
-                engine.allocate(item.row, item.param, item.state)
+                allocate(item.row, item.param, item.state)
         for group in self.param_groups:
             group["refresh"] = False
         for name in skipped:
@@ -253,11 +255,11 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         return Work(
             row=row,
             param=p,
-            grad=-grad if group["maximize"] else grad.detach(),
+            grad=-grad if group["maximize"] else grad,
             lr=lr * row.lr_scale,
             weight_decay=float(group["weight_decay"]) * row.decay_scale,
             refresh=group["refresh"] or row.entry.name in self.failures,
-            count=int(state["step"].item()) if state else 0,
+            count=engine.count(row.entry.name, state, self._memory) if state else 0,
         )
 
     def refresh_bases(self) -> None:

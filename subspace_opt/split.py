@@ -193,6 +193,13 @@ class Split:
         moved = (1 + own_signal + lifts) * selector.project_flops(*dims)
         return rules + moved + selector.observe_flops(*dims), selector.refresh_flops(*dims)
 
+    @cached_property
+    def kernel(self) -> tuple[str, Rule] | None:
+        """The rule that alone makes the update and has a kernel, with the key of its state; decay comes before the update."""
+        p = self.pipeline
+        alone = not (self.opens or p.momentum or p.finish) and p.feedback is None and p.mix.complement == 1 and len(p.complement) == 1
+        return ("complement", p.complement[0]) if alone and p.decay == "before" and p.complement[0].has_kernel else None
+
     # ------------------------------------------------------------------------------------------------------------ what it does
 
     def apply(self, grad: Tensor, weight: Tensor | None, state: State, step: Step) -> tuple[Tensor, State]:

@@ -24,6 +24,7 @@ from subspace_opt import Entry, Spec, SpecError, SubspaceOptimizer, build, load_
 from subspace_opt.modules import canonical_name, module_kinds
 from subspace_opt.plan import COUNTERS
 from subspace_opt.spec import Route
+from subspace_opt.work import Piece
 
 every_preset = pytest.mark.parametrize("preset", PRESETS)
 
@@ -475,7 +476,7 @@ def same_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     """Random draws go by name, block and step; here they are to be alike for a part and its twin."""
     from subspace_opt import engine
 
-    def noise(piece: engine.Piece, call: int, shape: tuple[int, ...], seed: int) -> Tensor:
+    def noise(piece: Piece, call: int, shape: tuple[int, ...], seed: int) -> Tensor:
         one = torch.randn(shape, generator=torch.Generator().manual_seed(call))
         return one.expand(piece.stop - piece.start, *shape)
 

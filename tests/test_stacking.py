@@ -16,6 +16,7 @@ from subspace_opt import Dim, Rule, Selector, State, Step, SubspaceOptimizer, en
 from subspace_opt.algebra import lift, project
 from subspace_opt.registry import Component, kinds
 from subspace_opt.split import Pipeline, Split
+from subspace_opt.work import Piece
 
 every_preset = pytest.mark.parametrize("preset", PRESETS)
 
@@ -141,7 +142,7 @@ def test_groups_that_differ_share_no_stack_where_it_matters(stacking: Any, decay
 @every_preset
 @pytest.mark.parametrize("stacking", ["always", "never"])
 def test_two_copies_of_a_matrix_stay_copies(preset: str, stacking: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def noise(piece: engine.Piece, call: int, shape: tuple[int, ...], seed: int) -> Tensor:
+    def noise(piece: Piece, call: int, shape: tuple[int, ...], seed: int) -> Tensor:
         # By name the two would draw apart, as they should.
         return torch.randn(shape, generator=torch.Generator().manual_seed(call)).expand(piece.stop - piece.start, *shape)
 

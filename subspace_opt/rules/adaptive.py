@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -45,6 +46,30 @@ class Adam(Rule):
             second = "project_abs"  # it must stay positive
         slots = {"exp_avg": Slot((rows, cols), self.on_refresh), "exp_avg_sq": Slot((rows, cols), second)}
         return slots if self.beta1 else {"exp_avg_sq": slots["exp_avg_sq"]}
+
+    @property
+    def has_kernel(self) -> bool:
+        return self.debias and self.beta1 > 0 and not self.eps_inside
+
+    def update_in_place(
+        self, weights: list[Tensor], grads: list[Tensor], states: dict[str, list[Tensor]], t: int, lr: float | Tensor, decay: float
+    ) -> None:
+        count = torch.full((), float(t), device=weights[0].device)
+        torch._fused_adamw_(
+            weights,
+            grads,
+            states["exp_avg"],
+            states["exp_avg_sq"],
+            [],
+            [count] * len(weights),
+            lr=lr,  # type: ignore[arg-type]  # a number, or a tensor on the device
+            beta1=self.beta1,
+            beta2=self.beta2,
+            weight_decay=decay,
+            eps=self.eps,
+            amsgrad=False,
+            maximize=False,
+        )
 
     def apply(self, x: Tensor, grad: Tensor, state: State, step: Step) -> tuple[Tensor, State]:
         clock = step.age if self.on_refresh == "reset" else step.t

@@ -9,7 +9,7 @@ import torch
 from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 from torch import Tensor
 
-from .. import linalg
+from .. import linalg, polar
 from ..algebra import Dim, Rule, State, Step
 from ..registry import register
 
@@ -23,6 +23,14 @@ def _to_tuples(value: Any) -> Any:
 
 
 Coefficients = Annotated[Named | tuple[tuple[float, float, float], ...], BeforeValidator(_to_tuples)]
+
+
+def _quick(x: Tensor) -> torch.dtype:
+    """The dtype in which this device multiplies quickest: a CPU without instructions for bfloat16 is forty times slower in it."""
+    if x.dtype == torch.float64:
+        return x.dtype
+    slow = x.device.type == "cpu" and not linalg.cpu_has_bfloat16()
+    return torch.float32 if slow else torch.bfloat16
 
 
 @register
@@ -42,7 +50,10 @@ class Orthogonalize(Rule):
     safety: float = Field(1.02, ge=1.0, lt=2.0, description="How far above 1 singular values may lie with `polar_express` and `cans`.")
     eps: float = Field(1e-7, ge=0.0, description="Guards the division by the Frobenius norm.")
     eps_floor: bool = Field(False, description="Divide by max(norm, eps) instead of norm + eps.")
-    dtype: ComputeDtype = Field("auto", description="In which to iterate; `auto` is float64 for float64 signals and bfloat16 for others.")
+    dtype: ComputeDtype = Field(
+        "auto",
+        description="In which to iterate; `auto` is float64 for float64 signals, else bfloat16, or float32 on a CPU that has no products of it.",
+    )
 
     @model_validator(mode="after")
     def _polynomials_fit(self) -> Orthogonalize:
@@ -61,19 +72,16 @@ class Orthogonalize(Rule):
     def apply(self, x: Tensor, grad: Tensor, state: State, step: Step) -> tuple[Tensor, State]:
         return self.orthogonalized(x), {}
 
-    def _polynomials(self) -> tuple[linalg.Polynomial, ...]:
+    def _polynomials(self) -> tuple[polar.Polynomial, ...]:
         name = "polar_express" if self.method == "polar_express" else self.coefficients
-        return linalg.schedule(name, self.steps, self.safety if name in ("polar_express", "cans") else 1.0)
+        return polar.schedule(name, self.steps, self.safety if name in ("polar_express", "cans") else 1.0)
 
     def orthogonalized(self, x: Tensor) -> Tensor:
         """The polar factor of a stack, in the dtype of `x`."""
         if self.method == "svd":
-            return linalg.polar(x)
-        if self.dtype == "auto":
-            dtype = x.dtype if x.dtype == torch.float64 else torch.bfloat16
-        else:
-            dtype = getattr(torch, self.dtype)
-        return linalg.newton_schulz(x, self._polynomials(), eps=self.eps, floor=self.eps_floor, dtype=dtype).to(x.dtype)
+            return polar.polar(x)
+        dtype = _quick(x) if self.dtype == "auto" else getattr(torch, self.dtype)
+        return polar.newton_schulz(x, self._polynomials(), eps=self.eps, floor=self.eps_floor, dtype=dtype).to(x.dtype)
 
 
 @register

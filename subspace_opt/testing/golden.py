@@ -19,6 +19,7 @@ from torch import Tensor
 from .. import engine, linalg
 from ..algebra import Order, State, Step
 from ..selectors.fft import Fft
+from ..work import Piece
 
 
 @dataclass
@@ -129,7 +130,7 @@ def draws_of(golden: Golden, moment: dict[str, int]) -> Iterator[None]:
         return
     own = engine._noise
 
-    def as_in_the_file(piece: engine.Piece, call: int, shape: tuple[int, ...], seed: int) -> Tensor:
+    def as_in_the_file(piece: Piece, call: int, shape: tuple[int, ...], seed: int) -> Tensor:
         name = piece.work.row.entry.name
         start = golden.arrays.get(f"inject/0/{name}/Q")
         if start is not None:

@@ -1,0 +1,150 @@
+"""The polar factor `U V'` of `X = U S V'`, by iterations of odd polynomials or exactly, for stacks `(B, m, n)`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .linalg import addmm, mm, norm, svd, symmetric, unit_peak
+
+Polynomial = tuple[float, float, float]
+
+#: Odd polynomials `a x + b x^3 + c x^5`, one per step, and what follows the last: `cycle` through the list or `repeat` its end.
+SCHEDULES: dict[str, tuple[tuple[Polynomial, ...], Literal["cycle", "repeat"]]] = {
+    # Keller Jordan's Muon: largest slope at 0 that still converges into about [0.7, 1.2].
+    "keller": (((3.4445, -4.7750, 2.0315),), "repeat"),
+    # One polynomial per step, by You Jiacheng: after five steps within [0.98, 1.03] for inputs in [0.01, 1].
+    "quintic": (
+        (
+            (4.0848, -6.8946, 2.9270),
+            (3.9505, -6.3029, 2.6377),
+            (3.7418, -5.5913, 2.3037),
+            (2.8769, -3.1427, 1.2046),
+            (2.8366, -3.0525, 1.2012),
+        ),
+        "cycle",
+    ),
+    # Cubic by step: two products instead of three, a wider output range.
+    "cubic": (
+        (
+            (3.3657, -3.3421, 0.0),
+            (2.5744, -1.4957, 0.0),
+            (2.5369, -1.4313, 0.0),
+            (2.4419, -1.2764, 0.0),
+            (2.2230, -0.9631, 0.0),
+        ),
+        "repeat",
+    ),
+    # The Taylor polynomial of degree 5: slow, monotone, no overshoot.
+    "classical": (((1.875, -1.25, 0.375),), "repeat"),
+    # Polar Express (arXiv:2505.16932), minimax for singular values in [1e-3, 1]; as published it diverges just above 1.
+    "polar_express": (
+        (
+            (8.28721201814563, -23.595886519098837, 17.300387312530933),
+            (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+            (3.9486908534822946, -2.908902115951949, 0.5518191394370137),
+            (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+            (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+            (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+            (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
+            (1.875, -1.25, 0.375),
+        ),
+        "repeat",
+    ),
+    # Chebyshev-optimal (CANS, arXiv:2506.10935); like Polar Express it needs a safety factor.
+    "cans": (
+        (
+            (8.4703, -25.1081, 18.6293),
+            (4.1828, -3.1087, 0.5806),
+            (3.9619, -2.9541, 0.5630),
+            (3.2866, -2.4647, 0.5074),
+            (2.2737, -1.6447, 0.4162),
+        ),
+        "repeat",
+    ),
+}
+
+
+def schedule(coefficients: str | Sequence[Polynomial], steps: int, safety: float = 1.0) -> tuple[Polynomial, ...]:
+    """The polynomials of `steps` iterations. `safety` s > 1 evaluates every one but the last listed at x / s, which moves the
+    point of divergence from 1 to s (a / s, b / s^3, c / s^5)."""
+    if isinstance(coefficients, str):
+        listed, after = SCHEDULES[coefficients]
+    else:
+        listed, after = tuple(coefficients), "repeat"
+    safe = [(a / safety, b / safety**3, c / safety**5) for a, b, c in listed]
+    if len(safe) > 1:
+        safe[-1] = listed[-1]
+    return tuple(safe[i % len(safe)] if after == "cycle" else safe[min(i, len(safe) - 1)] for i in range(steps))
+
+
+ELONGATED = 1.6  # ratio of the sides from which iterating on the Gram matrix pays
+
+
+def newton_schulz(
+    x: Tensor, polynomials: Sequence[Polynomial], *, eps: float = 1e-7, floor: bool = False, dtype: torch.dtype | None = None
+) -> Tensor:
+    """`X <- a X + b (XX') X + c (XX')^2 X`, repeated: an approximation of the polar factor `U V'` of `X = U S V'`.
+
+    Every product is taken on the short side. Where the long side is much longer, a few polynomials in a row are evaluated on the Gram
+    matrix alone and applied to X together (`_group`).
+
+    Args:
+        x: `(B, m, n)`.
+        eps: Added to the Frobenius norm by which X is divided; with `floor`, the least norm to divide by.
+        dtype: In which to iterate (default: that of `x`). The result has it too.
+    """
+    size = norm(x)
+    size = size.clamp_min(eps) if floor else size + eps
+    y = (x / size).to(dtype or x.dtype)
+    tall = y.size(-2) > y.size(-1)
+    if tall:
+        y = y.mT
+    together = _together(y)
+    for start in range(0, len(polynomials), together):
+        y = _group(y, polynomials[start : start + together])
+    return y.mT if tall else y
+
+
+def _together(y: Tensor) -> int:
+    """How many polynomials to apply as one.
+
+    On the Gram matrix small singular values are lost in the round-off of large ones, and every polynomial multiplies that by up to 12:
+    after two in bfloat16, or three in float32, the Gram matrix is taken afresh, and the result is as accurate as without.
+    """
+    if y.size(-1) < ELONGATED * y.size(-2):
+        return 1
+    return 2 if y.dtype in (torch.bfloat16, torch.float16) else 3
+
+
+def _group(y: Tensor, polynomials: Sequence[Polynomial]) -> Tensor:
+    """`p_k(...p_1(Y))`, with `p(Y) = P Y`, `P = a I + b A + c A^2` and `A = YY'`, and `A <- P A P` from one to the next.
+
+    All are polynomials of A, so they commute and their products are symmetric.
+    """
+    gram = symmetric(y, y.mT)
+    product: Tensor | None = None  # of the polynomials so far
+    for i, (a, b, c) in enumerate(polynomials):
+        rest = b * gram if c == 0.0 else symmetric(gram, gram, gram, beta=b, alpha=c)  # P - a I
+        if len(polynomials) == 1:
+            return addmm(y, rest, y, beta=a)
+        if i + 1 < len(polynomials):
+            for _ in range(2):
+                gram = symmetric(rest, gram, gram, beta=a)
+        if product is None:
+            product = rest.clone()
+            product.diagonal(dim1=-2, dim2=-1).add_(a)
+        else:
+            product = symmetric(rest, product, product, beta=a)
+    return y if product is None else mm(product, y)
+
+
+def polar(x: Tensor) -> Tensor:
+    """The exact polar factor `U V'` of `X = U S V'` `(B, m, n)`, restricted to singular values above round-off: polar(0) = 0."""
+    u, s, vh = svd(unit_peak(x))
+    tau = max(x.size(-2), x.size(-1)) * torch.finfo(x.dtype).eps
+    kept = (s > tau * s[..., :1]) & (s > 0)
+    return mm(u * kept.unsqueeze(-2).to(u.dtype), vh)

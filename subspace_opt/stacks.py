@@ -1,0 +1,212 @@
+"""Which matrices are computed together, and where their state is kept: in one tensor a slot, of which every parameter holds a view."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .algebra import State
+from .plan import state_key
+from .split import Split
+from .views import Block
+from .work import Options, Phase, Piece, Stack, Work
+
+SMALL = 4096  # entries up to which a CPU gains from stacking
+
+
+@dataclass
+class Home:
+    """The state of pieces that are computed together, one tensor a slot. `views` are what the parameters hold of it."""
+
+    places: dict[tuple[str, int], int]  # (parameter, block) -> first matrix
+    slots: State
+    views: dict[tuple[str, int], dict[str, Tensor]]
+
+    def holds(self, piece: Piece) -> bool:
+        """Whether the piece's state is still a view of this home: loading a checkpoint puts other tensors there."""
+        views = self.views.get((piece.work.name, piece.index))
+        return views is not None and all(piece.stored(key) is view for key, view in views.items())
+
+
+@dataclass
+class Memory:
+    """What is kept between steps beside the state; all of it can be lost, and is found again."""
+
+    tables: dict[Any, Tensor] = field(default_factory=dict)  # shared by matrices; by name, device and dtype
+    begun: set[tuple[str, int]] = field(default_factory=set)  # (parameter, block) all of whose matrices have begun
+    homes: dict[Any, list[Home]] = field(default_factory=dict)  # by pipeline and shape, device and dtype
+    counts: dict[str, tuple[Tensor, int, int]] = field(default_factory=dict)  # parameter -> its counter, that's version, its value
+
+
+# ----------------------------------------------------------------------------------------------------------------------- stacks
+
+
+def stacks(work: list[Work], options: Options, memory: Memory) -> Iterator[Stack]:
+    """Pieces that may be computed together, cut so that one temporary of a stack stays within `batch_bytes`."""
+    waiting: dict[Any, Stack] = {}
+    for item in work:
+        for index, (block, split) in enumerate(item.row.splits):
+            most = matrices_at_once(item, block, options)
+            decay = item.weight_decay if split.pipeline.decay == "coupled" else None  # then rules see it
+            for phase, start, stop in _runs(_phases(item, index, memory.begun), most):
+                refresh = due(item, split, phase)
+                key = (id(split), phase, refresh, item.count, decay, item.row.compute_dtype, item.param.device, most)
+                stack = waiting.setdefault(key, Stack(split, phase, refresh, []))
+                if sum(stack.sizes) + stop - start > most:
+                    yield stack
+                    stack = waiting[key] = Stack(split, phase, refresh, [])
+                stack.pieces.append(Piece(item, index, start, stop))
+    yield from waiting.values()
+
+
+def due(item: Work, split: Split, phase: Phase) -> bool:
+    """Whether a new basis is taken now."""
+    if not split.opens or phase is Phase.WAITING:
+        return False
+    return phase is Phase.FIRST or item.refresh or split.pipeline.selector.refreshes(counted(item, split), item.row.position)
+
+
+def counted(item: Work, split: Split) -> int:
+    """The number of this update; where the first gradient only sets the basis, updates are counted from the second."""
+    return item.count if split.primes else item.count + 1
+
+
+def _phases(item: Work, index: int, begun: set[tuple[str, int]]) -> list[Phase]:
+    """The phase of every matrix of a block.
+
+    Matrices of one parameter, such as experts, may get their first gradient at different times: one without must not be given a basis of
+    round-off, nor wait for the next refresh when its gradient comes.
+    """
+    block, split = item.row.splits[index]
+    name = (item.name, index)
+    if item.count < 0:
+        return [Phase.WAITING] * block.count
+    if (block.count == 1 and len(item.row.splits) == 1) or name in begun or not split.slots:
+        return [Phase.BEGUN if item.count else Phase.FIRST] * block.count
+    moved = item.grads[index].flatten(1).any(1)
+    has = torch.zeros_like(moved)
+    if item.count:
+        for key in split.slots:
+            value = item.state[state_key(block, key)]
+            has |= (value.unsqueeze(0) if block.count == 1 else value).reshape(block.count, -1).any(1)
+    phases = [
+        Phase.BEGUN if state else Phase.FIRST if gradient else Phase.WAITING
+        for state, gradient in zip(has.tolist(), moved.tolist(), strict=True)
+    ]
+    if all(phase is Phase.BEGUN for phase in phases):
+        begun.add(name)
+    return phases
+
+
+def _runs(phases: list[Phase], most: int) -> Iterator[tuple[Phase, int, int]]:
+    """Neighbours of one phase, at most `most` of them, as (phase, start, stop)."""
+    start = 0
+    for phase, group in groupby(phases):
+        stop = start + len(list(group))
+        for first in range(start, stop, most):
+            yield phase, first, min(first + most, stop)
+        start = stop
+
+
+def matrices_at_once(item: Work, block: Block, options: Options) -> int:
+    """On a CPU large matrices run one by one, which is faster there than a batched product; elsewhere as many as fit."""
+    together = options.stacking == "always" or (
+        options.stacking == "auto" and (item.param.device.type != "cpu" or block.rows * block.cols <= SMALL)
+    )
+    if not together:
+        return 1
+    return max(1, options.batch_bytes // (block.rows * block.cols * item.row.compute_dtype.itemsize))
+
+
+# ------------------------------------------------------------------------------------------------------------------------ state
+
+
+def gather(stack: Stack, options: Options, memory: Memory) -> State:
+    """The state of a stack, `(B, *dims)` a slot in the dtype of computation: a view of its home, or of the one piece's own tensor."""
+    home, where = _located(stack, options, memory)
+    out: State = {}
+    for key, slot in stack.split.slots.items():
+        if home is None:
+            parts = [piece.slot(key) for piece in stack.pieces]
+            value = parts[0] if len(parts) == 1 else torch.cat(parts)
+        else:
+            kept = home.slots[key]
+            value = kept if where is None else kept.index_select(0, where)
+        out[key] = value.to(slot.dtype or stack.dtype)
+    return out
+
+
+def scatter(stack: Stack, old: State, new: State, options: Options, memory: Memory) -> None:
+    """Every slot that changed back to where it is kept, in its own dtype."""
+    home, where = _located(stack, options, memory)
+    given = {id(_storage_of(value)) for value in old.values()}
+    changed = {key: new[key] for key in stack.split.slots if new[key] is not old[key]}
+    # What a rule was given it may hand on in another slot (a history of gradients), and that storage is about to be written.
+    apart = {key: v.clone() if id(_storage_of(v)) in given else v for key, v in changed.items()}
+    for key, value in apart.items():
+        if home is None:
+            for piece, part in zip(stack.pieces, value.split(stack.sizes), strict=True):
+                piece.slot(key).copy_(part)
+        elif where is None:
+            home.slots[key].copy_(value)
+        else:
+            kept = home.slots[key]
+            kept.index_copy_(0, where, value.to(kept.dtype))
+
+
+def _storage_of(value: Tensor) -> Tensor:
+    """The tensor that a view is of."""
+    return value if value._base is None else value._base
+
+
+def _located(stack: Stack, options: Options, memory: Memory) -> tuple[Home | None, Tensor | None]:
+    """The home of a stack and the places of its matrices there, None for all of them in order. A single piece has no need of one."""
+    first = stack.pieces[0]
+    if not stack.split.slots or len(stack.pieces) == 1:
+        return None, None
+    if not all(piece.whole for piece in stack.pieces):
+        return None, None
+    key = (id(stack.split), first.work.param.device, stack.dtype)
+    homes = memory.homes.setdefault(key, [])
+    for home in homes:
+        if all(home.holds(piece) for piece in stack.pieces):
+            return home, _places(home, stack)
+    names = {(piece.work.name, piece.index) for piece in stack.pieces}
+    partly = [home for home in homes if any(home.holds(piece) for piece in stack.pieces)]
+    if any(not home.places.keys() <= names for home in partly):
+        return None, None  # pieces of homes that others live in as well: gathered one by one
+    for home in partly:
+        homes.remove(home)
+    homes.append(_moved_in(stack))
+    return homes[-1], None
+
+
+def _places(home: Home, stack: Stack) -> Tensor | None:
+    starts = [home.places[(piece.work.name, piece.index)] for piece in stack.pieces]
+    if len(starts) == len(home.places) and starts == sorted(starts):
+        return None
+    index = [i for start, piece in zip(starts, stack.pieces, strict=True) for i in range(start, start + piece.size)]
+    return torch.tensor(index, device=stack.pieces[0].work.param.device)
+
+
+def _moved_in(stack: Stack) -> Home:
+    """A home for these pieces: their state is copied into one tensor a slot, and they get views of it."""
+    home = Home({}, {}, {})
+    start = 0
+    for piece in stack.pieces:
+        name = (piece.work.name, piece.index)
+        home.places[name], home.views[name] = start, {}
+        start += piece.size
+    for key in stack.split.slots:
+        whole = home.slots[key] = torch.cat([piece.slot(key) for piece in stack.pieces])
+        for piece in stack.pieces:
+            name = (piece.work.name, piece.index)
+            here = home.places[name]
+            view = whole[here] if piece.block.count == 1 else whole[here : here + piece.size]
+            home.views[name][key] = piece.work.state[state_key(piece.block, key)] = view
+    return home

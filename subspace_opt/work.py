@@ -1,0 +1,140 @@
+"""What one step works on: parameters, pieces of them, and stacks of pieces that are computed together.
+
+A *piece* is a run of matrices of one parameter; a *stack* is pieces of equal shape, pipeline and age.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .plan import COUNTERS, Row, state_key
+from .split import Split
+from .update import Rounding
+from .views import Block
+
+Nonfinite = Literal["raise", "skip", "propagate"]
+Stacking = Literal["auto", "always", "never"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the engine is told beside the spec."""
+
+    nonfinite: Nonfinite = "raise"
+    rounding: Rounding = "nearest"
+    stacking: Stacking = "auto"
+    batch_bytes: int = 64 * 2**20
+    seed: int = 0
+
+
+@dataclass
+class Work:
+    """One parameter in one step."""
+
+    row: Row
+    param: Tensor
+    grad: Tensor
+    lr: float | Tensor
+    weight_decay: float
+    state: dict[str, Any] = field(default_factory=dict)
+    scale: float = 1.0  # brings a gradient too large to be squared back into range
+    refresh: bool = False  # asked for by a call, or to make up for one that failed
+    count: int = 0  # updates before this one; -1: there was no gradient but 0 until now
+    held: bool = False  # the first update came to nothing and is not counted
+
+    @property
+    def name(self) -> str:
+        return self.row.entry.name
+
+    @cached_property
+    def weights(self) -> list[Tensor]:
+        """Per block, `(count, rows, cols)`, in the parameter's own storage where that allows it."""
+        return self.row.view.cut(self.row.view.whole(self.param.detach()))
+
+    @cached_property
+    def grads(self) -> list[Tensor]:
+        return self.row.view.cut(self.row.view.whole(self.grad.detach()))
+
+    @cached_property
+    def compensations(self) -> list[Tensor] | None:
+        if not self.row.compensated:
+            return None
+        return self.row.view.cut(self.row.view.whole(self.state["compensation"]))
+
+    @cached_property
+    def is_matrix(self) -> bool:
+        """Whether the parameter itself is the one matrix that it is seen as."""
+        view = self.row.view
+        return len(view.blocks) == 1 and not view.transposed and tuple(self.param.shape) == (view.rows, view.cols)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Matrices `start` to `stop` of one block of a parameter."""
+
+    work: Work
+    index: int
+    start: int
+    stop: int
+
+    @property
+    def block(self) -> Block:
+        return self.work.row.splits[self.index][0]
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def whole(self) -> bool:
+        """Whether these are all matrices of the block."""
+        return self.size == self.block.count
+
+    def stored(self, key: str) -> Tensor:
+        """A state tensor of the block as it is kept, without a stack dimension for one matrix."""
+        value: Tensor = self.work.state[state_key(self.block, key)]
+        return value
+
+    def slot(self, key: str) -> Tensor:
+        """The piece of a state tensor, with a leading stack dimension."""
+        value = self.stored(key)
+        return value.unsqueeze(0) if self.block.count == 1 else value[self.start : self.stop]
+
+
+class Phase(Enum):
+    """Where a matrix stands."""
+
+    WAITING = "no gradient but 0 until now"
+    FIRST = "its first gradient"
+    BEGUN = "it has state"
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Pieces that are computed together."""
+
+    split: Split
+    phase: Phase
+    refresh: bool
+    pieces: list[Piece]
+
+    @property
+    def sizes(self) -> list[int]:
+        return [piece.size for piece in self.pieces]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.pieces[0].work.row.compute_dtype
+
+
+def allocate(row: Row, param: Tensor, state: dict[str, Any]) -> None:
+    """The parameter's state as the plan declares it, zeros, each tensor with a storage of its own."""
+    for key, (shape, dtype) in row.state.items():
+        device = torch.device("cpu") if key in COUNTERS else param.device
+        state[key] = torch.zeros(shape, dtype=dtype, device=device)
