@@ -62,7 +62,7 @@ class Adam(Rule):
             states["exp_avg_sq"],
             [],
             [count] * len(weights),
-            lr=lr,  # type: ignore[arg-type]  # a number, or a tensor on the device
+            lr=lr,  # a number, or a tensor on the device
             beta1=self.beta1,
             beta2=self.beta2,
             weight_decay=decay,

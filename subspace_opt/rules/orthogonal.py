@@ -52,7 +52,7 @@ class Orthogonalize(Rule):
     eps_floor: bool = Field(False, description="Divide by max(norm, eps) instead of norm + eps.")
     dtype: ComputeDtype = Field(
         "auto",
-        description="In which to iterate; `auto` is float64 for float64 signals, else bfloat16, or float32 on a CPU that has no products of it.",
+        description="In which to iterate; `auto`: float64 for float64 signals, else bfloat16, or float32 on a CPU without products of it.",
     )
 
     @model_validator(mode="after")

@@ -121,17 +121,22 @@ def _unlike(a: dict[str, Tensor], b: dict[str, Tensor]) -> str | None:
 
 
 def check_plan(trial: Trial) -> None:
-    """The plan is made on the meta device, and its bytes are those that are allocated, parameter by parameter."""
+    """The plan is made on the meta device, and its bytes are those that are kept, parameter by parameter and in all storages together."""
     run = trial.start()
     run.step()
+    storages = {}
     planned = build(trial.spec, trial.model().to("meta")).plan
     for name, p in run.parameters.items():
         row = planned.by_name[name]
         tensors = {key: value for key, value in run.optimizer.state[p].items() if isinstance(value, Tensor)}
-        allocated = sum(value.untyped_storage().nbytes() for value in tensors.values())
+        allocated = sum(value.numel() * value.itemsize for value in tensors.values())
+        storages |= {v.untyped_storage().data_ptr(): v.untyped_storage().nbytes() for v in tensors.values()}
         if allocated != row.state_bytes:
             shown = {key: (tuple(value.shape), value.dtype) for key, value in tensors.items()}
             raise ConformanceError(f"'{name}' {row.entry.shape}: {row.state_bytes} bytes planned, {allocated} allocated: {shown}")
+    total = sum(row.state_bytes for row in planned.rows)
+    if sum(storages.values()) != total:
+        raise ConformanceError(f"{total} bytes planned, {sum(storages.values())} held by the storages of the state")
 
 
 def check_resume(trial: Trial) -> None:
