@@ -169,14 +169,34 @@ class Change(NamedTuple):
     cols: Dim
     order: Order | None
 
-    def rotation(self, dim: Dim) -> Tensor | None:
-        """`U_old' U_new` `(B, r_old, r_new)` of a coordinate dimension; None where nothing changes along `dim`."""
+    def sides(self, dim: Dim) -> tuple[Any, Any] | None:
+        """Old and new basis of the side whose coordinates run along `dim`; None where nothing changes along it."""
         for own, old, new in ((self.cols, self.old.right, self.new.right), (self.rows, self.old.left, self.new.left)):
             if dim == own and old is not None and new is not None:
-                if not isinstance(old, Tensor) or not isinstance(new, Tensor):
-                    raise ValueError(f"coordinates along '{dim.name}' are those of a Kronecker product, which cannot be rotated")
-                return overlap(old, new)
+                return old, new
         return None
+
+    def rotation(self, dim: Dim) -> Tensor | None:
+        """`U_old' U_new` `(B, r_old, r_new)` of a coordinate dimension; None where nothing changes along `dim`."""
+        both = self.sides(dim)
+        if both is None:
+            return None
+        if isinstance(both[0], tuple):
+            raise ValueError(f"coordinates along '{dim.name}' are those of a Kronecker product; `carry` turns them factor by factor")
+        return overlap(*both)
+
+    def _turned(self, flat: Tensor, dim: Dim) -> Tensor:
+        """`C U_old' U_new` of coordinates `(B, k, r)` along a side, by the cheaper association."""
+        both = self.sides(dim)
+        if both is None:
+            return flat
+        old, new = both
+        if isinstance(old, tuple) and isinstance(new, tuple):
+            return _by_modes(_by_modes(flat, old, transpose=True), new, transpose=False)
+        dense = isinstance(old, Tensor) and isinstance(new, Tensor) and not _picks(old)
+        if dense and flat.size(-2) < old.size(-2) == old.size(-1):  # few coordinates and a square basis: no need of U_old' U_new
+            return linalg.mm(linalg.mm(flat, old.mT), new)
+        return linalg.mm(flat, overlap(old, new).to(flat.dtype))
 
     def carry(self, value: Tensor, slot: Slot) -> Tensor:
         """One slot's value after the refresh, by its declared transport."""
@@ -191,11 +211,10 @@ class Change(NamedTuple):
                     value = value.gather(axis, order.view(shape).expand_as(value))
             return value
         for axis, dim in enumerate(slot.dims, 1):
-            c = self.rotation(dim)
-            if c is not None:
+            if self.sides(dim) is not None:
                 moved = value.movedim(axis, -1)  # (B, ..., r_old)
-                flat = moved.reshape(moved.size(0), -1, moved.size(-1))
-                value = linalg.mm(flat, c.to(value.dtype)).reshape(*moved.shape[:-1], c.size(-1)).movedim(-1, axis)
+                turned = self._turned(moved.reshape(moved.size(0), -1, moved.size(-1)), dim)
+                value = turned.reshape(*moved.shape[:-1], turned.size(-1)).movedim(-1, axis)
         return value.abs() if slot.transport == "project_abs" else value
 
 

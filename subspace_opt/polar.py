@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .linalg import addmm, mm, norm, svd, symmetric, unit_peak
+from .linalg import addmm, mm, norm, svd, symmetric, unit
 
 Polynomial = tuple[float, float, float]
 
@@ -144,7 +144,7 @@ def _group(y: Tensor, polynomials: Sequence[Polynomial]) -> Tensor:
 
 def polar(x: Tensor) -> Tensor:
     """The exact polar factor `U V'` of `X = U S V'` `(B, m, n)`, restricted to singular values above round-off: polar(0) = 0."""
-    u, s, vh = svd(unit_peak(x))
+    u, s, vh = svd(unit(x))
     tau = max(x.size(-2), x.size(-1)) * torch.finfo(x.dtype).eps
     kept = (s > tau * s[..., :1]) & (s > 0)
     return mm(u * kept.unsqueeze(-2).to(u.dtype), vh)

@@ -344,13 +344,16 @@ def _settled(before: State, after: State, source: Tensor) -> State:
     Raises:
         LinAlgError: a source without NaN and infinity gave a basis with; a QR does that where other decompositions raise.
     """
-    peak = linalg.peak(source)[:, 0, 0]
-    sound = peak > 0
+    size = linalg.magnitude(source)[:, 0, 0]
+    sound = size > 0
     for value in after.values():
         if value.is_floating_point():
             sound = sound & value.isfinite().reshape(value.size(0), -1).all(-1)
-    if not source.is_meta and bool((~sound & (peak > 0) & peak.isfinite()).any()):
-        raise torch.linalg.LinAlgError("the new basis holds NaN or infinity although its source does not")
+    if not source.is_meta and not bool(sound.all()):
+        if bool((~sound & (size > 0) & size.isfinite()).any()):
+            raise torch.linalg.LinAlgError("the new basis holds NaN or infinity although its source does not")
+    elif not source.is_meta:
+        return after
     # What is not a slot serves this update alone and has no older value to fall back on.
     return {
         name: torch.where(sound.view(-1, *[1] * (value.dim() - 1)), value, before.get(name, torch.zeros_like(value)))

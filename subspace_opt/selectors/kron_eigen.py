@@ -34,7 +34,11 @@ class KronEigen(Selector):
 
     kind: Literal["kron_eigen"] = "kron_eigen"
     every: PositiveInt | None = Field(10, description="Updates between refreshes.")
-    offset: NonNegativeInt = Field(1, description="Refresh on update t when t - 1 + offset is a multiple of `every`.")
+    offset: NonNegativeInt | Literal["spread"] = Field(
+        1,
+        description="Refresh on update t when t - 1 + offset is a multiple of `every`; with `spread` the offset of a pipeline's i-th of n "
+        "parameters is i every / n, so that no step refreshes all.",
+    )
     timing: Literal["before", "after"] = Field(
         "after", description="Refresh before the update is made, or after it; with `after`, the first gradient only sets the basis."
     )
@@ -101,7 +105,11 @@ class KronEigen(Selector):
             state = self._accumulated(x, state, step)
         new = dict(state)
         orders: dict[str, Tensor] = {}
-        for mode in self.modes(step.rows, step.cols):
+        modes = self.modes(step.rows, step.cols)
+        if step.first and len(modes) == 2 and all(mode.rotated for mode in modes):  # the covariances are those of x alone
+            new["rows.basis"], new["cols.basis"] = linalg.singular_bases(x)
+            return new, None
+        for mode in modes:
             if not mode.rotated:
                 continue
             p, q = state[f"{mode.name}.covariance"], state[f"{mode.name}.basis"]
@@ -127,7 +135,7 @@ class KronEigen(Selector):
             if mode.rotated:
                 unfolded = x.reshape(-1, *sizes).movedim(1 + mode.axis, 1).reshape(x.size(0), mode.size, -1)
                 key = f"{mode.name}.covariance"
-                new[key] = linalg.addmm(state[key], unfolded, unfolded.mT, beta=1 - weight, alpha=weight)
+                new[key] = linalg.symmetric(unfolded, unfolded.mT, state[key], beta=1 - weight, alpha=weight)
         return new
 
     def _order(self, orders: dict[str, Tensor], step: Step) -> Order:

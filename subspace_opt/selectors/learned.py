@@ -15,14 +15,17 @@ from ..registry import register
 
 @register
 class Learned(LowRank):
-    """`U <- step of AdamW or SGD on |G^ U U' - G^|_F^2`, `G^ = G / |G|_F`, after each update; at first the SVD of G (arXiv:2408.12857).
+    """`U <- step of AdamW or SGD on |G^ U U' - G^|_F^2`, `G^ = G / |G|_F`, after each update (arXiv:2408.12857).
 
-    The columns are never made orthonormal again, which the objective itself only keeps near.
+    At first leading right singular vectors of G. The columns are never made orthonormal again, which the objective itself only keeps near.
     """
 
     kind: Literal["learned"] = "learned"
     timing: Literal["before", "after"] = Field("after", description="The update is made with the basis it started with.")
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="What moves the basis.")
+    init: linalg.Method = Field(
+        "randomized", description="First basis: a thin SVD, eigh of the smaller Gram matrix, or one power iteration on random draws."
+    )
     lr: float = Field(0.005, ge=0.0, description="Learning rate of the basis.")
     beta1: float = Field(0.9, ge=0.0, lt=1.0, description="Of AdamW.")
     beta2: float = Field(0.999, ge=0.0, lt=1.0, description="Of AdamW.")
@@ -37,13 +40,19 @@ class Learned(LowRank):
         slot = Slot((cols, self.coords(rows, cols)[1]))
         return {"basis": slot, "exp_avg": slot, "exp_avg_sq": slot} if self.optimizer == "adamw" else {"basis": slot}
 
+    def draws(self, rows: Dim, cols: Dim) -> tuple[int, ...] | None:
+        return (cols.size, self.columns(rows, cols)) if self.init == "randomized" else None
+
+    def draws_at(self, t: int) -> bool:
+        return t == 1
+
     def refresh_flops(self, rows: Dim, cols: Dim) -> float:
         return 10.0 * rows.size * cols.size * self.columns(rows, cols)
 
     def refresh(self, x: Tensor, state: State, step: Step) -> tuple[State, Order | None]:
         u = state["basis"]
         if step.first:
-            return {**state, "basis": linalg.leading_right(x, u.size(-1))}, None
+            return {**state, "basis": linalg.leading_right(x, u.size(-1), self.init, step.noise)}, None
         g = x / linalg.norm(x).clamp_min(torch.finfo(x.dtype).tiny)
         gu = linalg.mm(g, u)
         error = linalg.addmm(g, gu, u.mT, beta=-1.0)  # G^ U U' - G^

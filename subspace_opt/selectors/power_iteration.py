@@ -14,7 +14,7 @@ from ..registry import register
 
 @register
 class PowerIteration(LowRank):
-    """`U <- qr(B'(B U))`, `B = rho U M' / (1 - beta1^(t-1)) + (1 - rho) G` (arXiv:2410.16103); at first the SVD of G.
+    """`U <- qr(B'(B U))`, `B = rho U M' / (1 - beta1^(t-1)) + (1 - rho) G` (arXiv:2410.16103); at first leading vectors of G.
 
     M is the first moment that the rule inside keeps; with rho 0 the basis follows the source alone.
     """
@@ -23,6 +23,15 @@ class PowerIteration(LowRank):
     rho: float = Field(0.0, ge=0.0, lt=1.0, description="Share of the inner first moment in the matrix that is iterated on.")
     beta1: float = Field(0.908, ge=0.0, lt=1.0, description="That of the inner first moment, to debias it.")
     method: Literal["power", "svd"] = Field("power", description="One power iteration from the last basis, or an SVD of B.")
+    init: linalg.Method = Field(
+        "randomized", description="First basis: a thin SVD, eigh of the smaller Gram matrix, or one power iteration on random draws."
+    )
+
+    def draws(self, rows: Dim, cols: Dim) -> tuple[int, ...] | None:
+        return (cols.size, self.columns(rows, cols)) if self.init == "randomized" else None
+
+    def draws_at(self, t: int) -> bool:
+        return t == 1
 
     def refresh_flops(self, rows: Dim, cols: Dim) -> float:
         m, n, r = rows.size, cols.size, self.columns(rows, cols)
@@ -34,7 +43,7 @@ class PowerIteration(LowRank):
         u = state["basis"]
         rank = u.size(-1)
         if step.first:
-            return {"basis": linalg.leading_right(x, rank)}, None
+            return {"basis": linalg.leading_right(x, rank, self.init, step.noise)}, None
         if self.rho:
             if "exp_avg" not in step.inner:
                 raise ValueError("`power_iteration` with rho > 0 needs a rule inside that keeps `exp_avg`")

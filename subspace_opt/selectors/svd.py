@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
@@ -21,12 +22,13 @@ class Svd(LowRank):
 
     kind: Literal["svd"] = "svd"
     every: PositiveInt | None = Field(200, description="Updates between refreshes.")
-    method: Literal["exact", "gram", "randomized"] = Field(
-        "exact",
-        description="A thin SVD; eigh of the smaller Gram matrix (exact above sqrt(round-off), several times cheaper); or two "
-        "power iterations on random draws (cheapest; captures about the same energy).",
+    method: linalg.Method = Field(
+        "randomized",
+        description="A thin SVD; eigh of the smaller Gram matrix (exact above sqrt(round-off), several times cheaper); or power iterations "
+        "from the basis before and some random draws (cheapest; 0.99 of the most energy where the spectrum decays).",
     )
     oversample: PositiveInt = Field(8, description="Columns beyond the rank that `randomized` works with.")
+    iterations: PositiveInt = Field(1, description="Power iterations of `randomized` at a refresh.")
     sides: Literal["right", "both"] = Field("right", description="A basis for the columns, or one for each side.")
 
     def coords(self, rows: Dim, cols: Dim) -> tuple[Dim, Dim]:
@@ -54,11 +56,16 @@ class Svd(LowRank):
             case "gram":
                 return 2.0 * l * k * k + 9.0 * k**3 + (2.0 * k * l * r if rows.size < cols.size else 0.0)
             case "randomized":
-                return 12.0 * k * l * min(r + self.oversample, k)
+                width = min(r + self.oversample, k)
+                return (4.0 * self.iterations + 2) * k * l * width + self.iterations * 4.0 * cols.size * width**2
 
     def refresh(self, x: Tensor, state: State, step: Step) -> tuple[State, Order | None]:
-        u = linalg.leading_right(x, state["basis"].size(-1), self.method, step.noise)
+        old = state["basis"]
+        start = step.noise
+        if start is not None and not step.first and self.source != "weight":  # the directions there are, and some that are new
+            start = torch.cat([old, start[..., old.size(-1) :].to(old.dtype)], dim=-1)
+        u = linalg.leading_right(x, old.size(-1), self.method, start, self.iterations)
         if self.sides == "right":
             return {"basis": u}, None
         # X U = P S: its columns are orthogonal, and P is what normalising them gives.
-        return {"basis": u, "left_basis": linalg.orthonormal(linalg.mm(linalg.unit_peak(x), u))}, None
+        return {"basis": u, "left_basis": linalg.orthonormal(linalg.mm(linalg.unit(x), u))}, None

@@ -67,6 +67,10 @@ def cosmos(golden: Golden, params: dict[str, torch.nn.Parameter]) -> SubspaceOpt
     )
 
 
+# Presets take a randomized basis and spread refreshes over steps; the references take a thin SVD, all at once.
+EXACT: dict[str, Any] = {"matrix.selector.method": "exact", "matrix.selector.offset": 0}
+
+
 def galore(golden: Golden, params: dict[str, torch.nn.Parameter]) -> SubspaceOptimizer:
     sides = {
         "std": {"matrix.orient": "short"},
@@ -85,7 +89,7 @@ def galore(golden: Golden, params: dict[str, torch.nn.Parameter]) -> SubspaceOpt
             overrides |= {f"{finish}.beta1": b1, f"{finish}.beta2": b2}
         if "rank" in o:
             overrides |= {"matrix.selector.rank": o["rank"], "matrix.selector.every": o["update_proj_gap"]}
-            overrides |= {"matrix.mix.inside": o["scale"], **sides[o["proj_type"]]}
+            overrides |= {"matrix.mix.inside": o["scale"], **sides[o["proj_type"]], **EXACT}
         groups.append(
             {
                 "params": o["params"],
@@ -269,7 +273,7 @@ def _golore(o: dict[str, Any]) -> dict[str, Any]:
         "kind": "switch",
         "every": o["update_proj_gap"],
         "at": o["rand_epoch"],
-        "first": {"kind": "svd", "rank": rank},
+        "first": {"kind": "svd", "rank": rank, "method": "exact"},
         "then": {"kind": "random", "rank": rank},
     }
     return {"matrix.selector": selector, "matrix.mix.inside": o["scale"]}
@@ -277,7 +281,7 @@ def _golore(o: dict[str, Any]) -> dict[str, Any]:
 
 def _online(o: dict[str, Any]) -> dict[str, Any]:
     optimizer = "sgd" if o["proj_type"].endswith("sgd") else "adamw"
-    selector = {"kind": "learned", "rank": o["rank"], "optimizer": optimizer, "lr": 1 / o["update_proj_gap"]}
+    selector = {"kind": "learned", "rank": o["rank"], "optimizer": optimizer, "lr": 1 / o["update_proj_gap"], "init": "exact"}
     return {"matrix.selector": selector, "matrix.mix.inside": o["scale"]}
 
 
@@ -287,11 +291,12 @@ def _fira(o: dict[str, Any]) -> dict[str, Any]:
         "matrix.selector.every": o["update_proj_gap"],
         "matrix.mix.inside": o["alpha"],
         "matrix.complement.0.share": 1 - o["alpha"],
+        **EXACT,
     }
 
 
 def _apollo(o: dict[str, Any]) -> dict[str, Any]:
-    selector: dict[str, Any] = {"kind": "random", "draw": "gaussian"} if o["proj"] == "random" else {"kind": "svd"}
+    selector: dict[str, Any] = {"kind": "random", "draw": "gaussian"} if o["proj"] == "random" else {"kind": "svd", "method": "exact"}
     match = {"kind": "match_inside", "per": "matrix" if o["scale_type"] == "tensor" else "line"}
     scale = {"kind": "scale", "factor": math.sqrt(o["scale"])}
     limit = [] if o["disable_nl"] else [{"kind": "norm_growth", "gamma": 1.01}]
@@ -324,7 +329,7 @@ def frugal(golden: Golden, params: Params) -> SubspaceOptimizer:
                 selector = {"kind": "random", "draw": "coordinates", "rank": int(cols * o["density"])}
                 side = {"matrix.orient": "right"}
             else:
-                selector = {"kind": "svd", "rank": round(min(rows, cols) * o["density"])}
+                selector = {"kind": "svd", "method": "exact", "rank": round(min(rows, cols) * o["density"])}
                 side = SIDES[o["proj_side"]]
             place = {"matrix.selector": {**selector, "every": o["update_gap"]}, **side}
             groups.append({**rates(o), "params": [name], "use": "matrix", "overrides": overrides | place})
@@ -339,7 +344,14 @@ def ldadam(golden: Golden, params: Params) -> SubspaceOptimizer:
             groups.append(other(o, finish=None))
             continue
         method = "svd" if o["proj_method"] == "svd" else "power"
-        selector = {"rank": o["rank"], "rho": o["rho"], "beta1": o["betas"][0], "method": method, "kind": "power_iteration"}
+        selector = {
+            "rank": o["rank"],
+            "rho": o["rho"],
+            "beta1": o["betas"][0],
+            "method": method,
+            "init": "exact",
+            "kind": "power_iteration",
+        }
         overrides = adam_at("matrix.inside", o) | {
             "matrix.selector": selector,
             "matrix.feedback": 0.0 if o["error_feedback"] else None,
@@ -449,7 +461,7 @@ def subset_norm(golden: Golden, params: Params) -> SubspaceOptimizer:
                 "matrix.inside.beta": b1,
                 "matrix.inside.on_refresh": "keep" if o.get("overlap_state") else "reset",
                 "matrix.selector": {
-                    "kind": {"svd": "svd", "topk": "top_norm"}[o["proj_type"]],
+                    **{"svd": {"kind": "svd", "method": "exact"}, "topk": {"kind": "top_norm"}}[o["proj_type"]],
                     "rank": o["rank"],
                     "every": o["update_proj_gap"],
                     "offset": 1,
@@ -480,14 +492,11 @@ def soap(golden: Golden, params: Params) -> SubspaceOptimizer:
         place = "matrix" if p.dim() > 1 or o["precondition_1d"] else "other"
         finish: list[dict[str, Any]] = [{"kind": "debias", "beta1": b1, "beta2": b2}] if o["correct_bias"] else []
         finish += [{"kind": "rms_normalize", "eps": 1e-30}] if o["normalize_grads"] else []
-        overrides = {
-            f"{place}.momentum.beta": b1,
-            f"{place}.inside.beta2": b2,
-            f"{place}.inside.eps": o["eps"],
-            f"{place}.finish": finish,
-        }
+        momentum, soap = ("matrix.inside.0", "matrix.inside.1") if place == "matrix" else ("other.momentum", "other.inside")
+        overrides = {f"{momentum}.beta": b1, f"{soap}.beta2": b2, f"{soap}.eps": o["eps"], f"{place}.finish": finish}
         if place == "matrix":
             overrides |= {
+                "matrix.selector.offset": 1,
                 "matrix.selector.beta": cov,
                 "matrix.selector.every": o["precondition_frequency"],
                 "matrix.selector.max_dim": o["max_precond_dim"],
@@ -547,6 +556,8 @@ def sumo(golden: Golden, params: Params) -> SubspaceOptimizer:
             "matrix.mix.inside": o["scale"],
             "matrix.complement": {"kind": "whole", "share": kept} if kept else "sgd",
             "matrix.finish.factor": o["alpha"],
+            "matrix.selector.method": "exact",
+            "matrix.selector.offset": 1,
             **SIDES[o["proj_type"]],
         }
         groups.append({**rates(o), "use": "matrix", "overrides": overrides})

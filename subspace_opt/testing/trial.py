@@ -124,7 +124,7 @@ def check_plan(trial: Trial) -> None:
     """The plan is made on the meta device, and its bytes are those that are kept, parameter by parameter and in all storages together."""
     run = trial.start()
     run.step()
-    storages = {}
+    storages: dict[int, int] = {}
     planned = build(trial.spec, trial.model().to("meta")).plan
     for name, p in run.parameters.items():
         row = planned.by_name[name]
