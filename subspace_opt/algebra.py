@@ -287,31 +287,28 @@ class Selector(Component, family="selector"):
     )
     offset: NonNegativeInt | Literal["spread"] = Field(
         0,
-        description="Refresh on update t when t = 1 or t - 1 + offset is a multiple of `every`; with `spread` the offset of a pipeline's "
-        "i-th of n parameters is i every / n, so that no step refreshes all.",
+        description="Refresh on update t when t = 1 or t - 1 + offset is a multiple of `every`; with `spread` the offset is drawn "
+        "by the parameter's name, so that no step refreshes all.",
     )
     timing: Literal["before", "after"] = Field(
         "before", description="Refresh before the update is made, or after it (the first basis is always there before)."
     )
     source: Literal["gradient", "momentum", "weight"] = Field("gradient", description="The matrix from which the basis is taken.")
 
-    def refreshes(self, t: int, position: tuple[int, int] = (0, 1)) -> bool:
-        """Whether update `t` (1-based) refreshes the basis by schedule, for the parameter at `position` (i, n) in its pipeline."""
+    def refreshes(self, t: int, turn: float = 0.0) -> bool:
+        """Whether update `t` (1-based) refreshes the basis by schedule. `turn` in [0, 1): where in a period, with offset `spread`."""
         if t == 1 and not self.primes:
             return True
-        return self.every is not None and t >= 1 and (t - 1 + self._offset(position)) % self.every == 0
+        return self.every is not None and t >= 1 and (t - 1 + self._offset(turn)) % self.every == 0
 
-    def age(self, t: int, position: tuple[int, int] = (0, 1)) -> int:
+    def age(self, t: int, turn: float = 0.0) -> int:
         """Updates since the last refresh before or at update `t`, that update counted."""
         if self.every is None:
             return t
-        return min((t - 1 + self._offset(position)) % self.every, t - 1) + 1
+        return min((t - 1 + self._offset(turn)) % self.every, t - 1) + 1
 
-    def _offset(self, position: tuple[int, int]) -> int:
-        if self.offset == "spread":
-            i, n = position
-            return i * (self.every or 0) // n
-        return self.offset
+    def _offset(self, turn: float) -> int:
+        return int(turn * (self.every or 0)) if self.offset == "spread" else self.offset
 
     @property
     def primes(self) -> bool:

@@ -206,7 +206,7 @@ def _age(work: Work, split: Split, t: int, refresh: bool) -> int:
     if refresh:
         return 1
     if "refreshed" not in work.state:
-        return split.pipeline.selector.age(max(t, 1), work.row.position)
+        return split.pipeline.selector.age(max(t, 1), work.row.turn)
     return t - int(work.state["refreshed"].item()) + 1
 
 

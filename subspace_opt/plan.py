@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -57,6 +58,12 @@ class Row:
     def compute_dtype(self) -> torch.dtype:
         """In which its matrices are computed and, unless a slot says otherwise, its state is kept."""
         return torch.float64 if self.entry.dtype == torch.float64 else torch.float32
+
+    @cached_property
+    def turn(self) -> float:
+        """In [0, 1), by the name alone: where in a period its bases are refreshed, whatever other parameters there are."""
+        digest = hashlib.sha256(canonical_name(self.entry.name).encode()).digest()
+        return int.from_bytes(digest[:4], "big") / 2**32
 
     @cached_property
     def state(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

@@ -68,7 +68,7 @@ def due(item: Work, split: Split, phase: Phase) -> bool:
     """Whether a new basis is taken now."""
     if not split.opens or phase is Phase.WAITING:
         return False
-    return phase is Phase.FIRST or item.refresh or split.pipeline.selector.refreshes(counted(item, split), item.row.position)
+    return phase is Phase.FIRST or item.refresh or split.pipeline.selector.refreshes(counted(item, split), item.row.turn)
 
 
 def counted(item: Work, split: Split) -> int:

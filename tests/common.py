@@ -30,7 +30,10 @@ SHAPES: Shapes = {"tall": (7, 4), "wide": (4, 7), "square": (5, 5), "mate": (7, 
 
 @cache
 def small(name: str, rank: float = RANK, every: int = EVERY) -> Spec:
-    """A preset with `rank` columns where it has a low-rank selector and a refresh every `every` updates where it has a period."""
+    """A preset with `rank` columns where it has a low-rank selector and a refresh every `every` updates where it has a period.
+
+    All matrices refresh together, where a preset spreads them by name: tests compare a matrix with the same one under another name.
+    """
     spec = load_spec(name)
     overrides: dict[str, Any] = {}
     for pipeline, parts in spec.pipelines.items():
@@ -43,6 +46,8 @@ def _shrink(place: str, selector: dict[str, Any], rank: float, every: int, overr
         overrides[f"{place}.rank"] = rank
     if (selector.get("every") or 1) > 1:
         overrides[f"{place}.every"] = every
+    if selector.get("offset") == "spread":
+        overrides[f"{place}.offset"] = 1 if selector["kind"] == "kron_eigen" else 0
     if "at" in selector:
         overrides[f"{place}.at"] = every + 1  # one refresh before the switch, the next after it
     for part in ("first", "then"):

@@ -36,8 +36,8 @@ class KronEigen(Selector):
     every: PositiveInt | None = Field(10, description="Updates between refreshes.")
     offset: NonNegativeInt | Literal["spread"] = Field(
         1,
-        description="Refresh on update t when t - 1 + offset is a multiple of `every`; with `spread` the offset of a pipeline's i-th of n "
-        "parameters is i every / n, so that no step refreshes all.",
+        description="Refresh on update t when t - 1 + offset is a multiple of `every`; with `spread` the offset is drawn "
+        "by the parameter's name, so that no step refreshes all.",
     )
     timing: Literal["before", "after"] = Field(
         "after", description="Refresh before the update is made, or after it; with `after`, the first gradient only sets the basis."

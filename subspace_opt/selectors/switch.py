@@ -55,7 +55,8 @@ class Switch(Selector):
         return self.first.basis(state, step)
 
     def draws(self, rows: Dim, cols: Dim) -> tuple[int, ...] | None:
-        return self.first.draws(rows, cols) or self.then.draws(rows, cols)
+        both = [shape for shape in (self.first.draws(rows, cols), self.then.draws(rows, cols)) if shape is not None]
+        return tuple(max(sizes) for sizes in zip(*both, strict=True)) if both else None
 
     def draws_at(self, t: int) -> bool:
         return self._now(t).draws(Dim("rows", 2), Dim("cols", 2)) is not None
@@ -64,4 +65,8 @@ class Switch(Selector):
         return self._now(int(step.t)).observe(x, c, state, step)
 
     def refresh(self, x: Tensor, state: State, step: Step) -> tuple[State, Order | None]:
-        return self._now(int(step.t)).refresh(x, state, step)
+        now = self._now(int(step.t))
+        shape = now.draws(step.rows, step.cols)
+        if shape is not None and step.noise is not None:
+            step = step._replace(noise=step.noise[:, *(slice(size) for size in shape)])
+        return now.refresh(x, state, step)
