@@ -56,9 +56,8 @@ def _close(work: list[Work], memory: Memory) -> None:
         if item.count >= 0 and not item.held:
             step = item.state["step"]
             memory.counts[item.name] = (step, step._version, item.count + 1)
-        used = item.__dict__  # what was never looked at need not be written back
-        for stored, name in ((item.param.detach(), "weights"), (item.state.get("compensation"), "compensations")):
-            blocks = used.get(name)
+        for stored, name in ((item.param, "weights"), (item.state.get("compensation"), "compensations")):
+            blocks = vars(item).get(name)  # what was never looked at need not be written back
             if stored is not None and blocks and blocks[0].untyped_storage().data_ptr() != stored.untyped_storage().data_ptr():
                 stored.copy_(item.row.view.restore(blocks, stored.shape))
 
@@ -86,9 +85,14 @@ def _run_kernel(items: list[Work]) -> None:
     split = first.row.splits[0][1]
     assert split.kernel is not None
     key, rule = split.kernel
-    states = {name: [item.state[f"{key}.{name}"].view(item.param.shape) for item in items] for name in rule.slots(split.rows, split.cols)}
-    weights = [item.param.detach() for item in items]
-    rule.update_in_place(weights, [item.grad.detach() for item in items], states, first.count + 1, first.lr, first.weight_decay)
+    states = {name: [_shaped(item.state[f"{key}.{name}"], item.param) for item in items] for name in rule.slots(split.rows, split.cols)}
+    rule.update_in_place(
+        [item.param for item in items], [item.grad for item in items], states, first.count + 1, first.lr, first.weight_decay
+    )
+
+
+def _shaped(value: Tensor, param: Tensor) -> Tensor:
+    return value if value.shape == param.shape else value.view(param.shape)
 
 
 def _fits_a_kernel(item: Work) -> bool:
