@@ -1,0 +1,325 @@
+"""Every fast path equals the plain one, and what makes a step quick holds by counting: operations, refreshes, bytes. Nothing is timed."""
+
+from __future__ import annotations
+
+import collections
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from subspace_opt import build, linalg, load_spec, polar
+from subspace_opt.spec import preset_names
+from tests.common import PRESETS, copied, differences, give, optimizer, parameters, same, snapshot, train
+
+# What a product or an iteration may meet: below and above the size of a panel, both orientations, square and much longer than wide.
+CLASSES = [(1, 5), (40, 24), (300, 300), (300, 420), (420, 300), (260, 900), (900, 260), (129, 260)]
+shapes = pytest.mark.parametrize("shape", CLASSES, ids=str)
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def spread_out(rows: int, cols: int, smallest: float, dtype: torch.dtype = torch.float64) -> Tensor:
+    """A matrix with singular values from 1 down to `smallest`, evenly in their logarithm."""
+    u, _, vh = torch.linalg.svd(random(rows, cols), full_matrices=False)
+    values = torch.logspace(0, torch.tensor(smallest).log10().item(), min(rows, cols), dtype=torch.float64)
+    return ((u * values) @ vh).to(dtype)
+
+
+def far(a: Tensor, b: Tensor) -> float:
+    """The distance of two matrices as a part of the second."""
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+# ------------------------------------------------------------------------------------------------------------------- products
+
+
+@shapes
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_symmetric_product_in_panels_is_the_product(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    x = random(1, *shape, dtype=dtype)
+    c = linalg.mm(x, x.mT)
+    for weight in (None, c):
+        got = linalg.symmetric(x, x.mT, weight, beta=0.7, alpha=0.3)
+        plain = 0.3 * (x.double() @ x.double().mT) + (0 if weight is None else 0.7 * weight.double())
+        assert far(got, plain) < 8 * torch.finfo(dtype).eps
+        assert far(got, got.mT) < 2 * torch.finfo(dtype).eps
+
+
+def test_products_in_panels_do_not_depend_on_the_rest_of_the_stack() -> None:
+    x = random(2, 300, 400)
+    both = linalg.symmetric(x, x.mT)
+    for i in range(2):
+        torch.testing.assert_close(both[i : i + 1], linalg.symmetric(x[i : i + 1], x[i : i + 1].mT), rtol=1e-12, atol=1e-10)
+
+
+# -------------------------------------------------------------------------------------------------------------- Newton-Schulz
+
+
+def plain_newton_schulz(x: Tensor, polynomials: Any) -> Tensor:
+    """As the authors write it: `A = XX'`, `X <- a X + (b A + c AA) X`, in the dtype of X."""
+    y = x.mT if x.size(-2) > x.size(-1) else x
+    y = y / (y.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for a, b, c in polynomials:
+        gram = y @ y.mT
+        y = a * y + (b * gram + c * gram @ gram) @ y
+    return y.mT if x.size(-2) > x.size(-1) else y
+
+
+@shapes
+@pytest.mark.parametrize("name", sorted(polar.SCHEDULES))
+def test_newton_schulz_on_the_gram_matrix_is_newton_schulz(shape: tuple[int, int], name: str) -> None:
+    x = random(1, *shape)
+    polynomials = polar.schedule(name, 5, 1.02)
+    assert far(polar.newton_schulz(x, polynomials), plain_newton_schulz(x, polynomials)) < 1e-11
+
+
+@pytest.mark.parametrize("smallest", [1e-1, 1e-3, 1e-6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(128, 128), (128, 400), (400, 128)], ids=str)
+def test_newton_schulz_rounds_no_worse_than_the_plain_form(shape: tuple[int, int], dtype: torch.dtype, smallest: float) -> None:
+    """Against float64, in the same precision; also for matrices that are far from well-conditioned."""
+    x = spread_out(*shape, smallest).unsqueeze(0)
+    polynomials = polar.schedule("keller", 5)
+    exact = plain_newton_schulz(x, polynomials)
+    ours = far(polar.newton_schulz(x, polynomials, dtype=dtype), exact)
+    theirs = far(plain_newton_schulz(x.to(dtype), polynomials), exact)
+    assert ours < (1.1 if dtype == torch.bfloat16 else 1.5) * theirs  # in float32 both are 1e-6
+
+
+# The range into which five steps bring singular values in [0.01, 1], and where 1e-3 ends at least.
+RANGES = {
+    "keller": (0.65, 1.21, 0.3),
+    "quintic": (0.95, 1.05, 0.4),
+    "cubic": (0.4, 1.35, 0.05),
+    "classical": (0.05, 1.01, 0.005),
+    "polar_express": (0.85, 1.15, 0.6),
+    "cans": (0.85, 1.15, 0.6),
+}
+
+
+@pytest.mark.parametrize("name", sorted(polar.SCHEDULES))
+def test_schedules_keep_their_range(name: str) -> None:
+    low, high, tiny = RANGES[name]
+    s = torch.cat([torch.logspace(-2, 0, 500, dtype=torch.float64), torch.tensor([1e-3, 1.0 + 1e-4], dtype=torch.float64)])
+    for a, b, c in polar.schedule(name, 5, 1.02 if name in ("polar_express", "cans") else 1.0):
+        s = a * s + b * s**3 + c * s**5
+    assert low < float(s[:500].min())
+    assert float(s.max()) < high
+    assert float(s[500]) > tiny
+
+
+# --------------------------------------------------------------------------------------------------------------------- bases
+
+
+@pytest.mark.parametrize("shape", [(5, 5), (4, 7), (7, 4), (60, 200)], ids=str)
+def test_singular_bases_are_those_of_the_svd(shape: tuple[int, int]) -> None:
+    x = random(2, *shape)
+    left, right = linalg.singular_bases(x)
+    u, _, vh = torch.linalg.svd(x, full_matrices=False)
+    k = min(shape)
+    for ours, theirs in ((left, u), (right, vh.mT)):
+        size = ours.size(-1)
+        torch.testing.assert_close(ours.mT @ ours, torch.eye(size, dtype=x.dtype).expand(2, -1, -1), rtol=0, atol=1e-10)
+        assert float(((ours[..., :k] * theirs[..., :k]).sum(-2).abs() - 1).abs().max()) < 1e-8
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_a_null_space_hangs_on_what_there_is_and_not_on_round_off(rank: int) -> None:
+    x = random(1, 6, rank) @ random(1, rank, 9, seed=1)
+    bases = linalg.singular_bases(x)
+    shaken = linalg.singular_bases(x * (1 + 1e-15 * random(1, 6, 9, seed=2)))
+    for a, b in zip(bases, shaken, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(("kind", "least"), [("decaying", 0.97), ("noise", 0.75)])
+def test_one_iteration_captures_the_energy_that_is_promised(kind: str, least: float) -> None:
+    u, _, vh = torch.linalg.svd(random(256, 256), full_matrices=False)
+    x = (random(256, 256) if kind == "noise" else (u * torch.arange(1, 257) ** -0.7) @ vh).unsqueeze(0)
+    basis = linalg.leading_right(x, 64, "randomized", random(1, 256, 72, seed=3))
+    most = torch.linalg.svdvals(x)[0, :64].square().sum()
+    assert least < float((x @ basis).square().sum() / most) <= 1 + 1e-9
+
+
+def test_a_refresh_starts_from_the_basis_there_is() -> None:
+    """Warm, one iteration a refresh ends where the SVD does; cold, it would not."""
+    params = parameters({"w": (200, 160)}, torch.float64)
+    spec = load_spec("galore", {"matrix.selector.rank": 20, "matrix.selector.every": 1})
+    opt = optimizer(spec, params)
+    energy = []
+    for _ in range(8):
+        params["w"].grad = random(200, 160)
+        opt.step()
+        basis = opt.state[params["w"]]["selector.basis"]
+        energy.append(float((params["w"].grad @ basis).square().sum()))
+    best = float(torch.linalg.svdvals(random(200, 160))[:20].square().sum())
+    assert energy[0] < 0.95 * best < 0.97 * best < energy[-1] <= best * (1 + 1e-9)
+    assert all(late > early * (1 - 1e-9) for early, late in itertools.pairwise(energy))
+
+
+# -------------------------------------------------------------------------------------------------------------------- kernels
+
+
+def pipelines(preset: str) -> list[Any]:
+    return list(load_spec(preset).pipelines.values())
+
+
+WITH_KERNEL = [name for name in PRESETS if any(p.complement and p.complement[0].has_kernel for p in pipelines(name))]
+
+
+@pytest.mark.parametrize("preset", WITH_KERNEL)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_kernel_equals_the_rule(preset: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = parameters(dtype=dtype)
+    twins = copied(params)
+    train(optimizer(preset, params, weight_decay=0.1), params, range(8))
+    monkeypatch.setattr("subspace_opt.engine._fits_a_kernel", lambda item: False)
+    train(optimizer(preset, twins, weight_decay=0.1), twins, range(8))
+    for name in params:
+        torch.testing.assert_close(params[name], twins[name], rtol=0, atol=1e-13 if dtype == torch.float64 else 2e-6)
+
+
+def test_a_kernel_is_left_alone_where_it_would_not_do() -> None:
+    """A bfloat16 weight with float32 moments, a gradient too large to be squared: the plain path, and finite."""
+    params = parameters({"w": (6, 5)}, torch.bfloat16)
+    opt = optimizer("adamw", params)
+    give(params, 0)
+    opt.step()
+    assert opt.state[params["w"]]["complement.exp_avg"].dtype == torch.float32
+    params = parameters({"w": (6, 5)})
+    opt = optimizer("adamw", params)
+    params["w"].grad = torch.full((6, 5), 1e30)
+    opt.step()
+    assert all(bool(v.isfinite().all()) for v in opt.state[params["w"]].values())
+
+
+# --------------------------------------------------------------------------------------------------------------------- stacks
+
+
+class Counter(TorchDispatchMode):
+    """Counts operations as they reach the dispatcher."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = collections.Counter[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def matrices(layers: int, width: int = 32) -> nn.Module:
+    sides = [(width, width)] * 4 + [(2 * width, width)] * 2 + [(width, 2 * width)]
+    return nn.ModuleList(nn.Linear(n, m, bias=False) for _ in range(layers) for m, n in sides)
+
+
+def dispatched(preset: str, layers: int) -> int:
+    """Operations of the fourth step: everything is in one stack for each of the three shapes."""
+    model = matrices(layers)
+    opt = build(preset, model, stacking="always")
+    for step in range(4):
+        for i, p in enumerate(model.parameters()):
+            p.grad = random(*p.shape, seed=100 * step + i, dtype=torch.float32)
+        with Counter() as counter:
+            opt.step()
+    return counter.count.total()
+
+
+@pytest.mark.parametrize(
+    ("preset", "most"), [("muon", 150), ("cosmos", 400), ("adamw", 10), ("galore", 120), ("dion", 400), ("adam-sn", 150)]
+)
+def test_operations_are_few_and_the_same_when_layers_double(preset: str, most: int) -> None:
+    count = dispatched(preset, 2)
+    assert count <= most
+    assert dispatched(preset, 4) == count
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_stack_keeps_its_state_in_one_tensor_a_slot(preset: str) -> None:
+    """Also after some of its matrices had no gradient, and after a checkpoint: nothing is held twice, and nothing is lost."""
+    params = parameters({f"w{i}": (6, 5) for i in range(5)})
+    opt = optimizer(preset, params, stacking="always")
+    twins = copied(params)
+    twin = optimizer(preset, twins, stacking="never")
+    for step in range(9):
+        missing = ("w1", "w3") if step in (2, 5) else ("w4",) if step < 2 else ()
+        for each, own in ((params, opt), (twins, twin)):
+            give(each, step, missing=missing)
+            own.step()
+        if step == 6:
+            opt.load_state_dict(opt.state_dict())
+    slots = [key for key in opt.state[params["w0"]] if key != "step" and opt.state[params["w0"]][key].dim()]
+    for key in slots:
+        for together in (("w0", "w2"), ("w1", "w3")):  # the two missed as many updates
+            held = {opt.state[params[name]][key].untyped_storage().data_ptr() for name in together}
+            assert len(held) == 1 or opt.plan.rows[0].splits[0][1].kernel
+    storages = {v.untyped_storage().data_ptr(): v.untyped_storage().nbytes() for s in opt.state.values() for v in s.values()}
+    assert sum(storages.values()) == opt.plan.total_bytes
+    assert max(differences(snapshot(opt, params), snapshot(twin, twins)).values()) < 2e-3
+
+
+# ------------------------------------------------------------------------------------------------------------------ refreshes
+
+PERIODIC = [name for name in preset_names(installed=False) if any(p.selector.offset == "spread" for p in pipelines(name))]
+
+
+@pytest.mark.parametrize("preset", PERIODIC)
+def test_refreshes_are_spread_over_the_steps(preset: str) -> None:
+    """No step but the first takes many bases, and in a period each parameter takes one."""
+    rows = build(preset, matrices(16)).plan.rows
+    selector = rows[0].splits[0][1].pipeline.selector
+    every = selector.every
+    assert every is not None
+    due = [[selector.refreshes(t, row.turn) for row in rows] for t in range(2, 2 + every)]
+    assert all(sum(column) == 1 for column in zip(*due, strict=True))
+    assert max(sum(step) for step in due) <= max(6, 2.5 * len(rows) / every)
+
+
+@pytest.mark.parametrize("preset", ["galore", "adam-snsm", "soap", "golore"])
+def test_spread_refreshes_go_on_to_the_bit_and_hang_on_names_alone(preset: str) -> None:
+    spec = load_spec(preset, {"matrix.selector.every": 4})
+    params = parameters({f"w{i}": (6, 5) for i in range(6)})
+    twins = copied(dict(reversed(params.items())))
+    opt, twin = optimizer(spec, params), optimizer(spec, twins)
+    train(opt, params, range(6))
+    train(twin, twins, range(6))
+    assert same(snapshot(opt, params), snapshot(twin, twins))
+    resumed = copied(params)
+    again = optimizer(spec, resumed)
+    again.load_state_dict(opt.state_dict())
+    train(opt, params, range(6, 12))
+    train(again, resumed, range(6, 12))
+    assert same(snapshot(opt, params), snapshot(again, resumed))
+
+
+# ---------------------------------------------------------------------------------------------------------------------- survey
+
+
+def test_propagate_looks_at_no_gradient_but_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    import subspace_opt.survey as module
+
+    own = module._peaks
+    monkeypatch.setattr(module, "_peaks", lambda work: seen.append(len(work)) or own(work))
+    params = parameters()
+    train(optimizer("muon", params, nonfinite="propagate"), params, range(3))
+    assert seen == [len(params), 0, 0]
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-22, 1e20, 3e38])
+def test_a_norm_out_of_range_is_not_mistaken(size: float) -> None:
+    """Squares that vanish are not a zero gradient, and those that overflow are not an infinite one."""
+    params = parameters({"w": (6, 5)})
+    opt = optimizer("cosmos", params)
+    before = params["w"].detach().clone()
+    params["w"].grad = size * (0.5 + torch.arange(30.0).reshape(6, 5) / 60)
+    opt.step()
+    assert float(opt.state[params["w"]]["step"]) == 1
+    assert bool(params["w"].isfinite().all())
+    assert not torch.equal(params["w"], before)
