@@ -1,11 +1,12 @@
-"""How long `step()` takes and how much state it keeps: every preset beside torch's own optimizers, in one run.
+"""How long `step()` takes and how much state it keeps: every preset beside the optimizers that others make, in one run.
 
 All optimizers hold the same weights and see the same gradients. They take turns, one step each a round and in another
 order every round, so that whatever else the machine does falls on all alike; a ratio is taken within a round, and its
 median and quartiles are over the rounds.
 
 A selector that refreshes its basis every k steps is timed in both kinds of step: `step` is one without a refresh,
-`refresh` one with, and `mean` what a step costs on the average, (refresh + (k - 1) step) / k.
+`refresh` one with all bases refreshed, and `mean` what a step costs on the average, (refresh + (k - 1) step) / k. Next to
+each preset stands the floor: its operations and bytes at the rates measured on this machine.
 
 Example: python benchmarks/step_time.py --layers 2 --presets cosmos,muon,soap
 """
@@ -15,13 +16,15 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import median, quantiles
 from typing import Annotated, Any
 
 import torch
 import typer
+from floors import floor, measure
+from peers import ADAMW, GALORE, LR, MUON, MUON32, peers
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -34,8 +37,6 @@ from subspace_opt.lab.measure import measured_bytes
 from subspace_opt.lab.report import readable_bytes
 from subspace_opt.spec import preset_names
 
-LR = 1e-5  # the weights hardly move, and what they are makes no difference to the time
-ADAMW, MUON = "torch AdamW fused", "torch Muon"  # what the others are measured by
 POOL = 4  # gradients made beforehand
 
 
@@ -45,6 +46,7 @@ class Timed:
 
     name: str
     optimizer: Optimizer
+    floor: float | None = None
     first: float = math.nan
     steps: list[float] = field(default_factory=list)
     refreshes: list[float] = field(default_factory=list)
@@ -69,6 +71,7 @@ class Row:
     refresh: float | None
     mean: float
     first: float
+    floor: float | None  # None for those of others
 
 
 def hidden_matrices(width: int, layers: int, device: torch.device) -> nn.Module:
@@ -92,16 +95,20 @@ def gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
     return made
 
 
-def contestants(model: nn.Module, presets: Sequence[str]) -> list[Timed]:
-    """torch's optimizers and the presets, all on the same parameters."""
-    own = list(model.parameters())
-    theirs: dict[str, Callable[[], Optimizer]] = {
-        ADAMW: lambda: torch.optim.AdamW(own, lr=LR, fused=True),
-        "torch AdamW foreach": lambda: torch.optim.AdamW(own, lr=LR, foreach=True),
-        MUON: lambda: torch.optim.Muon(own, lr=LR),
-    }
-    made = [Timed(name, make()) for name, make in theirs.items()]
-    return [*made, *(Timed(name, build(name, model, lr=LR)) for name in presets)]
+def contestants(model: nn.Module, presets: Sequence[str], wanted: Sequence[str], note: Callable[[str], None]) -> list[Timed]:
+    """The peers and the presets, all on the same parameters. A preset's name may end in `!`: gradients are then not looked at for NaN, as
+    the peers do not look at them."""
+    machine = measure(next(model.parameters()).device)
+    note(
+        f"measured here: {machine.float32 / 1e9:.0f} GFLOP/s in float32 products, {machine.quick / 1e9:.0f} in those of Newton-Schulz, "
+        f"{machine.bandwidth / 1e9:.0f} GB/s"
+    )
+    timed = [Timed(name, optimizer) for name, optimizer in peers(list(model.parameters()), wanted, note)]
+    for name in presets:
+        blind = name.endswith("!")
+        optimizer = build(name.rstrip("!"), model, lr=LR, nonfinite="propagate" if blind else "raise")
+        timed.append(Timed(name, optimizer, floor(optimizer, machine)))
+    return timed
 
 
 def period(optimizer: Optimizer) -> int | None:
@@ -119,10 +126,11 @@ def race(timed: Sequence[Timed], model: nn.Module, steps: int, refreshes: int, d
     pool = [gradients(parameters) for _ in range(POOL)]
     order = random.Random(0)
 
-    def turns(number: int) -> list[Timed]:
-        for p, gradient in zip(parameters, pool[number % POOL], strict=True):
-            p.grad = gradient.clone()
-        return order.sample(list(timed), len(timed))
+    def turns(number: int) -> Iterator[Timed]:
+        for one in order.sample(list(timed), len(timed)):
+            for p, gradient in zip(parameters, pool[number % POOL], strict=True):
+                p.grad = gradient.clone()  # for each anew: some peers write to it, some drop it
+            yield one
 
     for one in turns(0):
         one.first = one.step(device)
@@ -133,21 +141,33 @@ def race(timed: Sequence[Timed], model: nn.Module, steps: int, refreshes: int, d
             one.steps.append(one.step(device))
     for number in range(refreshes):
         for one in turns(number):
-            if isinstance(one.optimizer, SubspaceOptimizer) and period(one.optimizer):
-                one.optimizer.refresh_bases()
+            if has_refresh(one, number + 1):
                 one.refreshes.append(one.step(device))
+
+
+def has_refresh(one: Timed, times: int) -> bool:
+    """Have the next step refresh all bases, if there are any with a period. `times`: how often it has been asked for."""
+    if isinstance(one.optimizer, SubspaceOptimizer):
+        one.optimizer.refresh_bases()
+        return period(one.optimizer) is not None
+    if one.name == GALORE:  # it refreshes where its count is a multiple of the period
+        for state in one.optimizer.state.values():
+            state["step"] = 200 * times
+        return True
+    return False
 
 
 def report(timed: Sequence[Timed]) -> list[Row]:
     """The numbers, quickest first."""
     steps = {one.name: one.steps for one in timed}
+    muon = MUON if MUON in steps else MUON32
     rows = []
     for one in timed:
         every, step = period(one.optimizer), spread(one.steps)
         refresh = median(one.refreshes) if one.refreshes else None
         mean = step[1] if refresh is None or every is None else (refresh + (every - 1) * step[1]) / every
-        adamw, muon = (spread([x / y for x, y in zip(one.steps, steps[name], strict=True)]) for name in (ADAMW, MUON))
-        rows.append(Row(one.name, measured_bytes(one.optimizer), step, adamw, muon, every, refresh, mean, one.first))
+        to_adamw, to_muon = (spread([x / y for x, y in zip(one.steps, steps[name], strict=True)]) for name in (ADAMW, muon))
+        rows.append(Row(one.name, measured_bytes(one.optimizer), step, to_adamw, to_muon, every, refresh, mean, one.first, one.floor))
     return sorted(rows, key=lambda row: row.mean)
 
 
@@ -160,14 +180,15 @@ def spread(values: Sequence[float]) -> tuple[float, float, float]:
 def show(rows: Sequence[Row], out: Console) -> None:
     """A table for people."""
     ratios = ("x AdamW", "quartiles", "x Muon", "quartiles")
-    numbers = ("state", "x AdamW", "step ms", *ratios, "refresh ms", "every", "mean ms", "first ms")
+    numbers = ("state", "x AdamW", "step ms", "x floor", *ratios, "refresh ms", "every", "mean ms", "first ms")
     table = Table("optimizer", *numbers, box=None, padding=(0, 2, 0, 0), pad_edge=False)
     for column in table.columns[1:]:
         column.justify, column.no_wrap = "right", True
     adamw = next(row.state_bytes for row in rows if row.name == ADAMW)
     for row in rows:
         refresh = ("-", "-") if row.refresh is None else (f"{row.refresh:.1f}", str(row.every))
-        times = (f"{row.step[1]:.1f}", *_words(row.to_adamw), *_words(row.to_muon), *refresh, f"{row.mean:.1f}")
+        above = "-" if row.floor is None else f"{row.step[1] / row.floor:.2f}"
+        times = (f"{row.step[1]:.1f}", above, *_words(row.to_adamw), *_words(row.to_muon), *refresh, f"{row.mean:.1f}")
         state = (readable_bytes(row.state_bytes), f"{row.state_bytes / adamw:.3f}")
         table.add_row(row.name, *state, *times, f"{row.first:.0f}")
     out.print(table)
@@ -184,7 +205,8 @@ def main(
     threads: Annotated[int, typer.Option(min=1, help="Threads of torch on a CPU.")] = 1,
     steps: Annotated[int, typer.Option(min=2, help="Rounds that are timed, after two that are not.")] = 20,
     refreshes: Annotated[int, typer.Option(min=0, help="Rounds with a refresh of the basis.")] = 3,
-    presets: Annotated[str, typer.Option(help="Names with commas between; all if omitted.")] = "",
+    presets: Annotated[str, typer.Option(help="Names with commas between, all if omitted; NAME! does not look for NaN.")] = "",
+    peer: Annotated[list[str] | None, typer.Option(help="A peer to run; AdamW and Muon always run, the others if omitted.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
@@ -193,16 +215,20 @@ def main(
     torch.manual_seed(0)
     where = choose_device(device)
     model = hidden_matrices(width, layers, where)
-    timed = contestants(model, [name.strip() for name in presets.split(",")] if presets else preset_names())
+    wanted = [ADAMW, MUON, MUON32, *peer] if peer else []
+    notes: list[str] = []
+    timed = contestants(model, [name.strip() for name in presets.split(",")] if presets else preset_names(), wanted, notes.append)
     race(timed, model, steps, refreshes, where)
     context: dict[str, Any] = {"width": width, "layers": layers, "threads": threads, "steps": steps}
     context |= {"device": str(where), "torch": torch.__version__, "parameters": sum(p.numel() for p in model.parameters())}
     rows = report(timed)
     if as_json:
-        typer.echo(json.dumps({**context, "rows": [asdict(row) for row in rows]}, indent=2))
+        typer.echo(json.dumps({**context, "notes": notes, "rows": [asdict(row) for row in rows]}, indent=2))
         return
     out = Console(highlight=False, width=None if Console().is_terminal else 140)
     out.print(", ".join(f"{key} {value:,}" if isinstance(value, int) else f"{key} {value}" for key, value in context.items()))
+    for line in notes:
+        out.print(line)
     out.print()
     show(rows, out)
 

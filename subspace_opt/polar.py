@@ -117,7 +117,22 @@ def _together(y: Tensor) -> int:
     """
     if y.size(-1) < ELONGATED * y.size(-2):
         return 1
-    return 2 if y.dtype in (torch.bfloat16, torch.float16) else 3
+    return _group_size(y.dtype)
+
+
+def _group_size(dtype: torch.dtype) -> int:
+    return 2 if dtype in (torch.bfloat16, torch.float16) else 3
+
+
+def flops(short: int, long: int, polynomials: Sequence[Polynomial], dtype: torch.dtype) -> float:
+    """Floating-point operations of `newton_schulz` on one matrix, a symmetric product counted by the half that has to be made."""
+    k, wide = float(short), float(long)
+    total, together = 0.0, 1 if wide < ELONGATED * k else _group_size(dtype)
+    for start in range(0, len(polynomials), together):
+        group = polynomials[start : start + together]
+        small = sum(1 for _, _, c in group if c) + 2 * (len(group) - 1) + (len(group) - 1)  # A A; P A P; the product of the P
+        total += k * k * wide + small * k**3 + 2 * k * k * wide
+    return total
 
 
 def _group(y: Tensor, polynomials: Sequence[Polynomial]) -> Tensor:

@@ -67,7 +67,7 @@ class Orthogonalize(Rule):
         k, l = sorted((rows.size, cols.size))  # noqa: E741
         if self.method == "svd":
             return 8.0 * l * k * k + 20.0 * k**3
-        return sum(4.0 * k * k * l + (2.0 * k**3 if c else 0.0) for _, _, c in self._polynomials())
+        return polar.flops(k, l, self._polynomials(), torch.bfloat16 if self.dtype == "auto" else getattr(torch, self.dtype))
 
     def apply(self, x: Tensor, grad: Tensor, state: State, step: Step) -> tuple[Tensor, State]:
         return self.orthogonalized(x), {}
