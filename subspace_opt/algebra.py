@@ -140,8 +140,10 @@ def project(x: Tensor, basis: Basis) -> Tensor:
     return _gated(x, basis)
 
 
-def lift(c: Tensor, basis: Basis, rows: int, cols: int) -> Tensor:
-    """`P C U'`, the matrices `(B, rows, cols)` with coordinates `c`."""
+def lift(c: Tensor, basis: Basis, rows: int, cols: int, *, turned: bool = False) -> Tensor:
+    """`P C U'`, the matrices `(B, rows, cols)` with coordinates `c`; `turned`: laid out by columns, if that costs nothing."""
+    if turned and basis.left is None and basis.gate is None and isinstance(basis.right, Tensor) and not _picks(basis.right):
+        return linalg.mm(basis.right, c.mT).mT
     if basis.left is not None:
         c = _lift_right(c.mT, basis.left, rows).mT
     if basis.right is not None:
@@ -235,6 +237,15 @@ class Rule(Component, family="rule"):
     uses_grad: ClassVar[bool] = True  # `apply` reads `grad`
     silent: ClassVar[bool] = False  # the update is zero: the place need not be computed
     takes_whole: ClassVar[bool] = False  # as a complement, starts from the unsplit signal
+
+    @property
+    def decomposes(self) -> bool:
+        """Whether `apply` takes a decomposition, which may fail: its update is then looked at for NaN before anything is written."""
+        return False
+
+    def multiplier(self, rows: int, cols: int, step: Step) -> float | None:
+        """The number that `apply` multiplies the signal by, if that is all it does: the update of the weight then takes it along."""
+        return None
 
     def slots(self, rows: Dim, cols: Dim) -> dict[str, Slot]:
         """The state kept for one matrix of `rows` x `cols`."""

@@ -119,7 +119,7 @@ def _advance(stack: Stack, options: Options, memory: Memory, errors: dict[str, E
     step = _step(stack, options, memory.tables)
     sound = options.nonfinite != "propagate"
     try:
-        update, new = _run(split, grad, weight, old, step, sound)
+        update, factor, new = _run(split, grad, weight, old, step, sound)
     except torch.linalg.LinAlgError as error:
         if len(pieces) > 1:  # one by one, to learn whose fault it is and to spare the others
             for piece in pieces:
@@ -134,11 +134,11 @@ def _advance(stack: Stack, options: Options, memory: Memory, errors: dict[str, E
             return
         try:
             kept = _without_refresh(split, old) if step.refresh else old
-            update, new = _run(split, grad, weight, kept, step._replace(refresh=False), sound)
+            update, factor, new = _run(split, grad, weight, kept, step._replace(refresh=False), sound)
         except torch.linalg.LinAlgError:  # it was not the basis but a rule
             return
     if update is not None:
-        _update(stack, update, options)  # before the state is written: the update may be part of it
+        _update(stack, update, options, factor)  # before the state is written: the update may be part of it
     scatter(stack, old, new, options, memory)
     if step.refresh and (stack.phase is Phase.BEGUN or not pieces[0].work.count):
         for piece in pieces:
@@ -146,15 +146,15 @@ def _advance(stack: Stack, options: Options, memory: Memory, errors: dict[str, E
                 piece.work.state["refreshed"].fill_(step.t)
 
 
-def _run(split: Split, grad: Tensor, weight: Tensor | None, old: State, step: Step, sound: bool) -> tuple[Tensor | None, State]:
-    """Update and new state; none yet where the first gradient only sets the basis."""
+def _run(split: Split, grad: Tensor, weight: Tensor | None, old: State, step: Step, sound: bool) -> tuple[Tensor | None, float, State]:
+    """Update, a number to multiply it by, and new state; no update yet where the first gradient only sets the basis."""
     if step.first and split.primes:
-        return None, split.prime(grad, weight, old, step)
-    update, new = split.apply(grad, weight, old, step)
+        return None, 1.0, split.prime(grad, weight, old, step)
+    update, factor, new = split.direction(grad, weight, old, step)
     # A QR returns NaN where other decompositions raise.
-    if sound and not linalg.all_finite(update):
+    if sound and (step.refresh or split.decomposes) and not linalg.all_finite(update):
         raise torch.linalg.LinAlgError("the update holds NaN or infinity although the gradient does not")
-    return update, new
+    return update, factor, new
 
 
 def _without_refresh(split: Split, old: State) -> State:
@@ -252,8 +252,8 @@ def _report(work: list[Work], errors: dict[str, Exception], failures: dict[str, 
             ) from error
 
 
-def _update(stack: Stack, update: Tensor | None, options: Options) -> None:
-    if update is not None and _updated_together(stack, update, options):
+def _update(stack: Stack, update: Tensor | None, options: Options, factor: float = 1.0) -> None:
+    if update is not None and _updated_together(stack, update, options, factor):
         return
     parts = [None] * len(stack.pieces) if update is None else update.split(stack.sizes)
     for piece, part in zip(stack.pieces, parts, strict=True):
@@ -274,6 +274,7 @@ def _update(stack: Stack, update: Tensor | None, options: Options) -> None:
             part,
             work.lr,
             _decay(piece, stack.split),
+            factor=factor,
             decay_after=stack.split.pipeline.decay == "after",
             rounding=options.rounding,
             compensation=work.compensations[piece.index][here] if work.compensations else None,
@@ -285,7 +286,7 @@ def _decay(piece: Piece, split: Split) -> float:
     return 0.0 if split.pipeline.decay == "coupled" else piece.work.weight_decay
 
 
-def _updated_together(stack: Stack, update: Tensor, options: Options) -> bool:
+def _updated_together(stack: Stack, update: Tensor, options: Options, factor: float) -> bool:
     """One operation for all weights of a stack, where they are its matrices, in its dtype, with one lr and decay; else nothing is done."""
     pieces = stack.pieces
     first = pieces[0].work
@@ -300,13 +301,13 @@ def _updated_together(stack: Stack, update: Tensor, options: Options) -> bool:
     weights = [p.work.param for p in pieces]
     if low:
         together = torch.stack(weights).to(update.dtype)
-        update_weight(together, update, rate, decay, decay_after=stack.split.pipeline.decay == "after")
+        update_weight(together, update, rate, decay, factor=factor, decay_after=stack.split.pipeline.decay == "after")
         torch._foreach_copy_(weights, together.unbind(0))
         return True
     after = stack.split.pipeline.decay == "after"
     if decay and not after:
         torch._foreach_mul_(weights, 1 - rate * decay)
-    torch._foreach_add_(weights, update.unbind(0), alpha=-rate)
+    torch._foreach_add_(weights, update.unbind(0), alpha=-rate * factor)
     if decay and after:
         torch._foreach_mul_(weights, 1 - rate * decay)
     return True

@@ -33,7 +33,9 @@ def mm(a: Tensor, b: Tensor) -> Tensor:
 
 
 def addmm(c: Tensor, a: Tensor, b: Tensor, *, beta: float = 1.0, alpha: float = 1.0) -> Tensor:
-    """`beta C + alpha A B` of stacks in one pass."""
+    """`beta C + alpha A B` of stacks in one pass, laid out as C is."""
+    if c.stride(-2) == 1 and not c.is_contiguous():
+        return addmm(c.mT, b.mT, a.mT, beta=beta, alpha=alpha).mT
     if c.size(0) == 1:
         return torch.addmm(c[0], a[0], b[0], beta=beta, alpha=alpha).unsqueeze(0)
     return torch.baddbmm(c, a, b, beta=beta, alpha=alpha)

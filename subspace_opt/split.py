@@ -147,6 +147,11 @@ class Split:
         full = (self.inner[0].size, self.inner[1].size) == (self.rows.size, self.cols.size) and not p.selector.gated
         return bool(p.complement) and p.mix.complement > 0 and (not full or p.complement[0].takes_whole)
 
+    @cached_property
+    def decomposes(self) -> bool:
+        """Whether a rule takes a decomposition at every update."""
+        return any(rule.decomposes for _, rule, _, _ in self.places())
+
     @property
     def needs_weight(self) -> bool:
         """Whether `apply` has to be given the weights."""
@@ -210,6 +215,11 @@ class Split:
             weight: the weights, if the pipeline `needs_weight`.
             state: one tensor `(B, *dims)` for each of `slots`.
         """
+        direction, factor, new = self.direction(grad, weight, state, step)
+        return direction if factor == 1.0 else direction * factor, new
+
+    def direction(self, grad: Tensor, weight: Tensor | None, state: State, step: Step) -> tuple[Tensor, float, State]:
+        """`apply` without the last multiplications by numbers, which the update of the weight can take along, and their product."""
         p, new = self.pipeline, dict(state)
         grad, weight = self._turn(grad), None if weight is None else self._turn(weight)
         source = g = grad if p.feedback is None else grad + state["feedback.error"]
@@ -221,7 +231,12 @@ class Split:
         else:
             update = self._split(x, g, {"gradient": source, "momentum": x, "weight": weight}, new, step)
         update, g = self._turn(update), self._turn(g)
-        return self._run("finish", p.finish, update, g, new, step), new
+        finish = _keyed("finish", p.finish)
+        factor = 1.0
+        while finish and (last := finish[-1][1].multiplier(update.size(-2), update.size(-1), step)) is not None:
+            factor *= last
+            finish.pop()
+        return self._through(finish, update, g, new, step), factor, new
 
     def prime(self, grad: Tensor, weight: Tensor | None, state: State, step: Step) -> State:
         """The state after a first gradient that only sets the basis."""
@@ -273,7 +288,8 @@ class Split:
         if not p.inside or p.mix.inside == 0:
             return torch.zeros_like(like) if total is None else total
         if total is None:
-            return lift(inner if p.mix.inside == 1 else inner * p.mix.inside, basis, self.rows.size, self.cols.size)
+            inner = inner if p.mix.inside == 1 else inner * p.mix.inside
+            return lift(inner, basis, self.rows.size, self.cols.size, turned=self.turned)
         return add_lift(total, inner, basis, p.mix.inside)
 
     def _refresh(self, source: Tensor, new: State, step: Step) -> Tensor | None:
@@ -303,7 +319,10 @@ class Split:
         return lost
 
     def _run(self, place: str, rules: tuple[Rule, ...], x: Tensor, grad: Tensor, new: State, step: Step) -> Tensor:
-        for key, rule in _keyed(place, rules):
+        return self._through(_keyed(place, rules), x, grad, new, step)
+
+    def _through(self, keyed: list[tuple[str, Rule]], x: Tensor, grad: Tensor, new: State, step: Step) -> Tensor:
+        for key, rule in keyed:
             x, state = rule.apply(x, grad, _part(key, new), step)
             self._store(key, state, new)
         return x

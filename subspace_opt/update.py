@@ -20,12 +20,13 @@ def update_weight(
     lr: float | Tensor,
     weight_decay: float,
     *,
+    factor: float = 1.0,
     decay_after: bool = False,
     rounding: Rounding = "nearest",
     compensation: Tensor | None = None,
     noise: Tensor | None = None,
 ) -> None:
-    """`W <- W (1 - lr wd) - lr U`, in place; with `decay_after`, `W <- (W - lr U)(1 - lr wd)`.
+    """`W <- W (1 - lr wd) - lr factor U`, in place; with `decay_after`, `W <- (W - lr factor U)(1 - lr wd)`.
 
     A weight of lower precision than the update is computed in the update's dtype and rounded once: to nearest, stochastically (the
     expectation is exact; `noise` uniform in [0, 1)), or with what rounding lost carried to the next update (`compensation`).
@@ -36,7 +37,7 @@ def update_weight(
         y = y + compensation.to(update.dtype)
     if weight_decay != 0 and not decay_after:
         y = y.mul_(1 - lr * weight_decay)
-    y = y.sub_(update * lr) if isinstance(lr, Tensor) else y.sub_(update, alpha=lr)
+    y = y.sub_(update * (lr * factor)) if isinstance(lr, Tensor) else y.sub_(update, alpha=lr * factor)
     if weight_decay != 0 and decay_after:
         y = y.mul_(1 - lr * weight_decay)
     if same:

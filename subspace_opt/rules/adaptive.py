@@ -17,9 +17,13 @@ Eps = Field(1e-8, ge=0.0, description="Added to the root of the second moment.")
 
 def precondition(x: Tensor, v: Tensor, correction: Tensor | float, eps: float, eps_inside: bool) -> Tensor:
     """`X / (sqrt(V / correction) + eps)`, or `X / sqrt((V + eps) / correction)` with eps inside the root."""
+    # In place where the tensor is our own: a pass over memory costs more than what it computes.
     if eps_inside:
-        return x / ((v + eps) / correction).sqrt()
-    return x / (v.sqrt() / correction**0.5).add(eps)
+        return x / (v + eps).div_(correction).sqrt_()
+    root = v.sqrt()
+    if not isinstance(correction, float) or correction != 1.0:
+        root.div_(correction**0.5)
+    return x / root.add_(eps)
 
 
 @register
@@ -73,13 +77,13 @@ class Adam(Rule):
 
     def apply(self, x: Tensor, grad: Tensor, state: State, step: Step) -> tuple[Tensor, State]:
         clock = step.age if self.on_refresh == "reset" else step.t
-        new = {"exp_avg_sq": (state["exp_avg_sq"] * self.beta2).addcmul(grad, grad, value=1 - self.beta2)}
+        new = {"exp_avg_sq": (state["exp_avg_sq"] * self.beta2).addcmul_(grad, grad, value=1 - self.beta2)}
         if self.beta1:
             x = new["exp_avg"] = state["exp_avg"].lerp(x, 1 - self.beta1)
         correction = 1 - self.beta2**clock if self.debias else 1.0
         out = precondition(x, new["exp_avg_sq"], correction, self.eps, self.eps_inside)
         if self.debias and self.beta1:
-            out = out / (1 - self.beta1**clock)
+            out.div_(1 - self.beta1**clock)
         return out, new
 
 

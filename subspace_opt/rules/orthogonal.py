@@ -63,6 +63,10 @@ class Orthogonalize(Rule):
             raise ValueError("`coefficients` is an empty list; give at least one [a, b, c]")
         return self
 
+    @property
+    def decomposes(self) -> bool:
+        return self.method == "svd"
+
     def flops(self, rows: Dim, cols: Dim) -> float:
         k, l = sorted((rows.size, cols.size))  # noqa: E741
         if self.method == "svd":

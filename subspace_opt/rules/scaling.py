@@ -44,7 +44,10 @@ class Scale(Rule):
     by: Literal["none", "keller", "spectral", "moonshot"] = Field("none", description="The shape factor s(m, n).")
 
     def apply(self, x: Tensor, grad: Tensor, state: State, step: Step) -> tuple[Tensor, State]:
-        return x * (self.factor * self.shape_factor(x.size(-2), x.size(-1))), {}
+        return x * self.multiplier(x.size(-2), x.size(-1), step), {}
+
+    def multiplier(self, rows: int, cols: int, step: Step) -> float:
+        return self.factor * self.shape_factor(rows, cols)
 
     def shape_factor(self, m: int, n: int) -> float:
         """s(m, n) for a weight of m rows (outputs) and n columns (inputs)."""
@@ -99,9 +102,9 @@ class Debias(Rule):
         return self
 
     def apply(self, x: Tensor, grad: Tensor, state: State, step: Step) -> tuple[Tensor, State]:
-        factor = torch.ones_like(step.t)
-        if self.beta2 is not None:
-            factor = (1 - self.beta2**step.t).sqrt()
-        if self.beta1 is not None:
-            factor = factor / (1 - self.beta1**step.t)
-        return x * factor, {}
+        return x * self.multiplier(x.size(-2), x.size(-1), step), {}
+
+    def multiplier(self, rows: int, cols: int, step: Step) -> float:
+        t = float(step.t)
+        root = 1.0 if self.beta2 is None else math.sqrt(1 - self.beta2**t)
+        return root if self.beta1 is None else root / (1 - self.beta1**t)

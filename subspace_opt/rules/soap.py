@@ -36,6 +36,10 @@ class Soap(Rule):
             slots["rotation"] = Slot((cols, Dim("eigen", cols.size)), "project")
         return slots
 
+    @property
+    def decomposes(self) -> bool:
+        return True  # where it keeps a covariance
+
     def flops(self, rows: Dim, cols: Dim) -> float:
         m, r = rows.size, cols.size
         return 0.0 if cols.eigen else 8.0 * m * r * r + 14 / 3 * r**3
@@ -57,7 +61,7 @@ class Soap(Rule):
         return linalg.mm(out, q.mT), {"exp_avg_sq": v, "covariance": cov, "rotation": q}
 
     def _second_moment(self, grad: Tensor, state: State) -> Tensor:
-        return (state["exp_avg_sq"] * self.beta2).addcmul(grad, grad, value=1 - self.beta2)
+        return (state["exp_avg_sq"] * self.beta2).addcmul_(grad, grad, value=1 - self.beta2)
 
     def _precondition(self, x: Tensor, v: Tensor, step: Step) -> Tensor:
         correction = 1 - self.beta2**step.t if self.debias else 1.0
