@@ -1,12 +1,14 @@
-"""What an optimizer's state costs, counted on the tensors themselves and not on the plan."""
+"""What an optimizer costs in memory, counted on the tensors themselves and not on the plan."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.profiler import ProfilerActivity, profile
 
 
 def measured_bytes(optimizer: Optimizer) -> int:
@@ -30,3 +32,24 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, dict | list | tuple):
         for item in value.values() if isinstance(value, dict) else value:
             yield from _tensors(item)
+
+
+def peak_temporaries(step: Callable[[], object], device: torch.device) -> int:
+    """The most bytes that `step` holds at one time beyond those it found; it is called once. Freed memory found does not count against it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
+        step()
+    assert run.profiler is not None
+    assert run.profiler.kineto_results is not None
+    held = most = 0
+    events = [event for event in run.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
