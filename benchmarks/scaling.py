@@ -113,8 +113,8 @@ def show(points: Sequence[Point], out: Console) -> None:
     for p in points:
         low, middle, high = p.step
         refresh = "-" if p.refresh is None else f"{p.refresh:.1f}"
-        sizes = (f"{p.state / p.theory_state:.3f}", f"{p.state / p.weights:.2f}", f"{p.temporaries / p.weights:.2f}")
-        table.add_row(p.preset, p.axis, str(p.at), f"{middle:.1f}", f"{low:.1f}-{high:.1f}", refresh, *sizes)
+        parts = (f"{p.state / p.theory_state:.3f}", f"{p.state / p.weights:.2f}", f"{p.temporaries / p.weights:.2f}")
+        table.add_row(p.preset, p.axis, str(p.at), f"{middle:.1f}", f"{low:.1f}-{high:.1f}", refresh, *parts)
     out.print(table)
     out.print()
     fitted = Table("preset", "axis", "time", "in theory", "state", "in theory", box=None)
@@ -163,9 +163,7 @@ def main(
     ranks: Annotated[str, typer.Option(help="Ranks, of one layer of width 512.")] = "16,32,64,128,256",
     steps: Annotated[int, typer.Option(min=2, help="Steps that are timed at each point.")] = 5,
     threads: Annotated[int, typer.Option(min=1, help="Threads of torch on a CPU.")] = 1,
-    memory: Annotated[
-        float, typer.Option(help="GiB that weights, gradients and state of a point may take; larger ones are left out.")
-    ] = 12.0,
+    memory: Annotated[float, typer.Option(help="GiB for weights, gradients and state of a point; larger ones are left out.")] = 12.0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "cpu",
     plot_to: Annotated[Path | None, typer.Option("--plot", help="Where to draw the times.")] = None,
     json_to: Annotated[Path | None, typer.Option("--json", help="Where to write every number.")] = None,

@@ -237,6 +237,7 @@ class Rule(Component, family="rule"):
     uses_grad: ClassVar[bool] = True  # `apply` reads `grad`
     silent: ClassVar[bool] = False  # the update is zero: the place need not be computed
     takes_whole: ClassVar[bool] = False  # as a complement, starts from the unsplit signal
+    elementwise: ClassVar[bool] = False  # an entry depends on the same entry of signal, gradient and state alone, all of one shape
 
     @property
     def decomposes(self) -> bool:

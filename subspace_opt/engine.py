@@ -115,7 +115,7 @@ def _advance(stack: Stack, options: Options, memory: Memory, errors: dict[str, E
         return
     grad = _gradients(stack)
     old = gather(stack, options, memory)
-    weight = _joined([p.work.weights[p.index][p.start : p.stop] for p in pieces], stack.dtype) if split.needs_weight else None
+    weight = _joined([p.of(p.work.weights) for p in pieces], stack.dtype) if split.needs_weight else None
     step = _step(stack, options, memory.tables)
     sound = options.nonfinite != "propagate"
     try:
@@ -172,7 +172,7 @@ def _gradients(stack: Stack) -> Tensor:
 
 def _gradient(piece: Piece) -> Tensor:
     work = piece.work
-    grad = work.grads[piece.index][piece.start : piece.stop]
+    grad = piece.of(work.grads)
     return grad if work.scale == 1.0 else grad.to(work.row.compute_dtype) * work.scale
 
 
@@ -258,8 +258,7 @@ def _update(stack: Stack, update: Tensor | None, options: Options, factor: float
     parts = [None] * len(stack.pieces) if update is None else update.split(stack.sizes)
     for piece, part in zip(stack.pieces, parts, strict=True):
         work = piece.work
-        here = slice(piece.start, piece.stop)
-        w = work.weights[piece.index][here]
+        w = piece.of(work.weights)
         if part is None:  # no update yet: decay alone
             part = torch.zeros(w.shape, dtype=work.row.compute_dtype, device=w.device)
         low = w.dtype != part.dtype
@@ -277,7 +276,7 @@ def _update(stack: Stack, update: Tensor | None, options: Options, factor: float
             factor=factor,
             decay_after=stack.split.pipeline.decay == "after",
             rounding=options.rounding,
-            compensation=work.compensations[piece.index][here] if work.compensations else None,
+            compensation=piece.of(work.compensations) if work.compensations else None,
             noise=noise,
         )
 

@@ -148,6 +148,12 @@ class Split:
         return bool(p.complement) and p.mix.complement > 0 and (not full or p.complement[0].takes_whole)
 
     @cached_property
+    def elementwise(self) -> bool:
+        """Whether every entry of a weight is updated by itself, so that a matrix may be cut anywhere."""
+        plain = not self.opens and self.pipeline.feedback is None and not self.turned
+        return plain and all(rule.elementwise for _, rule, _, _ in self.places())
+
+    @cached_property
     def decomposes(self) -> bool:
         """Whether a rule takes a decomposition at every update."""
         return any(rule.decomposes for _, rule, _, _ in self.places())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
@@ -17,6 +17,7 @@ from .views import Block
 from .work import Options, Phase, Piece, Stack, Work
 
 SMALL = 4096  # entries up to which a CPU gains from stacking
+PASS = 2**17  # entries of a matrix that are updated together where each is updated by itself: they stay in the cache
 
 
 @dataclass
@@ -47,7 +48,13 @@ class Memory:
 
 
 def stacks(work: list[Work], options: Options, memory: Memory) -> Iterator[Stack]:
-    """Pieces that may be computed together, cut so that one temporary of a stack stays within `batch_bytes`."""
+    """All pieces, those together that may be, cut so that temporaries stay small."""
+    for stack in _grouped(work, options, memory):
+        yield from _in_passes(stack, options)
+
+
+def _grouped(work: list[Work], options: Options, memory: Memory) -> Iterator[Stack]:
+    """Pieces that may be computed together, so many that one temporary of a stack stays within `batch_bytes`."""
     waiting: dict[Any, Stack] = {}
     for item in work:
         for index, (block, split) in enumerate(item.row.splits):
@@ -62,6 +69,22 @@ def stacks(work: list[Work], options: Options, memory: Memory) -> Iterator[Stack
                     stack = waiting[key] = Stack(split, phase, refresh, [])
                 stack.pieces.append(Piece(item, index, start, stop))
     yield from waiting.values()
+
+
+def _in_passes(stack: Stack, options: Options) -> Iterator[Stack]:
+    """A large matrix whose entries are updated each by itself, such as an embedding, in runs of rows: temporaries stay small.
+
+    Not on a GPU, where bytes are cheap and launches dear, and not where rounding draws a whole matrix at once.
+    """
+    piece = stack.pieces[0]
+    rows, cols = piece.block.rows, piece.block.cols
+    alone = len(stack.pieces) == 1 and piece.size == 1 and piece.work.param.device.type == "cpu"
+    if not alone or not stack.split.elementwise or rows * cols <= PASS or options.rounding == "stochastic":
+        yield stack
+        return
+    run = max(1, PASS // cols)
+    for first in range(0, rows, run):
+        yield Stack(stack.split, stack.phase, stack.refresh, [replace(piece, rows=(first, min(first + run, rows)))])
 
 
 def due(item: Work, split: Split, phase: Phase) -> bool:

@@ -76,12 +76,13 @@ class Work:
 
 @dataclass(frozen=True)
 class Piece:
-    """Matrices `start` to `stop` of one block of a parameter."""
+    """Matrices `start` to `stop` of one block of a parameter, or `rows` of them where every entry is updated by itself."""
 
     work: Work
     index: int
     start: int
     stop: int
+    rows: tuple[int, int] | None = None  # first, and first beyond
 
     @property
     def block(self) -> Block:
@@ -96,6 +97,11 @@ class Piece:
         """Whether these are all matrices of the block."""
         return self.size == self.block.count
 
+    def of(self, blocks: list[Tensor]) -> Tensor:
+        """Its part of the parameter's weights, gradients or compensations, `(count, rows, cols)`."""
+        part = blocks[self.index][self.start : self.stop]
+        return part if self.rows is None else part[:, slice(*self.rows)]
+
     def stored(self, key: str) -> Tensor:
         """A state tensor of the block as it is kept, without a stack dimension for one matrix."""
         value: Tensor = self.work.state[state_key(self.block, key)]
@@ -104,6 +110,8 @@ class Piece:
     def slot(self, key: str) -> Tensor:
         """The piece of a state tensor, with a leading stack dimension."""
         value = self.stored(key)
+        if self.rows is not None:
+            value = value[..., slice(*self.rows), :]
         return value.unsqueeze(0) if self.block.count == 1 else value[self.start : self.stop]
 
 

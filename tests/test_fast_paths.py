@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from subspace_opt import build, linalg, load_spec, polar
+from subspace_opt import SubspaceOptimizer, build, linalg, load_spec, polar
+from subspace_opt.lab.measure import peak_temporaries
 from subspace_opt.spec import preset_names
 from tests.common import PRESETS, copied, differences, give, optimizer, parameters, same, snapshot, train
 
@@ -323,3 +324,53 @@ def test_a_norm_out_of_range_is_not_mistaken(size: float) -> None:
     assert float(opt.state[params["w"]]["step"]) == 1
     assert bool(params["w"].isfinite().all())
     assert not torch.equal(params["w"], before)
+
+
+# ----------------------------------------------------------------------------------------------------------------- temporaries
+
+
+class Model(nn.Module):
+    """LLaMA-60M half as wide: the same shares of embedding, head and hidden matrices."""
+
+    def __init__(self, width: int = 256, layers: int = 8) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(62 * width, width)
+        self.hidden = matrices(layers, width)
+        self.lm_head = nn.Linear(width, 62 * width, bias=False)
+
+
+# These give an embedding or a head to a rule that has to see all of it at once.
+WHOLE = {"adagrad-sn", "adam-sn", "adam-snsm", "powerstep", "rmsprop-sn", "soap", "soap-one-sided", "subspace-momentum"}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_temporaries_of_a_step_are_a_small_part_of_the_weights(preset: str) -> None:
+    """The state is there already; at most 0.15 of the weights' bytes are held beside it at any moment of a step."""
+    model = Model()
+    # SOAP leaves sides above 10000 as they are, which a vocabulary has and this one is too small for.
+    opt = build(preset, model, overrides={"matrix.selector.max_dim": 1000} if preset.startswith("soap") else None)
+    own = list(model.parameters())
+    for step in range(3):
+        for i, p in enumerate(own):
+            p.grad = random(*p.shape, seed=10 * step + i, dtype=torch.float32)
+        if step < 2:
+            opt.step()
+    part = peak_temporaries(opt.step, torch.device("cpu")) / sum(p.numel() * p.itemsize for p in own)
+    assert part <= (1.6 if preset in WHOLE else 0.15)
+
+
+@pytest.mark.parametrize("preset", ["galore", "adamw", "lion-like", "muon"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_in_passes_are_the_whole_matrix(preset: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    lion = {"version": 1, "name": "lion", "pipelines": {"all": {"complement": "lion"}}, "routes": [{"use": "all"}]}
+    spec = load_spec(lion if preset == "lion-like" else preset)
+    params = {"w": nn.Parameter(random(7, 5).to(dtype)), "embedding": nn.Parameter(random(30, 11).to(dtype))}
+    twins = copied(params)
+    runs = []
+    for own, entries in ((params, 2**18), (twins, 40)):
+        monkeypatch.setattr("subspace_opt.stacks.PASS", entries)
+        use = "other" if "other" in spec.pipelines else "all"
+        opt = SubspaceOptimizer([{"params": list(own.items()), "use": use}], spec, weight_decay=0.1, stacking="never", rounding="kahan")
+        train(opt, own, range(5))
+        runs.append(snapshot(opt, own))
+    assert same(*runs)

@@ -35,7 +35,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def peak_temporaries(step: Callable[[], object], device: torch.device) -> int:
-    """The most bytes that `step` holds at one time beyond those it found; it is called once. Freed memory found does not count against it."""
+    """The most bytes that `step`, called once, holds at one time beyond those it found."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)

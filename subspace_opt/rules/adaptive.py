@@ -35,6 +35,7 @@ class Adam(Rule):
     """
 
     scale_free: ClassVar[bool] = True
+    elementwise: ClassVar[bool] = True
     kind: Literal["adam"] = "adam"
     beta1: float = Field(0.9, ge=0.0, lt=1.0, description="Part of the first moment that is kept; 0 keeps no first moment.")
     beta2: float = Beta2
@@ -93,6 +94,7 @@ class Sign(Rule):
 
     uses_grad: ClassVar[bool] = False
     scale_free: ClassVar[bool] = True
+    elementwise: ClassVar[bool] = True
     kind: Literal["sign"] = "sign"
 
     def apply(self, x: Tensor, grad: Tensor, state: State, step: Step) -> tuple[Tensor, State]:
@@ -105,6 +107,7 @@ class Power(Rule):
 
     uses_grad: ClassVar[bool] = False
     scale_free: ClassVar[bool] = True  # nearly: 1e-16 to the power 0.1 is 0.03
+    elementwise: ClassVar[bool] = True
     kind: Literal["power"] = "power"
     beta: float = Field(0.1, gt=0.0, le=1.0, description="The exponent: 1 leaves the signal, towards 0 it tends to its sign.")
 
@@ -118,6 +121,7 @@ class Lion(Rule):
 
     scale_free: ClassVar[bool] = True
     uses_grad: ClassVar[bool] = False
+    elementwise: ClassVar[bool] = True
     kind: Literal["lion"] = "lion"
     beta1: float = Field(0.9, ge=0.0, lt=1.0, description="Weight of the average in the update's direction.")
     beta2: float = Field(0.99, ge=0.0, lt=1.0, description="Part of the average that is kept at each update.")

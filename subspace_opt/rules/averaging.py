@@ -21,6 +21,7 @@ class Ema(Rule):
     """`M <- beta M + (1 - beta) X`, passed on as it is or looked ahead: `(1 - beta) X + beta M` (Nesterov)."""
 
     uses_grad: ClassVar[bool] = False
+    elementwise: ClassVar[bool] = True
     kind: Literal["ema"] = "ema"
     beta: float = Beta
     nesterov: bool = Field(False, description="Pass on the average that the next update would have for the same signal.")
@@ -91,6 +92,7 @@ class Identity(Rule):
     """`X`: the signal is the update; as a complement, plain SGD on what the subspace leaves."""
 
     uses_grad: ClassVar[bool] = False
+    elementwise: ClassVar[bool] = True
     kind: Literal["identity", "sgd"] = "identity"
 
     def apply(self, x: Tensor, grad: Tensor, state: State, step: Step) -> tuple[Tensor, State]:

@@ -89,6 +89,7 @@ class Debias(Rule):
     """`X sqrt(1 - beta2^t) / (1 - beta1^t)`: the bias correction of Adam on the whole update, as in Hugging Face's and GaLore's AdamW."""
 
     uses_grad: ClassVar[bool] = False
+    elementwise: ClassVar[bool] = True
     kind: Literal["debias"] = "debias"
     beta1: float | None = Field(None, ge=0.0, lt=1.0, description="That of the first moment; omitted, it is not corrected.", examples=[0.9])
     beta2: float | None = Field(
