@@ -5,8 +5,9 @@ order every round, so that whatever else the machine does falls on all alike; a 
 median and quartiles are over the rounds.
 
 A selector that refreshes its basis every k steps is timed in both kinds of step: `step` is one without a refresh,
-`refresh` one with all bases refreshed, and `mean` what a step costs on the average, (refresh + (k - 1) step) / k. Next to
-each preset stands the floor: its operations and bytes at the rates measured on this machine.
+`refresh` one with all bases refreshed at once, and `mean` what a step costs on the average: (refresh + (k - 1) step) / k, or, where
+the steps that were timed had their share of refreshes, their mean. Presets spread refreshes over the steps. Next to each preset
+stands the floor: its operations and bytes at the rates measured on this machine.
 
 Example: python benchmarks/step_time.py --layers 2 --presets cosmos,muon,soap
 """
@@ -24,7 +25,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from floors import floor, measure
-from peers import ADAMW, GALORE, LR, MUON, MUON32, peers
+from peers import ADAMW, GALORE, LR, MUON, MUON32, SOAPS, peers
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -37,6 +38,7 @@ from subspace_opt.lab.measure import measured_bytes
 from subspace_opt.lab.report import readable_bytes
 from subspace_opt.spec import preset_names
 
+EVERY = dict.fromkeys(SOAPS, 10) | {GALORE: 200}  # steps between refreshes of peers
 POOL = 4  # gradients made beforehand
 
 
@@ -71,6 +73,7 @@ class Row:
     refresh: float | None
     mean: float
     first: float
+    worst: float  # the slowest of all steps but the first by the median
     floor: float | None  # None for those of others
 
 
@@ -163,11 +166,16 @@ def report(timed: Sequence[Timed]) -> list[Row]:
     muon = MUON if MUON in steps else MUON32
     rows = []
     for one in timed:
-        every, step = period(one.optimizer), spread(one.steps)
+        every, step = period(one.optimizer) or EVERY.get(one.name), spread(one.steps)
         refresh = median(one.refreshes) if one.refreshes else None
         mean = step[1] if refresh is None or every is None else (refresh + (every - 1) * step[1]) / every
+        if every is not None and every <= len(one.steps) // 2:  # then the steps have their share of refreshes
+            mean = sum(one.steps) / len(one.steps)
+        worst = max(one.steps) / step[1]
         to_adamw, to_muon = (spread([x / y for x, y in zip(one.steps, steps[name], strict=True)]) for name in (ADAMW, muon))
-        rows.append(Row(one.name, measured_bytes(one.optimizer), step, to_adamw, to_muon, every, refresh, mean, one.first, one.floor))
+        rows.append(
+            Row(one.name, measured_bytes(one.optimizer), step, to_adamw, to_muon, every, refresh, mean, one.first, worst, one.floor)
+        )
     return sorted(rows, key=lambda row: row.mean)
 
 
@@ -180,7 +188,7 @@ def spread(values: Sequence[float]) -> tuple[float, float, float]:
 def show(rows: Sequence[Row], out: Console) -> None:
     """A table for people."""
     ratios = ("x AdamW", "quartiles", "x Muon", "quartiles")
-    numbers = ("state", "x AdamW", "step ms", "x floor", *ratios, "refresh ms", "every", "mean ms", "first ms")
+    numbers = ("state", "x AdamW", "step ms", "x floor", *ratios, "refresh ms", "every", "mean ms", "first", "worst")
     table = Table("optimizer", *numbers, box=None, padding=(0, 2, 0, 0), pad_edge=False)
     for column in table.columns[1:]:
         column.justify, column.no_wrap = "right", True
@@ -190,7 +198,7 @@ def show(rows: Sequence[Row], out: Console) -> None:
         above = "-" if row.floor is None else f"{row.step[1] / row.floor:.2f}"
         times = (f"{row.step[1]:.1f}", above, *_words(row.to_adamw), *_words(row.to_muon), *refresh, f"{row.mean:.1f}")
         state = (readable_bytes(row.state_bytes), f"{row.state_bytes / adamw:.3f}")
-        table.add_row(row.name, *state, *times, f"{row.first:.0f}")
+        table.add_row(row.name, *state, *times, f"{row.first / row.step[1]:.1f}", f"{row.worst:.1f}")
     out.print(table)
 
 
