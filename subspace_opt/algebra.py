@@ -135,7 +135,9 @@ def project(x: Tensor, basis: Basis) -> Tensor:
     """Coordinates `P' X U` of a stack `(B, m, n)` in a basis."""
     if basis.right is not None:
         x = _project_right(x, basis.right)
-    if basis.left is not None:
+    if isinstance(basis.left, Tensor) and not _picks(basis.left):
+        x = linalg.mm(basis.left.mT, x)  # and not the transpose of X' P, whose layout would slow down all that follows
+    elif basis.left is not None:
         x = _project_right(x.mT, basis.left).mT
     return _gated(x, basis)
 
@@ -144,7 +146,9 @@ def lift(c: Tensor, basis: Basis, rows: int, cols: int, *, turned: bool = False)
     """`P C U'`, the matrices `(B, rows, cols)` with coordinates `c`; `turned`: laid out by columns, if that costs nothing."""
     if turned and basis.left is None and basis.gate is None and isinstance(basis.right, Tensor) and not _picks(basis.right):
         return linalg.mm(basis.right, c.mT).mT
-    if basis.left is not None:
+    if isinstance(basis.left, Tensor) and not _picks(basis.left):
+        c = linalg.mm(basis.left, c)
+    elif basis.left is not None:
         c = _lift_right(c.mT, basis.left, rows).mT
     if basis.right is not None:
         c = _lift_right(c, basis.right, cols)
@@ -216,7 +220,7 @@ class Change(NamedTuple):
             if self.sides(dim) is not None:
                 moved = value.movedim(axis, -1)  # (B, ..., r_old)
                 turned = self._turned(moved.reshape(moved.size(0), -1, moved.size(-1)), dim)
-                value = turned.reshape(*moved.shape[:-1], turned.size(-1)).movedim(-1, axis)
+                value = turned.reshape(*moved.shape[:-1], turned.size(-1)).movedim(-1, axis).contiguous()
         return value.abs() if slot.transport == "project_abs" else value
 
 
