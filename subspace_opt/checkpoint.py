@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,15 +14,19 @@ from .plan import COUNTERS, Plan, Row
 
 MOST = 5  # differences shown
 
+Reader = Callable[[Tensor, str, Tensor, tuple[int, ...]], Tensor]
+
 
 class CheckpointError(ValueError):
     """A state dictionary that is not of this optimizer; nothing has been loaded."""
 
 
 def matched(
-    state_dict: Mapping[str, Any], groups: Sequence[dict[str, Any]], plan: Plan
+    state_dict: Mapping[str, Any], groups: Sequence[dict[str, Any]], plan: Plan, readers: Mapping[int, Reader] = MappingProxyType({})
 ) -> tuple[dict[Tensor, dict[str, Any]], list[dict[str, Any]]]:
     """The state by parameter and the groups with the saved options, for `Optimizer.__setstate__`.
+
+    `readers`: by `id` of parameters of which this rank keeps a part, how that is taken from a checkpoint's tensor.
 
     Raises:
         CheckpointError: other spec, other parameters, missing or foreign slots, other shapes or dtypes, naming what differs.
@@ -44,7 +49,20 @@ def matched(
     if problems:
         more = f"\n... and {len(problems) - MOST} more" if len(problems) > MOST else ""
         raise CheckpointError("the checkpoint does not fit this optimizer:\n" + "\n".join(problems[:MOST]) + more)
+    for param, slots in state.items():
+        for key, value in slots.items():
+            if key not in COUNTERS:
+                slots[key] = _kept(value, param, key, rows[id(param)], readers.get(id(param)))
     return state, merged
+
+
+def _kept(value: Tensor, param: Tensor, key: str, row: Row, reader: Reader | None) -> Tensor:
+    """A slot on the parameter's device, in a storage of its own: whole, or this rank's part of it."""
+    if reader is not None:
+        return reader(param, key, value.detach(), row.state[key][0])
+    value = value.detach()
+    value = value.full_tensor() if hasattr(value, "full_tensor") else value  # saved by ranks that shared it
+    return value.to(device=param.device, copy=True).contiguous()
 
 
 def _pairs(saved_groups: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]], own: list[Tensor]) -> list[tuple[Any, Tensor]]:
@@ -178,5 +196,5 @@ def _loaded(saved: Mapping[str, Any], row: Row, param: Tensor, problems: list[st
         elif value.dtype != dtype:
             problems.append(f"'{name}': slot '{key}' has dtype {value.dtype}, here {dtype}")
         else:
-            out[key] = value.detach().to(device=param.device, copy=True).contiguous()
+            out[key] = value
     return out

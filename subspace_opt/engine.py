@@ -14,9 +14,12 @@ from torch import Tensor
 
 from . import linalg
 from .algebra import Constants, State, Step
+from .layout import Box
+from .plan import Row
 from .split import Split
 from .stacks import Memory, counted, gather, scatter, stacks
 from .update import generator, update_weight
+from .views import Block
 from .work import Options, Phase, Piece, Stack, Work
 
 FUSED = ("cpu", "cuda", "mps", "xpu")  # devices for which PyTorch has fused kernels
@@ -29,13 +32,19 @@ def take_step(work: list[Work], options: Options, memory: Memory, failures: dict
     Raises:
         torch.linalg.LinAlgError: a decomposition failed `MOST_FAILURES` times in a row for one parameter; all others are updated by then.
     """
+    errors: dict[str, Exception] = {}
+    compute(work, options, memory, errors)
+    write_back(work)
+    close(work, memory)
+    report(work, errors, failures)
+
+
+def compute(work: list[Work], options: Options, memory: Memory, errors: dict[str, Exception]) -> None:
+    """Updates and new state; `errors` is told of decompositions that failed."""
     # In an order of their own: round-off within a batched product depends on the place in it, and the order of parameters must not matter.
     work = sorted(work, key=lambda item: item.name)
-    errors: dict[str, Exception] = {}
     for stack in stacks(_left_by_kernels(work, options), options, memory):
         _advance(stack, options, memory, errors)
-    _close(work, memory)
-    _report(work, errors, failures)
 
 
 def count(name: str, state: dict[str, Any], memory: Memory) -> int:
@@ -47,8 +56,8 @@ def count(name: str, state: dict[str, Any], memory: Memory) -> int:
     return known[2]
 
 
-def _close(work: list[Work], memory: Memory) -> None:
-    """Count the updates; write back weights whose storage could not be viewed as matrices."""
+def close(work: list[Work], memory: Memory) -> None:
+    """Count the updates."""
     counters = [item.state["step"] for item in work if item.count >= 0 and not item.held]
     if counters:
         torch._foreach_add_(counters, 1.0)
@@ -56,6 +65,11 @@ def _close(work: list[Work], memory: Memory) -> None:
         if item.count >= 0 and not item.held:
             step = item.state["step"]
             memory.counts[item.name] = (step, step._version, item.count + 1)
+
+
+def write_back(work: list[Work]) -> None:
+    """Copy weights, compensations and updates to where they belong, if their storage could not be viewed as matrices."""
+    for item in work:
         for stored, name in ((item.param, "weights"), (item.state.get("compensation"), "compensations")):
             blocks = vars(item).get(name)  # what was never looked at need not be written back
             if stored is not None and blocks and blocks[0].untyped_storage().data_ptr() != stored.untyped_storage().data_ptr():
@@ -97,7 +111,7 @@ def _shaped(value: Tensor, param: Tensor) -> Tensor:
 
 def _fits_a_kernel(item: Work) -> bool:
     """Whether one rule makes the whole update and has a kernel for it, and storage is as kernels want it."""
-    if item.count < 0 or item.scale != 1.0 or len(item.row.splits) != 1 or item.row.splits[0][1].kernel is None:
+    if item.count < 0 or item.scale != 1.0 or item.outbox is not None or len(item.row.splits) != 1 or item.row.splits[0][1].kernel is None:
         return False
     p, g = item.param, item.grad
     alike = p.dtype == g.dtype == item.row.compute_dtype and p.device == g.device and p.device.type in FUSED
@@ -128,14 +142,17 @@ def _advance(stack: Stack, options: Options, memory: Memory, errors: dict[str, E
         name = pieces[0].work.name
         errors[name] = error
         if step.first:  # there is no basis to go on with: it begins with the next gradient
-            pieces[0].work.held = len(pieces[0].work.row.splits) == 1 and pieces[0].block.count == 1
+            pieces[0].work.held = len(pieces[0].work.row.splits) == 1 and pieces[0].block.total == 1
+            pieces[0].work.silent = True
             return
         if step.refresh and not split.pipeline.selector.keeps_basis:
+            pieces[0].work.silent = True
             return
         try:
             kept = _without_refresh(split, old) if step.refresh else old
             update, factor, new = _run(split, grad, weight, kept, step._replace(refresh=False), sound)
         except torch.linalg.LinAlgError:  # it was not the basis but a rule
+            pieces[0].work.silent = True
             return
     if update is not None:
         _update(stack, update, options, factor)  # before the state is written: the update may be part of it
@@ -217,8 +234,8 @@ def _age(work: Work, split: Split, t: int, refresh: bool) -> int:
 def _noise(piece: Piece, call: int, shape: tuple[int, ...], seed: int) -> Tensor:
     """Draws that depend on (seed, name, block, update) alone, `(matrices, *shape)` float32."""
     words = (seed, piece.work.name, piece.block.name, call)
-    whole = torch.randn(piece.block.count, *shape, generator=generator(torch.device("cpu"), *words))
-    return whole[piece.start : piece.stop]
+    whole = torch.randn(piece.block.total, *shape, generator=generator(torch.device("cpu"), *words))
+    return whole[piece.block.first + piece.start : piece.block.first + piece.stop]
 
 
 def _constants(split: Split, work: Work, tables: dict[Any, Tensor]) -> Constants:
@@ -232,7 +249,7 @@ def _constants(split: Split, work: Work, tables: dict[Any, Tensor]) -> Constants
     return out
 
 
-def _report(work: list[Work], errors: dict[str, Exception], failures: dict[str, int]) -> None:
+def report(work: list[Work], errors: dict[str, Exception], failures: dict[str, int]) -> None:
     """Count failures in a row, warn of each, give up at `MOST_FAILURES`."""
     for item in work:
         if item.name not in errors:
@@ -258,6 +275,10 @@ def _update(stack: Stack, update: Tensor | None, options: Options, factor: float
     parts = [None] * len(stack.pieces) if update is None else update.split(stack.sizes)
     for piece, part in zip(stack.pieces, parts, strict=True):
         work = piece.work
+        if work.outbox is not None:
+            if part is not None:
+                piece.of(work.outgoing).copy_(part * factor)
+            continue
         w = piece.of(work.weights)
         if part is None:  # no update yet: decay alone
             part = torch.zeros(w.shape, dtype=work.row.compute_dtype, device=w.device)
@@ -265,9 +286,8 @@ def _update(stack: Stack, update: Tensor | None, options: Options, factor: float
         noise = None
         if low and options.rounding == "stochastic":
             noise = torch.empty_like(part)
-            for i, one in enumerate(noise, piece.start):  # matrix by matrix: how stacks are cut must not matter
-                words = (options.seed, "rounding", work.name, piece.block.name, i, work.count)
-                one.uniform_(generator=generator(w.device, *words))
+            for i, one in enumerate(noise, piece.start):
+                one.copy_(_rounding_draw(work.name, piece.block, i, work.count, options, one))
         update_weight(
             w,
             part,
@@ -281,6 +301,26 @@ def _update(stack: Stack, update: Tensor | None, options: Options, factor: float
         )
 
 
+def _rounding_draw(name: str, block: Block, i: int, count: int, options: Options, like: Tensor) -> Tensor:
+    """Uniform draws for matrix `i` of a block, or for the cut of it that a rank holds: how stacks and shards are cut must not matter."""
+    top, left, rows, cols = block.window or (0, 0, block.rows, block.cols)
+    words = (options.seed, "rounding", name, block.name, block.first + i, count)
+    whole = torch.empty(rows, cols, dtype=like.dtype, device=like.device).uniform_(generator=generator(like.device, *words))
+    return whole[top : top + block.rows, left : left + block.cols]
+
+
+def rounding_noise(row: Row, box: Box, count: int, options: Options, like: Tensor) -> Tensor:
+    """The uniform draws of stochastic rounding for a box of a parameter, as they would be if it were whole."""
+    whole = torch.empty(row.entry.shape, dtype=like.dtype, device=like.device)
+    blocks = row.view.cut(row.view.whole(whole))
+    for block, matrices in zip(row.view.blocks, blocks, strict=True):
+        for i, one in enumerate(matrices):
+            one.copy_(_rounding_draw(row.entry.name, block, i, count, options, like))
+    if blocks and blocks[0].untyped_storage().data_ptr() != whole.untyped_storage().data_ptr():
+        whole = row.view.restore(blocks, whole.shape)
+    return whole[tuple(slice(a, b) for a, b in zip(box.start, box.stop, strict=True))]
+
+
 def _decay(piece: Piece, split: Split) -> float:
     return 0.0 if split.pipeline.decay == "coupled" else piece.work.weight_decay
 
@@ -290,7 +330,7 @@ def _updated_together(stack: Stack, update: Tensor, options: Options, factor: fl
     pieces = stack.pieces
     first = pieces[0].work
     rate, decay = first.lr, _decay(pieces[0], stack.split)
-    if len(pieces) < 2 or isinstance(rate, Tensor):
+    if len(pieces) < 2 or isinstance(rate, Tensor) or any(p.work.outbox is not None for p in pieces):
         return False
     if not all(p.work.is_matrix and p.work.lr == rate and _decay(p, stack.split) == decay for p in pieces):
         return False

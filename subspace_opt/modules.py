@@ -21,6 +21,33 @@ def canonical_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
+def refuse_flat(model: nn.Module) -> None:
+    """Refuse a model whose weights are no matrices any more.
+
+    Raises:
+        ValueError: parameters flattened by FSDP1 or ZeRO-3, or a 1-D view of a matrix, of which no rank can make out rows and columns.
+    """
+    for path, module in model.named_modules():
+        if type(module).__name__ == "FullyShardedDataParallel":
+            raise ValueError(
+                f"'{path or type(module).__name__}' is wrapped by FSDP1, whose flat parameters have no rows and columns; shard the "
+                "model with torch.distributed.fsdp.fully_shard (FSDP2) instead"
+            )
+        for name, p in module.named_parameters(recurse=False):
+            where = f"{path}.{name}".lstrip(".")
+            if hasattr(p, "ds_id"):
+                raise ValueError(
+                    f"parameter '{where}' is partitioned by DeepSpeed ZeRO-3, which leaves no rows and columns; use FSDP2, or ZeRO-1 or 2 "
+                    "with their partitioning of the optimizer switched off"
+                )
+            matrix = isinstance(module, nn.Linear | nn.Embedding | _ConvNd) and name == "weight"
+            if matrix and p.dim() < 2:
+                raise ValueError(
+                    f"parameter '{where}' of a {type(module).__name__} has shape {tuple(p.shape)}: a 1-D view of a matrix, such as "
+                    "FSDP1 makes with use_orig_params; build the optimizer before flattening, or shard with fully_shard (FSDP2)"
+                )
+
+
 def module_kinds(model: nn.Module) -> dict[int, frozenset[str]]:
     """The kinds of every parameter, by `id`: all that the modules holding it are, so a tied weight is embedding and head."""
     kinds: dict[int, set[str]] = {}

@@ -8,14 +8,14 @@ import os
 import warnings
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor, nn
 
 from . import engine
 from .checkpoint import matched
-from .modules import canonical_name, module_kinds
+from .modules import canonical_name, module_kinds, refuse_flat
 from .plan import Entry, Plan, Row, make_plan
 from .registry import suggest
 from .spec import Spec, SpecError, load_spec
@@ -23,6 +23,12 @@ from .stacks import Memory
 from .survey import survey
 from .update import Rounding
 from .work import Nonfinite, Options, Stacking, Work, allocate
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from .layout import Share
+    from .sharding import Team
 
 SpecLike = Spec | Mapping[str, Any] | str | os.PathLike[str]
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
@@ -54,6 +60,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         batch_bytes: Bound for one temporary of a stack.
         seed: Of all draws, together with parameter name and step; no global generator is touched.
         strict: A route that matches no parameter is an error.
+        process_group: Ranks that hold these parameters whole and the same gradients, as under DistributedDataParallel: they divide work
+            and state among them, and `state_dict()` is then a collective. What is sharded (FSDP2, tensor parallel) needs no such word.
 
     Raises:
         SpecError: a spec that cannot be used, a parameter that no route accepts.
@@ -76,6 +84,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         batch_bytes: int = 64 * 2**20,
         seed: int = 0,
         strict: bool = False,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         self._overrides = dict(overrides or {})
         self._modules = dict(modules or {})
@@ -89,6 +98,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         )
         self._memory = Memory()
         self._planned: tuple[Any, Plan] | None = None
+        self._placed: tuple[Any, Plan, dict[int, tuple[Team, Share]]] | None = None
+        self._group = process_group
         self.skipped: dict[str, int] = {}
         self.failures: dict[str, int] = {}
         self.spec = load_spec(spec, self._overrides)
@@ -205,6 +216,22 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         self._planned = None  # lr and weight decay of a group may have been scheduled since
         return self.plan
 
+    # ---------------------------------------------------------------------------------------------------------------- sharding
+
+    def _shares(self) -> dict[int, tuple[Team, Share]]:
+        """Team and share of every parameter that several ranks hold, by `id`; found anew when plan or placements change."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        if self._group is None and not any(hasattr(p, "device_mesh") for p in params):
+            return {}
+        plan = self.plan
+        key = tuple((id(p), p.shape, getattr(p, "placements", None)) for p in params)
+        if self._placed is None or self._placed[:2] != (key, plan):
+            sizes = [len(group["params"]) for group in self.param_groups]
+            from . import together  # late: PyTorch's distributed tensors take half a second to import
+
+            self._placed = (key, plan, together.shares(params, plan.rows, sizes, self._group))
+        return self._placed[2]
+
     # -------------------------------------------------------------------------------------------------------------------- step
 
     @overload
@@ -221,15 +248,24 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         rows = iter(self.plan.rows)
-        work = []
+        shares = self._shares()
+        if shares:
+            from . import together
+        work, items = [], []
         for group in self.param_groups:
             for p in group["params"]:
                 row = next(rows)
-                if p.grad is not None and p.numel():
+                if id(p) in shares:
+                    if p.requires_grad:  # whether there is a gradient is asked of all ranks
+                        items.append(together.item(*shares[id(p)], p, self._work(group, p, row)))
+                elif p.grad is not None and p.numel():
                     work.append(self._work(group, p, row))
                 elif p.grad is not None and not self.state.get(p):
                     allocate(row, p, self.state[p])  # nothing to update, yet checkpoints ask every parameter for state
         work, skipped = survey(work, self._options.nonfinite)
+        if items:
+            items, besides = together.survey(items, self._options)
+            skipped += besides
         for item in work:
             item.state = self.state[item.param]
             if not item.state:
@@ -239,12 +275,13 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         for name in skipped:
             self.skipped[name] = self.skipped.get(name, 0) + 1
         engine.take_step(work, self._options, self._memory, self.failures)
+        if items:
+            together.take_step(items, self.state, self._options, self._memory, self.failures)
         return loss
 
     def _work(self, group: dict[str, Any], p: Tensor, row: Row) -> Work:
         grad = p.grad
-        assert grad is not None
-        if grad.is_sparse:
+        if grad is not None and grad.is_sparse:
             raise RuntimeError(
                 f"'{row.entry.name}' has a sparse gradient, which subspaces cannot use; build the embedding with sparse=False"
             )
@@ -255,7 +292,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         return Work(
             row=row,
             param=p,
-            grad=-grad if group["maximize"] else grad,
+            grad=p if grad is None else -grad if group["maximize"] and not hasattr(p, "device_mesh") else grad,
+            maximize=group["maximize"],
             lr=lr * row.lr_scale,
             weight_decay=float(group["weight_decay"]) * row.decay_scale,
             refresh=group["refresh"] or row.entry.name in self.failures,
@@ -270,6 +308,21 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     # -------------------------------------------------------------------------------------------------------------- checkpoints
 
     @torch._disable_dynamo
+    def state_dict(self) -> dict[str, Any]:
+        """The state, by parameter and slot; of parameters that several ranks share, as DTensors: then call it on all of them."""
+        shares = self._shares()
+        if not shares:
+            return super().state_dict()
+        from . import together
+
+        own = self.state
+        self.state = together.exported(shares, own)
+        try:
+            return super().state_dict()
+        finally:
+            self.state = own
+
+    @torch._disable_dynamo
     def load_state_dict(self, state_dict: Any) -> None:
         """Load a state: dtypes are kept as saved, parameters are matched by name where names are known, and all is checked first.
 
@@ -280,7 +333,12 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
-        state, groups = matched(state_dict, self.param_groups, self.plan)
+        readers = {}
+        if shares := self._shares():
+            from . import together
+
+            readers = {key: together.reader(*both) for key, both in shares.items()}
+        state, groups = matched(state_dict, self.param_groups, self.plan, readers)
         self.__setstate__({"state": defaultdict(dict, state), "param_groups": groups})
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
@@ -292,8 +350,9 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.defaults.pop("differentiable", None)  # put in by torch's class: no option of ours, and it would go into later groups
-        self._planned = None
+        self._planned = self._placed = None
         self._memory = Memory()
+        self._group = getattr(self, "_group", None)  # a group of processes cannot be copied or pickled
 
 
 def _choice(name: str, value: Any, kind: Any) -> Any:
@@ -332,8 +391,13 @@ def build(
     """
     if not isinstance(model_or_params, nn.Module):
         return SubspaceOptimizer(model_or_params, spec, lr=lr, weight_decay=weight_decay, overrides=overrides, **options)
-    found = module_kinds(model_or_params)
-    named = OrderedDict((canonical_name(name), p) for name, p in model_or_params.named_parameters())
+    module = model_or_params
+    if isinstance(module, nn.parallel.DistributedDataParallel):
+        options.setdefault("process_group", module.process_group)
+        module = module.module
+    refuse_flat(module)
+    found = module_kinds(module)
+    named = OrderedDict((canonical_name(name), p) for name, p in module.named_parameters())
     if not named:
         raise SpecError("the model has no parameters")
     kinds = {name: found.get(id(p), frozenset()) for name, p in named.items()}

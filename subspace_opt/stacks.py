@@ -109,7 +109,7 @@ def _phases(item: Work, index: int, begun: set[tuple[str, int]]) -> list[Phase]:
     name = (item.name, index)
     if item.count < 0:
         return [Phase.WAITING] * block.count
-    if (block.count == 1 and len(item.row.splits) == 1) or name in begun or not split.slots:
+    if (block.total == 1 and len(item.row.splits) == 1) or name in begun or not split.slots:
         return [Phase.BEGUN if item.count else Phase.FIRST] * block.count
     moved = item.grads[index].flatten(1).any(1)
     has = torch.zeros_like(moved)

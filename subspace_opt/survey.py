@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -24,26 +25,42 @@ def survey(work: list[Work], policy: Nonfinite) -> tuple[list[Work], list[str]]:
         NonFiniteGradient: with policy `raise`; nothing has been changed.
     """
     seen = [item for item in work if policy != "propagate" or item.count == 0]
+    bad = judged(zip(seen, _peaks(seen), strict=True))
+    if bad and policy == "raise":
+        raise nonfinite(bad)
+    if policy == "skip":
+        return [item for item in work if item.name not in set(bad)], bad
+    return work, []
+
+
+def judged(sizes: Iterable[tuple[Work, float]]) -> list[str]:
+    """Scale what is too large, mark what has no gradient but 0 yet, and name what is not finite."""
     bad = []
-    for item, peak in zip(seen, _peaks(seen), strict=True):
+    for item, peak in sizes:
         if not math.isfinite(peak):
             bad.append(item.name)
             continue
-        limit = _largest(item.row.compute_dtype)
+        limit = largest(item.row.compute_dtype)
         item.scale = limit / peak if peak > limit else 1.0
         if item.count == 0 and peak == 0.0:
             # A parameter starts with its first gradient that is not zero: until then there is nothing to take a basis from and
             # nothing to average, and a checkpoint that initialises state by a step with zero gradients changes nothing.
             item.count = -1
-    if bad and policy == "raise":
-        names = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
-        raise NonFiniteGradient(
-            f"the gradient of {names} holds NaN or infinity; nothing was changed. Look for its cause, lower lr, clip, or build with "
-            "nonfinite='skip' to leave such parameters alone for the step"
-        )
-    if policy == "skip":
-        return [item for item in work if item.name not in set(bad)], bad
-    return work, []
+    return bad
+
+
+def nonfinite(names: list[str]) -> NonFiniteGradient:
+    """The error for gradients that are not finite."""
+    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return NonFiniteGradient(
+        f"the gradient of {shown} holds NaN or infinity; nothing was changed. Look for its cause, lower lr, clip, or build with "
+        "nonfinite='skip' to leave such parameters alone for the step"
+    )
+
+
+def size_of(grad: Tensor) -> float:
+    """The Frobenius norm of a gradient."""
+    return _transferred([grad], norms=True)[0]
 
 
 def _peaks(work: list[Work]) -> list[float]:
@@ -52,7 +69,7 @@ def _peaks(work: list[Work]) -> list[float]:
     """
     norms = _transferred([item.grad for item in work], norms=True)
     # A norm in range bounds every entry. One of 0 or infinity may be that of squares that left the range, in the gradient's own dtype.
-    unsure = [i for i, item in enumerate(work) if not 0.0 < norms[i] <= _largest(item.row.compute_dtype)]
+    unsure = [i for i, item in enumerate(work) if not 0.0 < norms[i] <= largest(item.row.compute_dtype)]
     for i, peak in zip(unsure, _transferred([work[i].grad for i in unsure], norms=False), strict=True):
         norms[i] = peak
     return norms
@@ -72,6 +89,6 @@ def _transferred(grads: list[Tensor], *, norms: bool) -> list[float]:
     return out
 
 
-def _largest(dtype: torch.dtype) -> float:
+def largest(dtype: torch.dtype) -> float:
     """The largest entry a gradient may have: sums of squares, and their squares in a covariance, stay finite."""
     return float(torch.finfo(dtype).max ** (1 / 3))

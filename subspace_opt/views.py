@@ -30,6 +30,15 @@ class Block:
     cols: int
     start: int
     heads: int
+    # Of a part of a parameter, where ranks share it: the matrices of the block before it, and all that there are.
+    first: int = 0
+    of: int | None = None
+    window: tuple[int, int, int, int] | None = None  # where it is a cut of a matrix: first row and column there, that's rows and columns
+
+    @property
+    def total(self) -> int:
+        """Matrices of the block in the whole parameter."""
+        return self.count if self.of is None else self.of
 
     def __str__(self) -> str:
         size = f"{self.rows}x{self.cols}" if self.count == 1 else f"{self.count} of {self.rows}x{self.cols}"

@@ -47,6 +47,9 @@ class Work:
     refresh: bool = False  # asked for by a call, or to make up for one that failed
     count: int = 0  # updates before this one; -1: there was no gradient but 0 until now
     held: bool = False  # the first update came to nothing and is not counted
+    maximize: bool = False
+    silent: bool = False  # a decomposition failed, and there is no update
+    outbox: Tensor | None = None  # takes the update, where the weights are elsewhere; of the parameter's shape
 
     @property
     def name(self) -> str:
@@ -61,9 +64,15 @@ class Work:
     def grads(self) -> list[Tensor]:
         return self.row.view.cut(self.row.view.whole(self.grad.detach()))
 
+    @property
+    def outgoing(self) -> list[Tensor]:
+        """The outbox as the weights are seen."""
+        assert self.outbox is not None
+        return self.row.view.cut(self.row.view.whole(self.outbox))
+
     @cached_property
     def compensations(self) -> list[Tensor] | None:
-        if not self.row.compensated:
+        if not self.row.compensated or self.outbox is not None:
             return None
         return self.row.view.cut(self.row.view.whole(self.state["compensation"]))
 

@@ -1,0 +1,379 @@
+"""Where the parts of a model lie and who computes them, on several ranks: boxes, parts, owners, messages. Pure; no torch.distributed.
+
+    a rank's shard of a parameter      a box of it
+    a part                             the matrices that one rank computes, a box of the parameter too
+    a message                          the intersection of a shard and a part, from the rank that has it to the rank that needs it
+
+Every rank finds the same layout from names, shapes and placements alone, so nothing has to be agreed on.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from math import prod
+from typing import NamedTuple
+
+from .plan import COUNTERS, Row, state_key
+from .split import Split
+from .views import View
+
+
+class Box(NamedTuple):
+    """A range of indices in each dimension of a tensor."""
+
+    start: tuple[int, ...]
+    stop: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(b - a for a, b in zip(self.start, self.stop, strict=True))
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+    def common(self, other: Box) -> Box | None:
+        """What two boxes share; None if that is nothing."""
+        start = tuple(map(max, self.start, other.start))
+        stop = tuple(map(min, self.stop, other.stop))
+        return Box(start, stop) if all(a < b for a, b in zip(start, stop, strict=True)) else None
+
+    def holds(self, other: Box) -> bool:
+        return all(a <= c and d <= b for a, b, c, d in zip(self.start, self.stop, other.start, other.stop, strict=True))
+
+    def within(self, frame: Box) -> tuple[slice, ...]:
+        """Slices that cut this box out of a tensor that holds `frame`."""
+        return tuple(slice(a - o, b - o) for a, b, o in zip(self.start, self.stop, frame.start, strict=True))
+
+
+def whole(shape: Sequence[int]) -> Box:
+    """All of a tensor."""
+    return Box((0,) * len(shape), tuple(shape))
+
+
+class Cut(NamedTuple):
+    """How one dimension of a mesh cuts a tensor; `strided`: after the dimensions to its right have cut (FSDP2 over tensor parallel)."""
+
+    dim: int
+    strided: bool = False
+
+
+def shards(shape: Sequence[int], mesh: Sequence[int], cuts: Sequence[Cut | None]) -> tuple[Box, ...]:
+    """The box of each rank of a mesh, in row-major order of its coordinates: every cut makes chunks of ceil(size / ranks)."""
+    order = [i for i, cut in enumerate(cuts) if cut is not None and not cut.strided]
+    order += [i for i, cut in reversed(list(enumerate(cuts))) if cut is not None and cut.strided]
+    boxes = []
+    for at in itertools.product(*map(range, mesh)):
+        box = whole(shape)
+        for axis in order:
+            cut = cuts[axis]
+            assert cut is not None
+            box = chunk(box, cut.dim, mesh[axis], at[axis])
+        boxes.append(box)
+    return tuple(boxes)
+
+
+def chunk(box: Box, dim: int, number: int, index: int) -> Box:
+    """The `index`-th of `number` chunks of a box along one dimension, as `torch.chunk` makes them; the last may be empty."""
+    first, last = box.start[dim], box.stop[dim]
+    size = -(-(last - first) // number)
+    low, high = min(first + index * size, last), min(first + (index + 1) * size, last)
+    return Box((*box.start[:dim], low, *box.start[dim + 1 :]), (*box.stop[:dim], high, *box.stop[dim + 1 :]))
+
+
+# ------------------------------------------------------------------------------------------------------------------------ parts
+
+
+@dataclass(frozen=True)
+class Part:
+    """A box of a parameter that `owners` compute (several only where each of them holds it anyway), and whose state they keep."""
+
+    box: Box
+    owners: tuple[int, ...]
+    row: Row  # the plan of the box alone
+    state: dict[str, Box]  # of each slot, where the part's lies in that of the parameter
+
+
+class Message(NamedTuple):
+    """A box of item `item` that rank `source` sends to rank `target`."""
+
+    source: int
+    target: int
+    item: int
+    box: Box
+
+
+@dataclass(frozen=True)
+class Share:
+    """One parameter on the ranks of its team."""
+
+    row: Row
+    boxes: tuple[Box, ...]  # the shard of each rank
+    parts: tuple[Part, ...]
+    cuts: tuple[Cut | None, ...] = ()  # of each dimension of the mesh; none where the parameter is whole on all ranks
+
+    @cached_property
+    def resident(self) -> bool:
+        """Whether owners hold the weights of their part, and update them in place."""
+        return all(self.boxes[owner].holds(part.box) for part in self.parts for owner in part.owners)
+
+    @cached_property
+    def local(self) -> bool:
+        """Whether nothing travels: every rank updates its own shard."""
+        return self.resident and not any(True for _ in self.outgoing(0))
+
+    def part_of(self, rank: int) -> Part | None:
+        """What a rank computes."""
+        return next((part for part in self.parts if rank in part.owners), None)
+
+    def state_box(self, key: str, rank: int) -> Box | None:
+        """Where a rank's part of a slot lies in that of the parameter; None if it has none."""
+        if key == "compensation" and not self.resident:
+            box = self.boxes[rank]  # of the weights, which stay where they are
+            return box if box.numel else None
+        part = self.part_of(rank)
+        return None if part is None else part.state[key]
+
+    def incoming(self, item: int) -> Iterator[Message]:
+        """Gradients from the shards to the owners."""
+        if self.resident:
+            return
+        for part, (box, holders) in itertools.product(self.parts, _distinct(self.boxes)):
+            both = part.box.common(box)
+            if both is not None:
+                for owner in part.owners:
+                    yield Message(owner if owner in holders else holders[owner % len(holders)], owner, item, both)
+
+    def outgoing(self, item: int) -> Iterator[Message]:
+        """Updates, or new weights where owners have them, from the owners to all that hold a shard of the part."""
+        for part in self.parts:
+            for rank, box in enumerate(self.boxes):
+                both = None if self.resident and rank in part.owners else part.box.common(box)
+                if both is not None:
+                    yield Message(part.owners[0], rank, item, both)
+
+    def bytes_held(self, rank: int) -> int:
+        """State that a rank keeps once the parameter has had a gradient."""
+        if self.row.entry.frozen or not self.row.entry.numel:
+            return self.row.state_bytes
+        total = 0
+        for key, (_, dtype) in self.row.state.items():
+            box = None if key in COUNTERS else self.state_box(key, rank)
+            total += dtype.itemsize * (1 if key in COUNTERS else 0 if box is None else box.numel)
+        return total
+
+    def bytes_sent(self, rank: int) -> int:
+        """What a rank sends in one step, itself left out."""
+        if self.row.entry.frozen:
+            return 0
+        grad = self.row.entry.dtype.itemsize
+        there = grad if self.resident else self.row.compute_dtype.itemsize
+        weights = 2 if any(split.needs_weight for _, split in self.row.splits) else 1
+        inbound = sum(m.box.numel * grad * weights for m in self.incoming(0) if m.source == rank != m.target)
+        return inbound + sum(m.box.numel * there for m in self.outgoing(0) if m.source == rank != m.target)
+
+
+def _distinct(boxes: Sequence[Box]) -> list[tuple[Box, list[int]]]:
+    """Every box that is not empty, once, with the ranks that hold it."""
+    held: dict[Box, list[int]] = {}
+    for rank, box in enumerate(boxes):
+        if box.numel:
+            held.setdefault(box, []).append(rank)
+    return list(held.items())
+
+
+@dataclass
+class Layout:
+    """Shares of one team of ranks. `loads`: bytes of state that each rank owns so far, by which the next owner is chosen."""
+
+    ranks: int
+    divided: bool = False  # the parameters are whole on all ranks, and the state is divided all the same
+    loads: list[int] = field(default_factory=list)
+    splits: dict[tuple[int, int, int], Split] = field(default_factory=dict)  # of cuts, by pipeline and shape
+
+    def __post_init__(self) -> None:
+        self.loads = self.loads or [0] * self.ranks
+
+    def add(self, rows: Sequence[Row], boxes: Sequence[tuple[Box, ...]], cuts: Sequence[tuple[Cut | None, ...]]) -> list[Share]:
+        """The shares of more parameters, largest first to the rank with the least; those that are there already stay."""
+        shares: dict[int, Share] = {}
+        for i in sorted(range(len(rows)), key=lambda i: (-_bytes(rows[i]), rows[i].entry.name)):
+            share = shares[i] = Share(rows[i], boxes[i], tuple(self._parts(rows[i], boxes[i])), cuts[i])
+            for rank in range(self.ranks):
+                self.loads[rank] += _owned(share, rank)
+        return [shares[i] for i in range(len(rows))]
+
+    def _parts(self, row: Row, boxes: tuple[Box, ...]) -> Iterator[Part]:
+        if not row.entry.numel:
+            return
+        if is_elementwise(row) and self.divided:
+            along = max(range(len(row.entry.shape)), key=lambda d: row.entry.shape[d], default=None)
+            if along is not None:
+                pieces = [chunk(whole(row.entry.shape), along, self.ranks, i) for i in range(self.ranks)]
+                if all(_viewed(row, piece) for piece in pieces if piece.numel):
+                    yield from (self._part(row, piece, (rank,)) for rank, piece in enumerate(pieces) if piece.numel)
+                    return
+        elif is_elementwise(row) and all(_viewed(row, box) for box in boxes if box.numel):
+            yield from (self._part(row, box, tuple(holders)) for box, holders in _distinct(boxes))
+            return
+        runs = list(_runs(row, self._cuts_of(row, boxes)))
+        # Where a rank has all of a run, the run is its own: nothing has to travel to it.
+        least = sorted(range(self.ranks), key=lambda rank: (self.loads[rank], rank))
+        free = iter(least)
+        taken: set[int] = set()
+        for box in runs:
+            holders = [rank for rank in least if boxes[rank].holds(box) and rank not in taken]
+            owner = holders[0] if holders else next(rank for rank in free if rank not in taken)
+            taken.add(owner)
+            yield self._part(row, box, (owner,))
+
+    def _cuts_of(self, row: Row, boxes: tuple[Box, ...]) -> list[int]:
+        """How many matrices, or heads, each run has: those of the shards where these hold whole ones, else as equal as they come."""
+        axis, size, count = _run_axis(row)
+        if count == 1:
+            return [1]
+        ranges = sorted({(box.start[axis], box.stop[axis]) for box in boxes if box.numel})
+        rest = all(box.start[d] == 0 and box.stop[d] == n for box in boxes if box.numel for d, n in enumerate(row.entry.shape) if d != axis)
+        apart = all(a[1] == b[0] for a, b in itertools.pairwise(ranges))
+        if rest and apart and len(ranges) > 1 and all(low % size == 0 and high % size == 0 for low, high in ranges):
+            return [(high - low) // size for low, high in ranges]
+        each = -(-count // self.ranks)
+        return [min(each, count - first) for first in range(0, count, each)]
+
+    def _part(self, row: Row, box: Box, owners: tuple[int, ...]) -> Part:
+        return Part(box, owners, _row_of(row, box, self.splits), _state_boxes(row, box))
+
+
+def _bytes(row: Row) -> int:
+    """State of a parameter, frozen or not: it may be thawed, and the layout must not move then."""
+    return sum(prod(shape) * dtype.itemsize for shape, dtype in row.state.values())
+
+
+def _owned(share: Share, rank: int) -> int:
+    return sum(
+        box.numel * dtype.itemsize
+        for key, (_, dtype) in share.row.state.items()
+        if key not in COUNTERS and (box := share.state_box(key, rank)) is not None
+    )
+
+
+def is_elementwise(row: Row) -> bool:
+    """Whether a parameter's entries are updated each by itself, so that it may be cut anywhere."""
+    return len(row.splits) == 1 and row.splits[0][1].elementwise and row.splits[0][0].heads == 1 and not row.splits[0][0].name
+
+
+# ---------------------------------------------------------------------------------- boxes of a parameter and of its matrices
+
+
+def _run_axis(row: Row) -> tuple[int, int, int]:
+    """The dimension along which a parameter falls into matrices, the length of one, and their number: experts, or heads."""
+    view, shape = row.view, row.entry.shape
+    heads = view.blocks[0].heads if view.blocks else 1
+    if view.count > 1 and len(shape) == 3:
+        return 0, 1, view.count
+    if heads > 1 and view.count == 1 and len(shape) == 2:
+        return (1 if view.transposed else 0), view.rows // heads, heads
+    return 0, 0, 1
+
+
+def _runs(row: Row, sizes: Sequence[int]) -> Iterator[Box]:
+    axis, length, count = _run_axis(row)
+    shape, first = row.entry.shape, 0
+    if count == 1:
+        yield whole(shape)
+        return
+    for size in sizes:
+        start, stop = [0] * len(shape), list(shape)
+        start[axis], stop[axis] = first * length, (first + size) * length
+        yield Box(tuple(start), tuple(stop))
+        first += size
+
+
+def _viewed(row: Row, box: Box) -> Box | None:
+    """A box of the parameter as one of its matrices `(count, rows, cols)`; None where it is not a box there."""
+    view, shape = row.view, row.entry.shape
+    if len(shape) < 2:
+        groups: list[list[int]] = [[], [], list(range(len(shape)))]
+    elif len(shape) == 2 or (view.count == 1 and shape[0] == (view.cols if view.transposed else view.rows)):
+        groups = [[], [0], list(range(1, len(shape)))]
+    else:
+        groups = [list(range(len(shape) - 2)), [len(shape) - 2], [len(shape) - 1]]
+    start, stop = [], []
+    for dims in groups:
+        merged = _merged(box, shape, dims)
+        if merged is None:
+            return None
+        start.append(merged[0])
+        stop.append(merged[1])
+    if view.transposed:
+        start[1], start[2], stop[1], stop[2] = start[2], start[1], stop[2], stop[1]
+    return Box(tuple(start), tuple(stop))
+
+
+def _merged(box: Box, shape: Sequence[int], dims: Sequence[int]) -> tuple[int, int] | None:
+    """The range of a box along dimensions that are joined to one; None where it is not one range."""
+    low = high = 0
+    for i, d in enumerate(dims):
+        a, b = box.start[d], box.stop[d]
+        if b - a > 1 and any((box.start[e], box.stop[e]) != (0, shape[e]) for e in dims[i + 1 :]):
+            return None
+        low, high = low * shape[d] + a, high * shape[d] + b - 1
+    return low, high + 1
+
+
+def _row_of(row: Row, box: Box, splits: dict[tuple[int, int, int], Split]) -> Row:
+    """The plan of a box alone: the same pipeline on fewer matrices, or on a cut of one where entries are updated each by itself."""
+    if box == whole(row.entry.shape):
+        return row
+    entry = replace(row.entry, shape=box.shape)
+    if is_elementwise(row):
+        viewed = _viewed(row, box)
+        assert viewed is not None
+        count, rows, cols = viewed.shape
+        block, split = row.splits[0]
+        key = (id(split.pipeline), rows, cols)
+        if key not in splits:
+            splits[key] = split.pipeline.on(rows, cols)
+        window = (viewed.start[1], viewed.start[2], block.rows, block.cols)
+        own = replace(block, count=count, rows=rows, cols=cols, first=viewed.start[0], of=block.count, window=window)
+        view = View(count, rows, cols, row.view.transposed, (own,))
+        return replace(row, entry=entry, view=view, splits=((own, splits[key]),))
+    axis, length, _ = _run_axis(row)
+    before, held = box.start[axis] // length, box.shape[axis] // length
+    blocks = []
+    for block in row.view.blocks:
+        each = block.heads if row.view.count > 1 else 1  # heads of every expert
+        heads = block.heads if row.view.count > 1 else held
+        blocks.append(replace(block, count=held * each, heads=heads, first=before * each, of=block.count))
+    count = held if row.view.count > 1 else 1
+    rows = row.view.rows if row.view.count > 1 else held * length
+    view = replace(row.view, count=count, rows=rows, blocks=tuple(blocks))
+    return replace(row, entry=entry, view=view, splits=tuple(zip(blocks, (split for _, split in row.splits), strict=True)))
+
+
+def _state_boxes(row: Row, box: Box) -> dict[str, Box]:
+    """Where each slot of a part lies in that of the parameter."""
+    out: dict[str, Box] = {}
+    cut = box != whole(row.entry.shape)
+    for block, split in row.splits:
+        for key in split.slots:
+            name = state_key(block, key)
+            shape = row.state[name][0]
+            if not cut:
+                out[name] = whole(shape)
+            elif is_elementwise(row):
+                viewed = _viewed(row, box)
+                assert viewed is not None
+                sides = slice(1, None) if block.count == 1 else slice(None)
+                out[name] = Box(viewed.start[sides], viewed.stop[sides])
+            else:
+                axis, length, _ = _run_axis(row)
+                each = block.heads if row.view.count > 1 else 1
+                low, high = box.start[axis] // length * each, box.stop[axis] // length * each
+                out[name] = Box((low, *(0 for _ in shape[1:])), (high, *shape[1:]))
+    if row.compensated:
+        out["compensation"] = box
+    return out

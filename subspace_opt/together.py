@@ -1,0 +1,414 @@
+"""One step of parameters that several ranks share: look together, bring matrices to their owners, compute there, bring updates home.
+
+    shards of gradients --one all-to-all a bucket--> whole matrices on their owners --the engine--> updates --one all-to-all--> shards
+
+What lies where it is computed does not travel. While one bucket is computed the next is on its way. All ranks run the same collectives
+in the same order, whatever gradients they have.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import engine, sharding
+from .layout import Box, Layout, Message, Part, Share
+from .plan import COUNTERS, Row
+from .sharding import Exchange, ShardingError, Team
+from .stacks import Memory
+from .survey import judged, largest, nonfinite, size_of
+from .update import update_weight
+from .work import Options, Work, allocate
+
+FAILED, SILENT, HELD = 1, 2, 4  # what became of a part: a decomposition failed; there is no update; and the first one is not counted
+
+
+@dataclass
+class Item:
+    """A parameter of a team in one step."""
+
+    team: Team
+    share: Share
+    part: Part | None  # what this rank computes of it
+    param: Tensor
+    work: Work  # of that part; of no matrix, where there is none
+    weight: Tensor  # this rank's shard
+    grad: Tensor | None  # the same of the gradient
+
+    @property
+    def name(self) -> str:
+        return self.share.row.entry.name
+
+    @property
+    def decay(self) -> float:
+        coupled = self.share.row.splits[0][1].pipeline.decay == "coupled"
+        return 0.0 if coupled else self.work.weight_decay
+
+    @property
+    def fallible(self) -> bool:
+        """Whether a decomposition may fail, of which all ranks must be told."""
+        return any(split.opens or split.decomposes for _, split in self.share.row.splits)
+
+
+def item(team: Team, share: Share, param: Tensor, work: Work) -> Item:
+    """A parameter of this step. `work`: as if it were whole."""
+    part = share.part_of(team.rank)
+    weight, grad = sharding.local(param.detach()), sharding.local_grad(param, share.row.entry.name)
+    if grad is not None and work.maximize:
+        grad = -grad
+    own = replace(work, row=share.row if part is None else part.row, param=weight, grad=weight if grad is None else grad)
+    return Item(team, share, part, param, own, weight, grad)
+
+
+@dataclass
+class Bucket:
+    """Parameters whose gradients travel together, and what is under way for them."""
+
+    items: list[Item]
+    gradients: Exchange | None = None
+    weights: Exchange | None = None
+    updates: Exchange | None = None
+    status: Tensor | None = None
+    outboxes: dict[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def resident(self) -> bool:
+        return self.items[0].share.resident
+
+
+# ------------------------------------------------------------------------------------------------------------------- shares
+
+
+def shares(params: Sequence[Tensor], rows: Sequence[Row], sizes: Sequence[int], group: Any) -> dict[int, tuple[Team, Share]]:
+    """Team and share of every parameter that several ranks hold, by `id`. `sizes`: of the parameter groups: a group that is added later
+    leaves the owners of the others as they are. `group`: of ranks that hold ordinary parameters whole, None if there is none."""
+    teams = sharding.Teams()
+    whole = None if group is None else sharding.team_of_group(group)
+    layouts: dict[Team, Layout] = {}
+    out: dict[int, tuple[Team, Share]] = {}
+    start = 0
+    for size in sizes:
+        members: dict[Team, list[tuple[Tensor, Row]]] = {}
+        for p, row in zip(params[start : start + size], rows[start : start + size], strict=True):
+            team = teams.of(p) if sharding.is_sharded(p) else whole
+            if team is not None:
+                members.setdefault(team, []).append((p, row))
+        for team, pairs in members.items():
+            layout = layouts.setdefault(team, Layout(team.size, team.divided))
+            names = [row.entry.name for _, row in pairs]
+            cut = [sharding.cuts(p, name) if sharding.is_sharded(p) else () for (p, _), name in zip(pairs, names, strict=True)]
+            boxes = [sharding.boxes(p, c, team, name) for (p, _), c, name in zip(pairs, cut, names, strict=True)]
+            for (p, _), share in zip(pairs, layout.add([row for _, row in pairs], boxes, cut), strict=True):
+                out[id(p)] = (team, share)
+        start += size
+    return out
+
+
+def exported(known: dict[int, tuple[Team, Share]], state: dict[Any, dict[str, Any]]) -> defaultdict[Any, dict[str, Any]]:
+    """The optimizer's state with that of shared parameters as DTensors. A collective."""
+    out: defaultdict[Any, dict[str, Any]] = defaultdict(dict, state)
+    for param, own in state.items():
+        if own and id(param) in known:
+            team, share = known[id(param)]
+            out[param] = sharding.exported(team, share, param, own)
+    return out
+
+
+def reader(team: Team, share: Share) -> Callable[[Tensor, str, Tensor, tuple[int, ...]], Tensor]:
+    """A function of (parameter, slot, a checkpoint's tensor, its shape) that returns this rank's part of the slot."""
+    return lambda param, key, value, shape: sharding.imported(team, share, param, key, value, shape)
+
+
+# --------------------------------------------------------------------------------------------------------------------- look
+
+
+def survey(items: list[Item], options: Options) -> tuple[list[Item], list[str]]:
+    """As `survey.survey`, with the same answer on all ranks: what is to be updated, and what is skipped.
+
+    Raises:
+        NonFiniteGradient: with policy `raise`; nothing has been changed.
+    """
+    found = [pair for team, own in _by_team(items).items() for pair in look(team, own, options)]
+    bad = judged((item.work, size) for item, size in found if options.nonfinite != "propagate" or item.work.count == 0)
+    if bad and options.nonfinite == "raise":
+        raise nonfinite(bad)
+    skipped = set(bad) if options.nonfinite == "skip" else set()
+    return [item for item, _ in found if item.name not in skipped], sorted(skipped)
+
+
+def _by_team(items: Sequence[Item]) -> dict[Team, list[Item]]:
+    teams: dict[Team, list[Item]] = {}
+    for item in items:
+        teams.setdefault(item.team, []).append(item)
+    return teams
+
+
+def look(team: Team, items: Sequence[Item], options: Options) -> list[tuple[Item, float]]:
+    """The items that have a gradient on any rank, with its size: the same list on every rank. A shard without one counts as 0.
+
+    Raises:
+        ShardingError: copies of a parameter, of which some have a gradient and some have none.
+    """
+    if not items:
+        return []
+    device = items[0].weight.device
+    seen = [_own_gradient(team, item) if options.nonfinite != "propagate" or item.work.count == 0 else None for item in items]
+    squares = [0.0 if grad is None else size_of(grad) ** 2 for grad in seen]
+    table = torch.tensor([squares, [float(item.grad is not None) for item in items]], dtype=torch.float64, device=device)
+    sums, holders = team.sum(table).tolist()
+    found = []
+    for item, square, count in zip(items, sums, holders, strict=True):
+        if count == 0:
+            continue
+        if count < team.size and _copied(item.share):
+            raise ShardingError(
+                f"'{item.name}' has a gradient on {int(count)} of {team.size} ranks that hold copies of it; average gradients over all of "
+                "them, as DistributedDataParallel(find_unused_parameters=True) does"
+            )
+        if item.grad is None:
+            item.grad = torch.zeros_like(item.weight)
+        found.append((item, math.sqrt(square) if square >= 0 else square))
+    unsure = [
+        i
+        for i, (item, size) in enumerate(found)
+        if (options.nonfinite != "propagate" or item.work.count == 0) and not 0.0 < size <= largest(item.share.row.compute_dtype)
+    ]
+    if unsure:
+        tops = [_top(found[i][0].grad) for i in unsure]
+        peaks = team.max(torch.tensor(tops, dtype=torch.float64, device=device)).tolist()
+        for i, peak in zip(unsure, peaks, strict=True):
+            found[i] = (found[i][0], peak)
+    return found
+
+
+def _own_gradient(team: Team, item: Item) -> Tensor | None:
+    """The part of a gradient that no other rank counts; None for nothing."""
+    if item.grad is None or not item.grad.numel():
+        return None
+    own = item.share.boxes[team.rank]
+    if item.share.resident:
+        part = item.part
+        return None if part is None or part.owners[0] != team.rank else item.grad[part.box.within(own)]
+    return item.grad if item.share.boxes.index(own) == team.rank else None
+
+
+def _top(grad: Tensor | None) -> float:
+    """The largest magnitude; NaN counts as infinity, since not every backend carries NaN through a maximum."""
+    if grad is None or not grad.numel():
+        return 0.0
+    top = float(grad.abs().amax())
+    return math.inf if math.isnan(top) else top
+
+
+def _copied(share: Share) -> bool:
+    held = [box for box in share.boxes if box.numel]
+    return len(set(held)) < len(held)
+
+
+# --------------------------------------------------------------------------------------------------------------------- step
+
+
+def take_step(items: list[Item], state: Any, options: Options, memory: Memory, failures: dict[str, int]) -> None:
+    """Update parameters that all ranks have found to have a gradient. `state`: the optimizer's.
+
+    Raises:
+        LinAlgError: as `engine.take_step`, on all ranks together.
+    """
+    for item in items:
+        item.work.state = state[item.param]
+    for team, own in _by_team(items).items():
+        _step(team, own, options, memory, failures)
+
+
+def _step(team: Team, items: list[Item], options: Options, memory: Memory, failures: dict[str, int]) -> None:
+    items = sorted(items, key=lambda item: item.name)
+    for item in items:
+        _allocate(team, item)
+    errors: dict[str, Exception] = {}
+    buckets = list(_buckets([item for item in items if not item.share.local], options, team))
+    if buckets:
+        _send_gradients(team, buckets[0])
+    local = [item.work for item in items if item.share.local and item.part is not None]
+    for item in items:
+        if item.share.local and item.part is not None:
+            own = item.share.boxes[team.rank]
+            item.work.param, item.work.grad = item.weight[item.part.box.within(own)], _given(item)[item.part.box.within(own)]
+    engine.compute(local, options, memory, errors)
+    engine.write_back(local)
+    for number, bucket in enumerate(buckets):
+        if number + 1 < len(buckets):
+            _send_gradients(team, buckets[number + 1])
+        here = _receive_gradients(team, bucket)
+        engine.compute(here, options, memory, errors)
+        engine.write_back(here)
+        _send_updates(team, bucket, errors)
+        if number:
+            _receive_updates(team, buckets[number - 1], options, errors)
+    if buckets:
+        _receive_updates(team, buckets[-1], options, errors)
+    works = [item.work for item in items]
+    engine.close(works, memory)
+    engine.report(works, errors, failures)
+
+
+def _allocate(team: Team, item: Item) -> None:
+    """State of this rank's part; for what other ranks keep, empty tensors of the same names."""
+    state = item.work.state
+    if state:
+        return
+    if item.part is not None:
+        allocate(item.part.row, item.weight, state)
+    else:
+        for key, (_, dtype) in item.share.row.state.items():
+            counter = key in COUNTERS
+            state[key] = torch.zeros(() if counter else (0,), dtype=dtype, device="cpu" if counter else item.weight.device)
+    box = item.share.state_box("compensation", team.rank) if item.share.row.compensated else None
+    if box is not None:
+        state["compensation"] = torch.zeros(box.shape, dtype=item.share.row.entry.dtype, device=item.weight.device)
+
+
+def _buckets(items: list[Item], options: Options, team: Team) -> Iterator[Bucket]:
+    """Items in runs of one shape, dtype and way of travelling, so many that the whole matrices of a rank stay within `batch_bytes`."""
+    kinds: dict[Any, list[Item]] = defaultdict(list)
+    for item in items:
+        row = item.share.row
+        weighted = any(split.needs_weight for _, split in row.splits)
+        kinds[(item.share.resident, weighted, item.weight.dtype, row.compute_dtype, row.entry.shape, row.pipeline)].append(item)
+    waiting: dict[Any, list[Item]] = {}
+    held: dict[Any, int] = {}
+    limit = options.batch_bytes * team.size
+    for (resident, weighted, dtype, compute, _, _), alike in kinds.items():
+        key = (resident, weighted, dtype, compute)
+        for item in alike:
+            size = item.share.row.entry.numel * compute.itemsize
+            if held.get(key, 0) + size > limit and waiting.get(key):
+                yield Bucket(waiting.pop(key))
+                held[key] = 0
+            waiting.setdefault(key, []).append(item)
+            held[key] = held.get(key, 0) + size
+    for rest in waiting.values():
+        yield Bucket(rest)
+
+
+def _send_gradients(team: Team, bucket: Bucket) -> None:
+    messages = [m for i, item in enumerate(bucket.items) for m in item.share.incoming(i)]
+    first = bucket.items[0]
+
+    def gradient(message: Message) -> Tensor:
+        item = bucket.items[message.item]
+        return _given(item)[message.box.within(item.share.boxes[team.rank])].to(first.weight.dtype)
+
+    def weight(message: Message) -> Tensor:
+        item = bucket.items[message.item]
+        return item.weight[message.box.within(item.share.boxes[team.rank])]
+
+    bucket.gradients = Exchange(team, messages, gradient, first.weight.dtype, first.weight.device)
+    if any(split.needs_weight for _, split in first.share.row.splits):
+        bucket.weights = Exchange(team, messages, weight, first.weight.dtype, first.weight.device)
+
+
+def _receive_gradients(team: Team, bucket: Bucket) -> list[Work]:
+    """The work of this rank: whole matrices of a bucket."""
+    own = [(i, item, item.part) for i, item in enumerate(bucket.items) if item.part is not None]
+    if bucket.resident:
+        for _, item, part in own:
+            here = part.box.within(item.share.boxes[team.rank])
+            item.work.param, item.work.grad = item.weight[here], _given(item)[here]
+        return [item.work for _, item, _ in own]
+    for i, item, part in own:
+        item.work.grad = torch.empty(part.box.shape, dtype=item.weight.dtype, device=item.weight.device)
+        bucket.outboxes[i] = torch.zeros(part.box.shape, dtype=item.share.row.compute_dtype, device=item.weight.device)
+        item.work.outbox = bucket.outboxes[i]
+        item.work.param = bucket.outboxes[i] if bucket.weights is None else torch.empty_like(item.work.grad)
+    for exchange, name in ((bucket.gradients, "grad"), (bucket.weights, "param")):
+        if exchange is not None:
+            for message, tensor in exchange.wait():
+                item = bucket.items[message.item]
+                assert item.part is not None
+                getattr(item.work, name)[message.box.within(item.part.box)] = tensor
+    bucket.gradients = bucket.weights = None
+    return [item.work for _, item, _ in own]
+
+
+def _send_updates(team: Team, bucket: Bucket, errors: dict[str, Exception]) -> None:
+    messages = [m for i, item in enumerate(bucket.items) for m in item.share.outgoing(i)]
+    first = bucket.items[0]
+
+    def update(message: Message) -> Tensor:
+        item = bucket.items[message.item]
+        assert item.part is not None
+        if bucket.resident:
+            return item.weight[message.box.within(item.share.boxes[team.rank])]
+        return bucket.outboxes[message.item][message.box.within(item.part.box)]
+
+    dtype = first.weight.dtype if bucket.resident else first.share.row.compute_dtype
+    bucket.updates = Exchange(team, messages, update, dtype, first.weight.device)
+    for item in bucket.items:  # their place is taken until the exchange is over by the buffers of the exchange alone
+        item.work.outbox = None
+    if any(item.fallible for item in bucket.items):
+        codes = [_code(item, part, team, errors) for item in bucket.items for part in item.share.parts]
+        bucket.status = team.max(torch.tensor(codes, dtype=torch.int32, device=first.weight.device))
+
+
+def _code(item: Item, part: Part, team: Team, errors: dict[str, Exception]) -> int:
+    if team.rank not in part.owners:
+        return 0
+    work = item.work
+    return FAILED * (item.name in errors) + SILENT * (work.silent and not _several(part)) + HELD * work.held
+
+
+def _several(part: Part) -> bool:
+    return sum(block.count for block, _ in part.row.splits) > 1
+
+
+def _receive_updates(team: Team, bucket: Bucket, options: Options, errors: dict[str, Exception]) -> None:
+    codes = [0] * sum(len(item.share.parts) for item in bucket.items) if bucket.status is None else bucket.status.tolist()
+    told = iter(codes)
+    by_box: dict[tuple[int, Box], int] = {}
+    for i, item in enumerate(bucket.items):
+        for part in item.share.parts:
+            code = by_box[i, part.box] = next(told)
+            if code & FAILED:
+                errors.setdefault(item.name, RuntimeError(f"on rank {team.members[part.owners[0]]}"))
+            item.work.held |= bool(code & HELD)
+    assert bucket.updates is not None
+    for message, tensor in bucket.updates.wait():
+        item = bucket.items[message.item]
+        weight = item.weight[message.box.within(item.share.boxes[team.rank])]
+        if bucket.resident:
+            weight.copy_(tensor)
+            continue
+        part = next(part for part in item.share.parts if part.box.holds(message.box))
+        if not by_box[message.item, part.box] & (SILENT | HELD):
+            _apply(team, item, message.box, weight, tensor, options)
+    bucket.updates = None
+    bucket.outboxes.clear()
+
+
+def _apply(team: Team, item: Item, box: Box, weight: Tensor, update: Tensor, options: Options) -> None:
+    """Decay and update a piece of this rank's shard."""
+    row, here = item.share.row, box.within(item.share.boxes[team.rank])
+    low = weight.dtype != update.dtype
+    compensation = item.work.state["compensation"][here] if row.compensated else None
+    noise = engine.rounding_noise(row, box, item.work.count, options, update) if low and options.rounding == "stochastic" else None
+    update_weight(
+        weight,
+        update,
+        item.work.lr,
+        item.decay,
+        decay_after=row.splits[0][1].pipeline.decay == "after",
+        rounding=options.rounding,
+        compensation=compensation,
+        noise=noise,
+    )
+
+
+def _given(item: Item) -> Tensor:
+    assert item.grad is not None  # `look` put zeros where there was none
+    return item.grad

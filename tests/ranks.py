@@ -1,0 +1,1 @@
+"""What the distributed tests run on several ranks of gloo."""
