@@ -95,6 +95,7 @@ class Part:
     owners: tuple[int, ...]
     row: Row  # the plan of the box alone
     state: dict[str, Box]  # of each slot, where the part's lies in that of the parameter
+    matrices: tuple[Box, ...]  # its experts or heads, or itself
 
 
 class Message(NamedTuple):
@@ -244,7 +245,10 @@ class Layout:
         return [min(each, count - first) for first in range(0, count, each)]
 
     def _part(self, row: Row, box: Box, owners: tuple[int, ...]) -> Part:
-        return Part(box, owners, _row_of(row, box, self.splits), _state_boxes(row, box))
+        axis, length, count = _run_axis(row)
+        number = box.shape[axis] // length if count > 1 and not is_elementwise(row) else 1
+        matrices = tuple(chunk(box, axis, number, i) for i in range(number)) if number > 1 else (box,)
+        return Part(box, owners, _row_of(row, box, self.splits), _state_boxes(row, box), matrices)
 
 
 def _bytes(row: Row) -> int:
