@@ -51,6 +51,12 @@ class Ranks:
         found: Any = self.each(lambda: function() if self.rank == 0 else None)[0]
         return found  # type: ignore[no-any-return]
 
+    def every(self, function: Callable[[], T]) -> T:
+        """The rank's own value, which is not sent to the others; if the function raises on one, all raise."""
+        held: list[T] = []
+        self.each(lambda: held.append(function()))
+        return held[0]
+
     def check_background(self) -> None:
         if self.size == 1:
             return

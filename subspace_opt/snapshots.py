@@ -111,10 +111,10 @@ def async_save(
     ranks.check_background()
     content, packed = _content(ranks, model, optimizer, step, extra, keep)
     stager = DefaultStager(
-        StagingOptions(use_pinned_memory=False, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=False)
-    )
+        StagingOptions(False, False, False, False)
+    )  # not pinned, not shared, here and now; names differ between versions
     copied = stager.stage(content.tensors)
-    assert isinstance(copied, dict)  # a future only with use_async_staging
+    assert isinstance(copied, dict)  # it would be a future if it were not now
 
     def write() -> Path:
         try:
@@ -152,14 +152,17 @@ def load(
     problems = ranks.lead(lambda: manifest.strangers(path, found))
     manifest.refuse(path, sum(ranks.each(lambda: manifest.faults(path, found, mine)), problems))
 
-    rest = torch.load(path / REST, map_location="cpu", weights_only=True)
-    metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     own = Content.template(model, optimizer)
-    check_model(path, own, rest, metadata)
-    groups = arranged(path, rest["param_groups"], own.groups)
-    check_optimizer(path, own, rest, metadata, groups, optimizer)
 
-    tensors = {key: room(key, entry, own, rest["slots"]) for key, entry in metadata.items()}
+    def fitting() -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]:
+        rest = torch.load(path / REST, map_location="cpu", weights_only=True)
+        metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+        check_model(path, own, rest, metadata)
+        groups = arranged(path, rest["param_groups"], own.groups)
+        check_optimizer(path, own, rest, metadata, groups, optimizer)
+        return {key: room(key, entry, own, rest["slots"]) for key, entry in metadata.items()}, rest, groups
+
+    tensors, rest, groups = ranks.every(fitting)
     try:
         dcp.load(
             tensors,
@@ -168,13 +171,13 @@ def load(
             process_group=process_group,
         )
     except dcp.CheckpointException as error:
-        raise SnapshotError(f"{path} could not be read: {_reasons(error)}") from error
+        raise _failed(error, f"{path} could not be read: {{reasons}}. {manifest.remedy(path)}") from error
     values = {**rest["values"], **tensors}
     state: dict[str, dict[str, Any]] = {}
     for key, (name, slot) in rest["slots"].items():
         state.setdefault(name, {})[slot] = values[key]
     # The optimizer may refuse what it is given, and then the model must not have changed on any rank.
-    ranks.each(lambda: optimizer.load_state_dict({"state": state, "param_groups": groups}))
+    ranks.every(lambda: optimizer.load_state_dict({"state": state, "param_groups": groups}))
     set_model_state_dict(model, {key.removeprefix(MODEL): value for key, value in values.items() if key.startswith(MODEL)})
     return Snapshot(step=found.step, extra=rest["extra"], path=path)
 
@@ -240,9 +243,7 @@ def _content(
         if type(value) is not int or value < least:
             raise ValueError(f"{name} is {value!r}; it must be a whole number, {least} or more")
     content = Content.now(model, optimizer)
-    packed: list[bytes] = []
-    ranks.lead(lambda: packed.append(packed_rest(content, optimizer, extra)))
-    return content, packed[0] if packed else None
+    return content, ranks.every(lambda: packed_rest(content, optimizer, extra) if ranks.rank == 0 else None)
 
 
 # -------------------------------------------------------------------------------------------------------------------------- writing
@@ -259,9 +260,10 @@ def _write(ranks: Ranks, folder: Path, step: int, tensors: dict[str, Any], packe
             process_group=ranks.group,
         )
     except dcp.CheckpointException as error:
-        raise SnapshotError(
-            f"step {step} could not be saved in {folder}: {_reasons(error)}. The snapshots before it are untouched; make room, or choose "
-            "another folder"
+        raise _failed(
+            error,
+            f"step {step} could not be saved in {folder}: {{reasons}}. The snapshots before it are untouched; make room, or choose another "
+            "folder",
         ) from error
 
     def listed() -> dict[str, int]:
@@ -283,8 +285,13 @@ def _write(ranks: Ranks, folder: Path, step: int, tensors: dict[str, Any], packe
     return ranks.lead(lambda: manifest.publish(partial, whole, keep))
 
 
-def _reasons(error: dcp.CheckpointException) -> str:
-    return "; ".join(f"rank {rank}: {type(cause).__name__}: {cause}" for rank, (cause, _) in sorted(error.failures.items()))
+def _failed(error: dcp.CheckpointException, text: str) -> BaseException:
+    """What to raise for a failure that torch has collected from all ranks; an interrupt stays one."""
+    causes = {rank: cause for rank, (cause, _) in sorted(error.failures.items())}
+    for cause in causes.values():
+        if not isinstance(cause, Exception):
+            return cause
+    return SnapshotError(text.replace("{reasons}", "; ".join(f"rank {rank}: {type(c).__name__}: {c}" for rank, c in causes.items())))
 
 
 def _without_warning() -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import tempfile
 import time
+import weakref
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,15 +25,16 @@ Process = Any
 
 def start(function: Callable[..., Any], size: int, *args: Any) -> tuple[list[Process], list[Any]]:
     """Processes that run `function(rank, size, send, *args)` with a gloo group (none where `size` is 0: one process), and their pipes."""
-    store = Path(tempfile.mkdtemp()) / "store"
+    folder = tempfile.mkdtemp()
     processes, pipes = [], []
     for rank in range(max(size, 1)):
         receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=_run, args=(function, rank, size, str(store), sender, args), daemon=True)
+        process = context.Process(target=_run, args=(function, rank, size, f"{folder}/store", sender, args), daemon=True)
         process.start()
         sender.close()  # or the pipe would not end with the process
         processes.append(process)
         pipes.append(receiver)
+    weakref.finalize(processes[0], shutil.rmtree, folder, ignore_errors=True)
     return processes, pipes
 
 

@@ -196,6 +196,19 @@ def test_a_disk_that_refuses_leaves_what_there_was(tmp_path: Path, monkeypatch: 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000002"]
 
 
+def test_an_interrupt_stays_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    model, optimizer = made("AdamW")
+    monkeypatch.setattr(dcp.FileSystemWriter, "write_data", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        snapshots.save(tmp_path, model, optimizer, step=1)
+    monkeypatch.undo()
+    snapshots.save(tmp_path, model, optimizer, step=1)
+    assert snapshots.complete(tmp_path) == [1]
+
+
 def no_space(*_: Any) -> None:
     raise OSError(28, "No space left on device")
 
@@ -671,6 +684,36 @@ def test_an_optimizer_that_was_made_of_a_wrapped_model_is_matched_too(tmp_path: 
     assert optimizer.param_groups[0]["param_names"][0] == "embed"
 
 
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_load_between_backward_and_step_keeps_the_gradients(tmp_path: Path, kind: str) -> None:
+    model, optimizer = made(kind)
+    run(model, optimizer, range(3))
+    snapshots.save(tmp_path, model, optimizer, step=3)
+    again, fresh = made(kind, seed=7)
+    for p in again.parameters():
+        p.grad = torch.ones_like(p)
+    snapshots.load(tmp_path, again, fresh)
+    assert all(p.grad is not None and bool((p.grad == 1).all()) for p in again.parameters())
+    assert same(whole(again, fresh), whole(model, optimizer))
+
+
+def loads_with_gradients(rank: int, size: int, send: Send, folder: str) -> None:
+    model, optimizer = made("AdamW", "sharded", seed=7)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    snapshots.load(folder, model, optimizer)
+    send((whole(model, optimizer), all(isinstance(s["exp_avg"], DTensor) for s in optimizer.state.values())))
+
+
+def test_state_is_sharded_as_its_parameter_where_the_optimizer_has_none_yet(tmp_path: Path) -> None:
+    model, optimizer = made("AdamW")
+    run(model, optimizer, range(3))
+    snapshots.save(tmp_path, model, optimizer, step=3)
+    for loaded, sharded in on_ranks(loads_with_gradients, 2, str(tmp_path)):
+        assert sharded
+        assert same(loaded, alone("AdamW", 3))
+
+
 def is_refused(rank: int, size: int, send: Send, folder: str) -> None:
     model, optimizer = made("AdamW", "sharded", seed=7)
     run(model, optimizer, range(1))
@@ -692,6 +735,26 @@ def test_all_ranks_refuse_what_one_has_found(tmp_path: Path) -> None:
         assert f"cannot be loaded: {file} is damaged" in answers[0][0]
         assert answers[0][1]
         flip(folder / "step-00000003" / file)
+
+
+def one_is_of_another_spec(rank: int, size: int, send: Send, folder: str) -> None:
+    model, optimizer = made("galore" if rank else "cosmos", seed=7)
+    before = whole(model, optimizer)
+    try:
+        snapshots.load(folder, model, optimizer)
+    except CheckpointError as error:
+        send((str(error), same(whole(model, optimizer), before)))
+
+
+def test_no_rank_loads_what_another_cannot_take(tmp_path: Path) -> None:
+    model, optimizer = made("cosmos")
+    run(model, optimizer, range(1))
+    snapshots.save(tmp_path, model, optimizer, step=1)
+    (told, unchanged), (found, also) = on_ranks(one_is_of_another_spec, 2, str(tmp_path))
+    assert "rank 1: CheckpointError: the checkpoint is of spec 'cosmos', this optimizer of 'galore'" in told
+    assert found.startswith("the checkpoint is of spec 'cosmos', this optimizer of 'galore'")
+    assert unchanged
+    assert also
 
 
 def one_disk_is_full(rank: int, size: int, send: Send, folder: str) -> None:
