@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from launch import context
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -32,7 +32,6 @@ def run_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = mp.get_context("spawn")
     with TemporaryDirectory() as folder:
         ranks = [context.Process(target=_rank, args=(rank, world, port, folder, function, arguments), daemon=True) for rank in range(world)]
         for process in ranks:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import differences, gradient, give, make_zoo, mesh_of, place, run_ranks, whole_weights
+from ranks import differences, give, gradient, make_zoo, mesh_of, place, run_ranks, whole_weights
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 
