@@ -102,7 +102,7 @@ def cuts(tensor: Tensor, name: str) -> tuple[Cut | None, ...]:
         elif isinstance(placement, Replicate):
             out.append(None)
         else:
-            raise ShardingError(f"parameter '{name}' has the placement {placement}; shards and copies can be updated, nothing else")
+            raise ShardingError(f"parameter '{name}' has the placement {placement!r}; shards and copies can be updated, nothing else")
     return tuple(out)
 
 
