@@ -121,6 +121,19 @@ def _fits_a_kernel(item: Work) -> bool:
 # ------------------------------------------------------------------------------------------------------- apply, settle, update
 
 
+def update_coordinates(work: Work, c: Tensor, options: Options, memory: Memory) -> Tensor:
+    """Updated coordinates `(1, k, r)` of a matrix whose gradient and weight are elsewhere, at an update without a refresh."""
+    piece = Piece(work, 0, 0, 1)
+    split = work.row.splits[0][1]
+    old = {key: piece.slot(key).to(c.dtype) for key in split.slots if not key.startswith("selector.")}
+    step = _step(Stack(split, Phase.BEGUN, False, [piece]), options, memory.tables)
+    update, factor, new = split.inner_direction(c, old, step)
+    update = update * factor  # before the state is written: the update may be part of it
+    for key in old:
+        piece.slot(key).copy_(new[key])
+    return update
+
+
 def _advance(stack: Stack, options: Options, memory: Memory, errors: dict[str, Exception]) -> None:
     """Apply, update, settle. Where a decomposition fails, matrices go on with the basis they have, and `errors` is told whose."""
     split, pieces = stack.split, stack.pieces

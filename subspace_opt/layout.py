@@ -115,6 +115,7 @@ class Share:
     boxes: tuple[Box, ...]  # the shard of each rank
     parts: tuple[Part, ...]
     cuts: tuple[Cut | None, ...] = ()  # of each dimension of the mesh; none where the parameter is whole on all ranks
+    along: int | None = None  # the dimension of a basis that is cut as the weight is, where only coordinates travel between refreshes
 
     @cached_property
     def resident(self) -> bool:
@@ -135,8 +136,29 @@ class Share:
         if key == "compensation" and not self.resident:
             box = self.boxes[rank]  # of the weights, which stay where they are
             return box if box.numel else None
+        if key == BASIS and self.along is not None:
+            low, high = self.boxes[rank].start[self.along], self.boxes[rank].stop[self.along]
+            return Box((low, 0), (high, self.row.state[key][0][1])) if self.boxes[rank].numel else None
         part = self.part_of(rank)
         return None if part is None else part.state[key]
+
+    @property
+    def coordinates(self) -> Box:
+        """All coordinates of a parameter that is cut along its basis."""
+        split = self.row.splits[0][1]
+        return whole((split.inner[0].size, split.inner[1].size))
+
+    def projected(self, item: int) -> Iterator[Message]:
+        """Coordinates of the shards, to be summed on the owner; their box is that of coordinates."""
+        owner = self.parts[0].owners[0]
+        for _, holders in _distinct(self.boxes):
+            yield Message(owner if owner in holders else holders[owner % len(holders)], owner, item, self.coordinates)
+
+    def lifted(self, item: int) -> Iterator[Message]:
+        """Updated coordinates from the owner to all that hold a shard."""
+        for rank, box in enumerate(self.boxes):
+            if box.numel:
+                yield Message(self.parts[0].owners[0], rank, item, self.coordinates)
 
     def incoming(self, item: int) -> Iterator[Message]:
         """Gradients from the shards to the owners."""
@@ -166,15 +188,29 @@ class Share:
             total += dtype.itemsize * (1 if key in COUNTERS else 0 if box is None else box.numel)
         return total
 
-    def bytes_sent(self, rank: int) -> int:
-        """What a rank sends in one step, itself left out."""
+    def bytes_sent(self, rank: int, refresh: bool = False) -> int:
+        """What a rank sends in one step, itself left out; a refresh of a basis that is cut as the weight is sends the basis besides."""
         if self.row.entry.frozen:
             return 0
         grad = self.row.entry.dtype.itemsize
         there = grad if self.resident else self.row.compute_dtype.itemsize
+        if self.along is not None and not refresh:
+            both = itertools.chain(self.projected(0), self.lifted(0))
+            return sum(m.box.numel * there for m in both if m.source == rank != m.target)
         weights = 2 if any(split.needs_weight for _, split in self.row.splits) else 1
         inbound = sum(m.box.numel * grad * weights for m in self.incoming(0) if m.source == rank != m.target)
+        if self.along is not None:
+            inbound += self._basis_sent(rank) * self.row.compute_dtype.itemsize
         return inbound + sum(m.box.numel * there for m in self.outgoing(0) if m.source == rank != m.target)
+
+    def _basis_sent(self, rank: int) -> int:
+        """Entries of a basis that a rank sends at a refresh: its rows to the owner, or those of the others from the owner."""
+        owner = self.parts[0].owners[0]
+        rows = [self.state_box(BASIS, other) for other in range(len(self.boxes))]
+        if rank == owner:
+            return sum(box.numel for other, box in enumerate(rows) if box is not None and other != owner)
+        first = [box for box, holders in _distinct([box or whole((0,)) for box in rows]) if holders[0] == rank and rows[owner] != box]
+        return sum(box.numel for box in first)
 
 
 def _distinct(boxes: Sequence[Box]) -> list[tuple[Box, list[int]]]:
@@ -202,7 +238,8 @@ class Layout:
         """The shares of more parameters, largest first to the rank with the least; those that are there already stay."""
         shares: dict[int, Share] = {}
         for i in sorted(range(len(rows)), key=lambda i: (-_bytes(rows[i]), rows[i].entry.name)):
-            share = shares[i] = Share(rows[i], boxes[i], tuple(self._parts(rows[i], boxes[i])), cuts[i])
+            share = Share(rows[i], boxes[i], tuple(self._parts(rows[i], boxes[i])), cuts[i])
+            share = shares[i] = replace(share, along=_along(share))
             for rank in range(self.ranks):
                 self.loads[rank] += _owned(share, rank)
         return [shares[i] for i in range(len(rows))]
@@ -249,6 +286,26 @@ class Layout:
         number = box.shape[axis] // length if count > 1 and not is_elementwise(row) else 1
         matrices = tuple(chunk(box, axis, number, i) for i in range(number)) if number > 1 else (box,)
         return Part(box, owners, _row_of(row, box, self.splits), _state_boxes(row, box), matrices)
+
+
+BASIS = "selector.basis"
+
+
+def _along(share: Share) -> int | None:
+    """The dimension of a matrix along which both its basis and its shards are cut, if it saves bytes to send coordinates alone."""
+    row = share.row
+    if share.resident or len(share.parts) != 1 or len(row.splits) != 1 or row.splits[0][0].count != 1 or len(row.entry.shape) != 2:
+        return None
+    block, split = row.splits[0]
+    if block.name or not split.in_coordinates:
+        return None
+    along = 0 if split.turned != row.view.transposed else 1  # where the columns of the working orientation are stored
+    held = [box for box in share.boxes if box.numel]
+    if any(box.shape[1 - along] != row.entry.shape[1 - along] for box in held):
+        return None
+    plain = sum(share.bytes_sent(rank) for rank in range(len(share.boxes)))
+    thin = replace(share, along=along)
+    return along if sum(thin.bytes_sent(rank) for rank in range(len(share.boxes))) < plain else None
 
 
 def _bytes(row: Row) -> int:

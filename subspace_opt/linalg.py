@@ -201,8 +201,10 @@ def singular_bases(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def eigenbasis(a: Tensor) -> Tensor:
-    """All eigenvectors of a positive semi-definite `A` `(B, n, n)`, in descending order; those of round-off are completed from the others, as in
-    `singular_bases`."""
+    """All eigenvectors of a positive semi-definite `A` `(B, n, n)`, in descending order.
+
+    Those of round-off are completed from the others, as in `singular_bases`.
+    """
     values, vectors = eigh(a)
     held = values > a.size(-1) * torch.finfo(a.dtype).eps * values[..., :1]
     return fix_signs(_completed(vectors * held.unsqueeze(-2)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -211,10 +212,10 @@ def exported(team: Team, share: Share, param: Tensor, state: dict[str, Any]) -> 
         held = [share.state_box(key, rank) for rank in range(team.size)]
         here = target[team.rank].shape
         if not all(box == t or (box is None and not t.numel) for box, t in zip(held, target, strict=True)):
-            value = _moved(team, held, value, target, dtype, param.device)
-        moved = value.reshape(here)
+            value = moved(team, held, value, target, dtype, param.device)
+        value = value.reshape(here)
         stride = torch.empty(shape, device="meta").stride()
-        out[key] = DTensor.from_local(moved, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
+        out[key] = DTensor.from_local(value, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
     return out
 
 
@@ -226,7 +227,7 @@ def imported(team: Team, share: Share, param: Tensor, key: str, value: Tensor, s
     part = share.part_of(team.rank)
     if own is None:
         like: tuple[int, ...] = (0,)
-    elif part is not None and key in part.row.state:
+    elif part is not None and key in part.row.state and prod(part.row.state[key][0]) == own.numel:
         like = part.row.state[key][0]
     else:
         like = own.shape
@@ -237,7 +238,7 @@ def imported(team: Team, share: Share, param: Tensor, key: str, value: Tensor, s
     if not isinstance(value, DTensor):
         return (value[own.within(whole(shape))] if own is not None else value.new_zeros(0)).reshape(like).to(param.device, copy=True)
     there = list(shards(shape, tuple(mesh.shape), cuts(value, share.row.entry.name)))
-    return _moved(team, there, value.to_local(), held, value.dtype, param.device).reshape(like).clone()
+    return moved(team, there, value.to_local(), held, value.dtype, param.device).reshape(like).clone()
 
 
 def _mesh(team: Team, param: Tensor) -> DeviceMesh:
@@ -253,7 +254,7 @@ def _target(
     return (Shard(along),) * mesh.ndim, shards(shape, tuple(mesh.shape), (Cut(along),) * mesh.ndim)
 
 
-def _moved(
+def moved(
     team: Team, held: Sequence[Box | None], value: Tensor, target: Sequence[Box | None], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     """A tensor whose ranks hold the boxes `held`, laid out anew in the boxes `target`."""

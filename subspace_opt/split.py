@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from typing import Annotated, Any, Literal
 
 import torch
@@ -158,6 +159,18 @@ class Split:
         """Whether a rule takes a decomposition at every update."""
         return any(rule.decomposes for _, rule, _, _ in self.places())
 
+    @cached_property
+    def in_coordinates(self) -> bool:
+        """Whether between refreshes coordinates are all that an update takes from the gradient and gives to the weight."""
+        p, selector = self.pipeline, self.pipeline.selector
+        if not self.opens or not p.inside or self.leaves or p.momentum or p.feedback is not None or p.decay == "coupled" or self.decomposes:
+            return False
+        still = type(selector).observe is Selector.observe and selector.keeps_basis and not selector.primes and selector.every != 1
+        one_sided = set(selector.slots(self.rows, self.cols)) == {"basis"} and self.inner[0] == self.rows and not selector.gated
+        moment = Step(t=torch.ones(()), age=torch.ones(()))
+        numbers = all(rule.multiplier(self.rows.size, self.cols.size, moment) is not None for rule in p.finish)
+        return still and one_sided and selector.source == "gradient" and numbers
+
     @property
     def needs_weight(self) -> bool:
         """Whether `apply` has to be given the weights."""
@@ -243,6 +256,13 @@ class Split:
             factor *= last
             finish.pop()
         return self._through(finish, update, g, new, step), factor, new
+
+    def inner_direction(self, c: Tensor, state: State, step: Step) -> tuple[Tensor, float, State]:
+        """`direction` in coordinates, of a pipeline that is `in_coordinates`, at an update without a refresh: lifted, it is the same."""
+        p, new = self.pipeline, dict(state)
+        inner = self._run("inside", p.inside, c, c, new, step)
+        rows, cols = (self.cols.size, self.rows.size) if self.turned else (self.rows.size, self.cols.size)
+        return inner, p.mix.inside * prod(rule.multiplier(rows, cols, step) or 0.0 for rule in p.finish), new
 
     def prime(self, grad: Tensor, weight: Tensor | None, state: State, step: Step) -> State:
         """The state after a first gradient that only sets the basis."""
