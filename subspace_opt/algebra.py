@@ -155,11 +155,13 @@ def lift(c: Tensor, basis: Basis, rows: int, cols: int, *, turned: bool = False)
     return _gated(c, basis)
 
 
-def add_lift(y: Tensor, c: Tensor, basis: Basis, weight: float = 1.0) -> Tensor:
-    """`Y + weight P C U'`, in one product where the basis is dense and one-sided."""
+def add_lift(y: Tensor, c: Tensor, basis: Basis, weight: float = 1.0, *, own: float = 1.0) -> Tensor:
+    """`own Y + weight P C U'`, in one product where the basis is dense and one-sided."""
     u = basis.right
     if basis.left is None and basis.gate is None and isinstance(u, Tensor) and not _picks(u):
-        return linalg.addmm(y, c, u.mT, alpha=weight)
+        return linalg.addmm(y, c, u.mT, beta=own, alpha=weight)
+    if own != 1.0:
+        y = y * own
     return y.add(lift(c, basis, y.size(-2), y.size(-1)), alpha=weight)
 
 
@@ -250,6 +252,10 @@ class Rule(Component, family="rule"):
 
     def multiplier(self, rows: int, cols: int, step: Step) -> float | None:
         """The number that `apply` multiplies the signal by, if that is all it does: the update of the weight then takes it along."""
+        return None
+
+    def measured(self, x: Tensor) -> Tensor | None:
+        """The numbers `(B, 1, 1)` that `apply` multiplies these matrices by, if that is all it does, without doing it."""
         return None
 
     def slots(self, rows: Dim, cols: Dim) -> dict[str, Slot]:

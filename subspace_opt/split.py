@@ -233,7 +233,8 @@ class Split:
             g = g + step.decay * _given(weight)  # rules see it, selectors do not
         x = self._run("momentum", p.momentum, g, g, new, step)
         if not self.opens:
-            update = self._run("complement", p.complement, x, g, new, step) * p.mix.complement
+            update = self._run("complement", p.complement, x, g, new, step)
+            update = update if p.mix.complement == 1 else update * p.mix.complement
         else:
             update = self._split(x, g, {"gradient": source, "momentum": x, "weight": weight}, new, step)
         update, g = self._turn(update), self._turn(g)
@@ -242,7 +243,15 @@ class Split:
         while finish and (last := finish[-1][1].multiplier(update.size(-2), update.size(-1), step)) is not None:
             factor *= last
             finish.pop()
-        return self._through(finish, update, g, new, step), factor, new
+        alone = update.size(0) == 1 and update.device.type == "cpu"  # then a number can be read without waiting
+        update = self._through(finish[:-1] if alone else finish, update, g, new, step)
+        if alone and finish:
+            number = finish[-1][1].measured(update)
+            if number is None:
+                update = self._through(finish[-1:], update, g, new, step)
+            else:
+                factor *= number.item()
+        return update, factor, new
 
     def prime(self, grad: Tensor, weight: Tensor | None, state: State, step: Step) -> State:
         """The state after a first gradient that only sets the basis."""
@@ -284,19 +293,20 @@ class Split:
         if g is not x and any(rule.uses_grad for rule in rules):  # one more product, only for rules that look at it
             residual_g = add_lift(g, coords.grad, basis, -1.0)
         if any(rule.scale_free for rule in rules) and not rules[0].takes_whole:
-            residual = _without_round_off(residual, x)
+            residual = _without_round_off(residual, coords.signal)
         return self._run("complement", rules, residual, residual_g, new, step._replace(inside=coords, whole=x, basis=basis))
 
     def _mixed(self, inner: Tensor, outer: Tensor | None, basis: Basis, like: Tensor) -> Tensor:
         """`mix.inside` times the lifted update plus `mix.complement` times the other."""
         p = self.pipeline
-        total = outer if outer is None or p.mix.complement == 1 else outer * p.mix.complement
         if not p.inside or p.mix.inside == 0:
-            return torch.zeros_like(like) if total is None else total
-        if total is None:
+            if outer is None:
+                return torch.zeros_like(like)
+            return outer if p.mix.complement == 1 else outer * p.mix.complement
+        if outer is None:
             inner = inner if p.mix.inside == 1 else inner * p.mix.inside
             return lift(inner, basis, self.rows.size, self.cols.size, turned=self.turned)
-        return add_lift(total, inner, basis, p.mix.inside)
+        return add_lift(outer, inner, basis, p.mix.inside, own=p.mix.complement)
 
     def _refresh(self, source: Tensor, new: State, step: Step) -> Tensor | None:
         """A new basis; what is kept in coordinates is carried over. Returns what that lost, if it is to be fed back."""
@@ -357,10 +367,15 @@ def _given(weight: Tensor | None) -> Tensor:
     return weight
 
 
-def _without_round_off(residual: Tensor, whole: Tensor) -> Tensor:
-    """A residual that is only the round-off of `X - P X`, set to 0: a scale-free rule would blow it up to full size."""
-    floor = 64 * torch.finfo(whole.dtype).eps
-    return residual * (linalg.norm(residual) > floor * linalg.norm(whole))
+def _without_round_off(residual: Tensor, coords: Tensor) -> Tensor:
+    """A residual that is only the round-off of `X - P X`, set to 0: a scale-free rule would blow it up to full size.
+
+    The coordinates of X in an orthonormal basis have the norm of `P X`, which is that of X where the residual is small.
+    """
+    kept = linalg.norm(residual) > 64 * torch.finfo(residual.dtype).eps * linalg.norm(coords)
+    if residual.size(0) == 1 and kept.device.type == "cpu" and bool(kept):
+        return residual
+    return residual * kept
 
 
 def _settled(before: State, after: State, source: Tensor) -> State:
