@@ -274,8 +274,13 @@ class Split:
         c = project(x, basis)
         cg = c if g is x else project(g, basis)
         inner = self._run("inside", p.inside, c, cg, new, step)
-        outer = self._outside(x, g, Coords(c, cg, inner), basis, new, step) if self.leaves else None
-        update = self._mixed(inner, outer, basis, x)
+        if self.leaves and p.inside and p.mix.inside > 0 and all(rule.passes for rule in p.complement):
+            # X less its part in the subspace, and in its place the update: one lift does both.
+            change = (c if p.mix.complement == 1 else c * p.mix.complement).sub(inner, alpha=p.mix.inside)
+            update = add_lift(x, change, basis, -1.0, own=p.mix.complement)
+        else:
+            outer = self._outside(x, g, Coords(c, cg, inner), basis, new, step) if self.leaves else None
+            update = self._mixed(inner, outer, basis, x)
 
         if p.feedback is not None:
             error = add_lift(g, cg, basis, p.feedback - 1.0)

@@ -93,6 +93,7 @@ class Identity(Rule):
     """`X`: the signal is the update; as a complement, plain SGD on what the subspace leaves."""
 
     uses_grad: ClassVar[bool] = False
+    passes: ClassVar[bool] = True
     elementwise: ClassVar[bool] = True
     kind: Literal["identity", "sgd"] = "identity"
 

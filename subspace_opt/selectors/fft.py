@@ -47,11 +47,11 @@ class Fft(LowRank):
 
     def basis(self, state: State, step: Step) -> Basis:
         (table,) = step.constants.values()
-        if self.transform == "table":
-            index = state["index"]
-            picked = table.index_select(1, index[0]).unsqueeze(0) if index.size(0) == 1 else table.mT[index].mT
-            return Basis(right=picked)  # (B, n, r)
-        return Basis(right=linalg.dct_atoms(state["index"], table, self.dictionary))
+        index = state["index"]
+        if self.transform == "fft":
+            return Basis(right=linalg.dct_atoms(index, table, self.dictionary), atoms=index)
+        picked = table.index_select(1, index[0]).unsqueeze(0) if index.size(0) == 1 else table.mT[index].mT
+        return Basis(right=picked, atoms=index)  # (B, n, r)
 
     def refresh(self, x: Tensor, state: State, step: Step) -> tuple[State, Order | None]:
         (table,) = step.constants.values()
