@@ -64,7 +64,9 @@ def symmetric(a: Tensor, b: Tensor, c: Tensor | None = None, *, beta: float = 1.
     k = a.size(-2)
     panels = _panels(a)
     if panels < 2:
-        return mm(a, b) * alpha if c is None else addmm(c, a, b, beta=beta, alpha=alpha)
+        if c is not None:
+            return addmm(c, a, b, beta=beta, alpha=alpha)
+        return mm(a, b) if alpha == 1.0 else mm(a, b) * alpha
     out = torch.empty(1, k, k, dtype=a.dtype)
     edges = [k * i // panels for i in range(panels + 1)]
     for low, high in itertools.pairwise(edges):

@@ -103,14 +103,11 @@ def newton_schulz(
     tall = y.size(-2) > y.size(-1)
     if tall:
         y = y.mT
-    copied = tall and y.size(0) == 1 and y.device.type == "cpu"
-    if copied:  # the Gram matrix of a transpose takes twice as long as that of its copy
-        y = y.contiguous()
     together = _together(y)
     for start in range(0, len(polynomials), together):
-        last = start + together >= len(polynomials)
-        y = _group(y, polynomials[start : start + together], turned=copied and last)
-    return y.mT if tall and not copied else y
+        y = _group(y, polynomials[start : start + together])
+    # Laid out by rows, as weights are: what follows reads it faster.
+    return y.mT.contiguous() if tall else y
 
 
 def _together(y: Tensor) -> int:
@@ -139,19 +136,16 @@ def flops(short: int, long: int, polynomials: Sequence[Polynomial], dtype: torch
     return total
 
 
-def _group(y: Tensor, polynomials: Sequence[Polynomial], *, turned: bool = False) -> Tensor:
+def _group(y: Tensor, polynomials: Sequence[Polynomial]) -> Tensor:
     """`p_k(...p_1(Y))`, with `p(Y) = P Y`, `P = a I + b A + c A^2` and `A = YY'`, and `A <- P A P` from one to the next.
 
-    All are polynomials of A, so they commute and their products are symmetric. `turned`: the transpose of it, for
-    one matrix, laid out by rows.
+    All are polynomials of A, so they commute and their products are symmetric.
     """
     gram = symmetric(y, y.mT)
     product: Tensor | None = None  # of the polynomials so far
     for i, (a, b, c) in enumerate(polynomials):
         rest = b * gram if c == 0.0 else symmetric(gram, gram, gram, beta=b, alpha=c)  # P - a I
         if len(polynomials) == 1:
-            if turned:
-                return y.mT.contiguous()[0].addmm_(y[0].mT, rest[0], beta=a).unsqueeze(0)
             return addmm(y, rest, y, beta=a)
         if i + 1 < len(polynomials):
             for _ in range(2):
@@ -161,9 +155,7 @@ def _group(y: Tensor, polynomials: Sequence[Polynomial], *, turned: bool = False
             product.diagonal(dim1=-2, dim2=-1).add_(a)
         else:
             product = symmetric(rest, product, product, beta=a)
-    if product is None:
-        return y.mT if turned else y
-    return mm(y.mT, product) if turned else mm(product, y)
+    return y if product is None else mm(product, y)
 
 
 def polar(x: Tensor) -> Tensor:
