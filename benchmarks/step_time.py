@@ -37,6 +37,7 @@ from subspace_opt import SubspaceOptimizer, build
 from subspace_opt.lab.device import choose_device, clock
 from subspace_opt.lab.measure import measured_bytes
 from subspace_opt.lab.report import readable_bytes
+from subspace_opt.linalg import cpu_has_bfloat16
 from subspace_opt.spec import preset_names
 
 EVERY = dict.fromkeys(SOAPS, 10) | {GALORE: 200}  # steps between refreshes of peers
@@ -244,7 +245,8 @@ def main(
     if vocabulary:
         model = nn.ModuleDict({"embedding": nn.Embedding(vocabulary, width, device=where), "hidden": model})
         model["lm_head"] = nn.Linear(width, vocabulary, bias=False, device=where)
-    wanted = [ADAMW, MUON, MUON32, *peer] if peer else []
+    stand_in = [] if where.type != "cpu" or cpu_has_bfloat16() else [MUON32]
+    wanted = [ADAMW, MUON, *stand_in, *peer] if peer else []
     notes: list[str] = []
     timed = contestants(model, [name.strip() for name in presets.split(",")] if presets else preset_names(), wanted, notes.append)
     race(timed, model, steps, refreshes, where)
