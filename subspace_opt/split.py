@@ -246,7 +246,8 @@ class Split:
             g = g + step.decay * _given(weight)  # rules see it, selectors do not
         x = self._run("momentum", p.momentum, g, g, new, step)
         if not self.opens:
-            update = self._run("complement", p.complement, x, g, new, step) * p.mix.complement
+            update = self._run("complement", p.complement, x, g, new, step)
+            update = update if p.mix.complement == 1 else update * p.mix.complement
         else:
             update = self._split(x, g, {"gradient": source, "momentum": x, "weight": weight}, new, step)
         update, g = self._turn(update), self._turn(g)
@@ -255,7 +256,15 @@ class Split:
         while finish and (last := finish[-1][1].multiplier(update.size(-2), update.size(-1), step)) is not None:
             factor *= last
             finish.pop()
-        return self._through(finish, update, g, new, step), factor, new
+        alone = update.size(0) == 1 and update.device.type == "cpu"  # then a number can be read without waiting
+        update = self._through(finish[:-1] if alone else finish, update, g, new, step)
+        if alone and finish:
+            number = finish[-1][1].measured(update)
+            if number is None:
+                update = self._through(finish[-1:], update, g, new, step)
+            else:
+                factor *= number.item()
+        return update, factor, new
 
     def inner_direction(self, c: Tensor, state: State, step: Step) -> tuple[Tensor, float, State]:
         """`direction` in coordinates, of a pipeline that is `in_coordinates`, at an update without a refresh: lifted, it is the same."""
@@ -285,8 +294,13 @@ class Split:
         c = project(x, basis)
         cg = c if g is x else project(g, basis)
         inner = self._run("inside", p.inside, c, cg, new, step)
-        outer = self._outside(x, g, Coords(c, cg, inner), basis, new, step) if self.leaves else None
-        update = self._mixed(inner, outer, basis, x)
+        if self.leaves and p.inside and p.mix.inside > 0 and all(rule.passes for rule in p.complement):
+            # X less its part in the subspace, and in its place the update: one lift does both.
+            change = (c if p.mix.complement == 1 else c * p.mix.complement).sub(inner, alpha=p.mix.inside)
+            update = add_lift(x, change, basis, -1.0, own=p.mix.complement)
+        else:
+            outer = self._outside(x, g, Coords(c, cg, inner), basis, new, step) if self.leaves else None
+            update = self._mixed(inner, outer, basis, x)
 
         if p.feedback is not None:
             error = add_lift(g, cg, basis, p.feedback - 1.0)
@@ -304,19 +318,20 @@ class Split:
         if g is not x and any(rule.uses_grad for rule in rules):  # one more product, only for rules that look at it
             residual_g = add_lift(g, coords.grad, basis, -1.0)
         if any(rule.scale_free for rule in rules) and not rules[0].takes_whole:
-            residual = _without_round_off(residual, x)
+            residual = _without_round_off(residual, coords.signal)
         return self._run("complement", rules, residual, residual_g, new, step._replace(inside=coords, whole=x, basis=basis))
 
     def _mixed(self, inner: Tensor, outer: Tensor | None, basis: Basis, like: Tensor) -> Tensor:
         """`mix.inside` times the lifted update plus `mix.complement` times the other."""
         p = self.pipeline
-        total = outer if outer is None or p.mix.complement == 1 else outer * p.mix.complement
         if not p.inside or p.mix.inside == 0:
-            return torch.zeros_like(like) if total is None else total
-        if total is None:
+            if outer is None:
+                return torch.zeros_like(like)
+            return outer if p.mix.complement == 1 else outer * p.mix.complement
+        if outer is None:
             inner = inner if p.mix.inside == 1 else inner * p.mix.inside
             return lift(inner, basis, self.rows.size, self.cols.size, turned=self.turned)
-        return add_lift(total, inner, basis, p.mix.inside)
+        return add_lift(outer, inner, basis, p.mix.inside, own=p.mix.complement)
 
     def _refresh(self, source: Tensor, new: State, step: Step) -> Tensor | None:
         """A new basis; what is kept in coordinates is carried over. Returns what that lost, if it is to be fed back."""
@@ -377,10 +392,15 @@ def _given(weight: Tensor | None) -> Tensor:
     return weight
 
 
-def _without_round_off(residual: Tensor, whole: Tensor) -> Tensor:
-    """A residual that is only the round-off of `X - P X`, set to 0: a scale-free rule would blow it up to full size."""
-    floor = 64 * torch.finfo(whole.dtype).eps
-    return residual * (linalg.norm(residual) > floor * linalg.norm(whole))
+def _without_round_off(residual: Tensor, coords: Tensor) -> Tensor:
+    """A residual that is only the round-off of `X - P X`, set to 0: a scale-free rule would blow it up to full size.
+
+    The coordinates of X in an orthonormal basis have the norm of `P X`, which is that of X where the residual is small.
+    """
+    kept = linalg.norm(residual) > 64 * torch.finfo(residual.dtype).eps * linalg.norm(coords)
+    if residual.size(0) == 1 and kept.device.type == "cpu" and bool(kept):
+        return residual
+    return residual * kept
 
 
 def _settled(before: State, after: State, source: Tensor) -> State:
