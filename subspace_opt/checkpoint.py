@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import lowbit
 from .plan import COUNTERS, Plan, Row
 
 MOST = 5  # differences shown
@@ -175,6 +176,11 @@ def _loaded(saved: Mapping[str, Any], row: Row, param: Tensor, problems: list[st
             problems.append(f"'{name}': slot '{key}' is {type(value).__name__}, not a tensor")
         elif tuple(value.shape) != shape:
             problems.append(f"'{name}': slot '{key}' has shape {tuple(value.shape)}, here {shape}")
+        elif lowbit.found(value) != row.codes.get(key):
+            there, here = (str(how) if how else "numbers" for how in (lowbit.found(value), row.codes.get(key)))
+            problems.append(f"'{name}': slot '{key}' is kept as {there}, here as {here}")
+        elif key in row.codes:
+            out[key] = lowbit.copied(value, param.device)
         elif value.dtype != dtype:
             problems.append(f"'{name}': slot '{key}' has dtype {value.dtype}, here {dtype}")
         else:
