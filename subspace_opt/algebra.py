@@ -22,6 +22,7 @@ from .registry import Component
 State = dict[str, Tensor]
 Order = dict[str, Tensor]  # name of a coordinate dimension -> permutation (B, size) of its coordinates
 Transport = Literal["keep", "reset", "project", "project_abs"]
+Holds = Literal["signed", "unsigned", "basis"]
 Constants = dict[str, Tensor]
 
 
@@ -39,11 +40,15 @@ class Dim(NamedTuple):
 
 
 class Slot(NamedTuple):
-    """One tensor of state per matrix, `(B, *dims)`, declared once and used for allocation, plan, checkpoint and transport."""
+    """One tensor of state per matrix, `(B, *dims)`, declared once and used for allocation, plan, checkpoint and transport.
+
+    `holds`: what a spec's `state_dtype` may make of it: numbers, numbers that are never negative, or a basis, which stays as it is.
+    """
 
     dims: tuple[Dim, ...]
     transport: Transport = "keep"
     dtype: torch.dtype | None = None  # None: the dtype in which the matrix is computed
+    holds: Holds = "signed"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -56,8 +61,11 @@ Side = Tensor | tuple[Tensor | int, ...] | None
 
 
 class Basis(NamedTuple):
-    """Orthonormal columns on each side. `gate` `(B,)`, if given, is 0 for matrices whose subspace is {0} for now. `atoms` int64 `(B, r)`, if
-    given, says which columns of one orthonormal table the right basis has: then what is kept in coordinates is moved and not multiplied."""
+    """Orthonormal columns on each side. `gate` `(B,)`, if given, is 0 for matrices whose subspace is {0} for now.
+
+    `atoms` int64 `(B, r)`, if given, says which columns of one orthonormal table the right basis has: then what is kept in coordinates is
+    moved and not multiplied.
+    """
 
     left: Side = None
     right: Side = None

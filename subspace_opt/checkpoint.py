@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import lowbit
 from .plan import COUNTERS, Plan, Row
 
 MOST = 5  # differences shown
@@ -109,9 +110,12 @@ def _kept(value: Tensor, param: Tensor, key: str, row: Row, reader: Reader | Non
     """A slot on the parameter's device, in a storage of its own: whole, or this rank's part of it."""
     if reader is not None:
         return reader(param, key, value.detach(), row.state[key][0])
+    if lowbit.found(value) is not None:
+        return lowbit.copied(value, param.device)
     value = value.detach()
     value = value.full_tensor() if hasattr(value, "full_tensor") else value  # saved by ranks that shared it
-    return value.to(device=param.device, copy=True).contiguous()
+    value = value.to(device=param.device, copy=True).contiguous()
+    return lowbit.coded(value, row.codes[key]) if key in row.codes else value
 
 
 def _pairs(saved_groups: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]], own: list[Tensor]) -> list[tuple[Any, Tensor]]:
@@ -242,6 +246,10 @@ def _loaded(saved: Mapping[str, Any], row: Row, param: Tensor, problems: list[st
             problems.append(f"'{name}': slot '{key}' is {type(value).__name__}, not a tensor")
         elif tuple(value.shape) != shape:
             problems.append(f"'{name}': slot '{key}' has shape {tuple(value.shape)}, here {shape}")
+        elif (how := lowbit.found(value)) is not None:
+            if how != row.codes.get(key):
+                problems.append(f"'{name}': slot '{key}' is kept as {how}, here as {row.codes.get(key, 'numbers')}")
+            out[key] = value
         elif value.dtype != dtype:
             problems.append(f"'{name}': slot '{key}' has dtype {value.dtype}, here {dtype}")
         else:

@@ -113,6 +113,8 @@ def _fits_a_kernel(item: Work) -> bool:
     """Whether one rule makes the whole update and has a kernel for it, and storage is as kernels want it."""
     if item.count < 0 or item.scale != 1.0 or item.outbox is not None or len(item.row.splits) != 1 or item.row.splits[0][1].kernel is None:
         return False
+    if item.row.converts:
+        return False
     p, g = item.param, item.grad
     alike = p.dtype == g.dtype == item.row.compute_dtype and p.device == g.device and p.device.type in FUSED
     return alike and p.is_contiguous() and g.is_contiguous() and not item.row.view.transposed
@@ -130,7 +132,7 @@ def update_coordinates(work: Work, c: Tensor, options: Options, memory: Memory) 
     update, factor, new = split.inner_direction(c, old, step)
     update = update * factor  # before the state is written: the update may be part of it
     for key in old:
-        piece.slot(key).copy_(new[key])
+        piece.put(key, new[key])
     return update
 
 

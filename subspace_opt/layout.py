@@ -182,10 +182,14 @@ class Share:
         """State that a rank keeps once the parameter has had a gradient."""
         if self.row.entry.frozen or not self.row.entry.numel:
             return self.row.state_bytes
-        total = 0
+        part, total = self.part_of(rank), 0
         for key, (_, dtype) in self.row.state.items():
             box = None if key in COUNTERS else self.state_box(key, rank)
-            total += dtype.itemsize * (1 if key in COUNTERS else 0 if box is None else box.numel)
+            how = None if part is None else part.row.codes.get(key)
+            if how is not None and box is not None:
+                total += how.nbytes(box.numel)
+            else:
+                total += dtype.itemsize * (1 if key in COUNTERS else 0 if box is None else box.numel)
         return total
 
     def bytes_sent(self, rank: int, refresh: bool = False) -> int:

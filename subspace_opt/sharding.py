@@ -14,7 +14,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
+from . import lowbit
 from .layout import Box, Cut, Message, Share, shards, whole
+from .lowbit import Codes
 from .plan import COUNTERS
 
 
@@ -208,6 +210,7 @@ def exported(team: Team, share: Share, param: Tensor, state: dict[str, Any]) -> 
         if key in COUNTERS:
             out[key] = team.max(value.to(param.device)).to(value.device) if key == "refreshed" else value
             continue
+        value = lowbit.whole(value).to(dtype)  # codes go as numbers: their blocks are those of this rank's part
         placements, target = _target(team, share, param, mesh, shape)
         held = [share.state_box(key, rank) for rank in range(team.size)]
         here = target[team.rank].shape
@@ -231,14 +234,21 @@ def imported(team: Team, share: Share, param: Tensor, key: str, value: Tensor, s
         like = part.row.state[key][0]
     else:
         like = own.shape
+    how = None if part is None or own is None else part.row.codes.get(key)
+    value = lowbit.whole(value)
     if isinstance(value, DTensor):
         mesh = value.device_mesh
         if tuple(mesh.mesh.flatten().tolist()) != team.members:
             value = value.full_tensor()
     if not isinstance(value, DTensor):
-        return (value[own.within(whole(shape))] if own is not None else value.new_zeros(0)).reshape(like).to(param.device, copy=True)
+        taken = value[own.within(whole(shape))] if own is not None else value.new_zeros(0)
+        return _kept(taken.reshape(like).to(param.device, copy=True), how)
     there = list(shards(shape, tuple(mesh.shape), cuts(value, share.row.entry.name)))
-    return moved(team, there, value.to_local(), held, value.dtype, param.device).reshape(like).clone()
+    return _kept(moved(team, there, value.to_local(), held, value.dtype, param.device).reshape(like).clone(), how)
+
+
+def _kept(value: Tensor, how: Codes | None) -> Tensor:
+    return value if how is None else lowbit.coded(value, how)
 
 
 def _mesh(team: Team, param: Tensor) -> DeviceMesh:

@@ -16,11 +16,13 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 from torch import Tensor
 
-from . import linalg
+from . import linalg, lowbit
 from .algebra import Basis, Change, Coords, Dim, Rule, Selector, Slot, State, Step, add_lift, lift, project
-from .registry import Model, kind_of
+from .lowbit import Codes, StateDtype
+from .registry import Model, kind_of, suggest
 
 
 def _listed(value: Any) -> Any:
@@ -68,6 +70,11 @@ class Pipeline(Model):
     )
     lr_scale: float = Field(1.0, gt=0.0, description="Multiplies the learning rate, for the update and for weight decay.")
     decay_scale: float = Field(1.0, ge=0.0, description="Multiplies weight decay; 0 for none.")
+    state_dtype: dict[str, StateDtype] = Field(
+        {},
+        description="How slots of the rules are stored, by name: `{exp_avg: bf16, exp_avg_sq: 8bit}`; others in the dtype of computation. "
+        "8bit and 4bit need the extra `lowbit`, and leave small slots and those that blocks do not divide as they are.",
+    )
 
     @field_validator("momentum", "inside", "complement", "finish", mode="after")
     @classmethod
@@ -100,6 +107,47 @@ class Pipeline(Model):
                 "by projection; use a rule inside without memory, or `on_refresh: keep`"
             )
         return self
+
+    @model_validator(mode="after")
+    def _stores_what_there_is(self) -> Pipeline:
+        known = self.storable
+        for name in self.state_dtype:
+            why = self._why_not_stored(name) if name not in known else None
+            if why:
+                raise PydanticCustomError("route", "{why}", {"why": why, "place": ("state_dtype", name)})
+        return self
+
+    @property
+    def storable(self) -> dict[str, bool]:
+        """Names of slots that `state_dtype` may name, and whether they are as large as the matrix or its coordinates."""
+        found: dict[str, bool] = {} if self.feedback is None else {"error": True}
+        for name, slot, large in self._rule_slots():
+            if slot.dtype is None and slot.holds != "basis":
+                found[name] = found.get(name, False) or large
+        return {name: large for name, large in found.items() if name not in self._as_they_are}
+
+    @property
+    def _as_they_are(self) -> set[str]:
+        return {name for name, slot, _ in self._rule_slots() if slot.dtype is not None or slot.holds == "basis"}
+
+    def _rule_slots(self) -> Iterator[tuple[str, Slot, bool]]:
+        """Every slot of the rules for some matrix, by its last name, and whether it has an entry for each of the rule's signal."""
+        own = Dim("rows", 2), Dim("cols", 3)
+        for rules, sides in ((self.momentum, own), (self.inside, self.selector.coords(*own)), (self.complement, own), (self.finish, own)):
+            for rule in rules:
+                for name, slot in rule.slots(*sides).items():
+                    yield name.rpartition(".")[2], slot, slot.dims == sides
+
+    def _why_not_stored(self, name: str) -> str:
+        if name in self._as_they_are:
+            return f"slot '{name}' is a basis or whole numbers, and stays as its rule declares it; remove it from `state_dtype`"
+        selected = {key.rpartition(".")[2] for key in self.selector.slots(Dim("rows", 2), Dim("cols", 3))}
+        if name in selected:
+            return (
+                f"slot '{name}' is that of selector '{kind_of(type(self.selector))}', which needs it as it was computed: a rounded basis "
+                "is no longer orthonormal; remove it from `state_dtype`"
+            )
+        return f"no rule of this pipeline has a slot '{name}'; {suggest(name, self.storable)}"
 
     def on(self, rows: int, cols: int, modes: tuple[int, ...] = ()) -> Split:
         """The pipeline for weights of `rows` x `cols`, the columns being `modes` joined."""
@@ -204,6 +252,24 @@ class Split:
         for key, rule, rows, cols in self.places():
             slots |= {f"{key}.{name}": slot for name, slot in rule.slots(rows, cols).items()}
         return slots
+
+    @cached_property
+    def wanted(self) -> dict[str, StateDtype]:
+        """How slots are to be stored that `state_dtype` names, by dotted key."""
+        chosen = self.pipeline.state_dtype
+        rules = [key for key in self.slots if not key.startswith("selector.")] if chosen else []
+        return {key: chosen[name] for key in rules if (name := key.rpartition(".")[2]) in chosen}
+
+    @cached_property
+    def codes(self) -> dict[str, Codes]:
+        """The slots that are kept as codes, by dotted key: of those that are to be, the ones that are fit for it."""
+        found = {}
+        for key, wanted in self.wanted.items():
+            slot = self.slots[key]
+            how = lowbit.codes(wanted, prod(slot.shape), signed=slot.holds == "signed")
+            if how is not None:
+                found[key] = how
+        return found
 
     @cached_property
     def flops(self) -> tuple[float, float]:

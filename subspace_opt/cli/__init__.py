@@ -18,11 +18,12 @@ from .. import __version__
 from ..checkpoint import CheckpointError
 from ..document import DocumentError
 from ..lab import LabError
+from ..lowbit import LowBitError
 from ..registry import RegistryError
 from ..spec import SpecError
 from . import fidelity, memory, plugins, specs, training
 
-BAD_INPUT = (SpecError, DocumentError, RegistryError, CheckpointError, LabError)
+BAD_INPUT = (SpecError, DocumentError, RegistryError, CheckpointError, LabError, LowBitError)
 
 app = typer.Typer(
     name="subspace-opt",

@@ -78,7 +78,7 @@ class NormGrowth(Rule):
     eps: float = Field(1e-8, ge=0.0, description="Added to the norm of the update before.")
 
     def slots(self, rows: Dim, cols: Dim) -> dict[str, Slot]:
-        return {"norm": Slot(())}
+        return {"norm": Slot((), holds="unsigned")}
 
     def apply(self, x: Tensor, grad: Tensor, state: State, step: Step) -> tuple[Tensor, State]:
         size, before = linalg.norm(x), state["norm"][:, None, None]
