@@ -20,6 +20,7 @@ BLOCKS: dict[Literal[4, 8], int] = {8: 256, 4: 128}
 LEAST = 4096  # entries below which the table of codes and the scales are not worth it, as in bitsandbytes and torchao
 RUN = {"cpu": 2**17}  # entries that are coded together: torchao makes several temporaries of 8 bytes an entry
 RUN_ELSEWHERE = 2**24
+BITS_OF: dict[str, Literal[4, 8]] = {"OptimState8bit": 8, "OptimState4bit": 4}
 REMEDY = "pip install 'subspace-opt[lowbit]'"
 
 
@@ -84,10 +85,36 @@ def zeros(shape: tuple[int, ...], how: Codes, device: torch.device) -> Tensor:
 
 
 def coded(value: Tensor, how: Codes) -> Tensor:
-    """Numbers as codes."""
+    """Numbers as codes; those that were read from codes come back as the same, to the bit."""
     made = zeros(tuple(value.shape), how, value.device)
-    write(made, 0, value.reshape(-1))
+    flat = value.reshape(-1)
+    write(made, 0, flat)
+    astray = (read(made, 0, flat.numel(), flat.dtype) != flat).view(-1, how.block).any(-1)
+    if astray.any():
+        _with_lowest(made, flat.view(-1, how.block), astray)
     return made
+
+
+def _with_lowest(made: Any, numbers: Tensor, astray: Tensor) -> None:
+    """Scale blocks anew whose largest magnitude is that of the table's lowest entry, which is less than 1 where its highest is 1.
+
+    The scale is then not the largest magnitude but that divided by the entry, up to a rounding, which is found by trying.
+    """
+    from torchao.optim.quant_utils import quantize_4bit_with_qmap, quantize_8bit_with_qmap
+
+    bits = BITS_OF[type(made).__name__]
+    quantize = {8: quantize_8bit_with_qmap, 4: quantize_4bit_with_qmap}[bits]
+    first = numbers.abs().amax(-1) / made.qmap.min().abs()
+    for step in (0, 1, -1, 2, -2):
+        scale = first.clone()
+        for _ in range(abs(step)):
+            scale = torch.nextafter(scale, torch.full_like(scale, torch.inf if step > 0 else -torch.inf))
+        entries = quantize((numbers / scale.unsqueeze(-1)).view(-1), made.qmap).view(numbers.shape)
+        right = astray & (made.qmap[entries.int()] * scale.unsqueeze(-1) == numbers).all(-1)
+        packed = entries if bits == 8 else (entries[:, ::2] << 4) | entries[:, 1::2]
+        made.codes.view(numbers.size(0), -1)[right] = packed[right]
+        made.scale[right] = scale[right]
+        astray = astray & ~right
 
 
 def found(value: Any) -> Codes | None:

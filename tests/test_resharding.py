@@ -261,3 +261,72 @@ def train(kind: str, presets: list[str]) -> list[str]:
 @pytest.mark.parametrize(("kind", "world"), [("fsdp", 2), ("fsdp", 4), ("hsdp", 4), ("ddp", 2), ("tp", 2), ("fsdp+tp", 4)])
 def test_training_as_users_write_it(kind: str, world: int) -> None:
     assert run_ranks(world, train, kind, ["cosmos", "muon", "galore", "adamw", "trion"]) == [[]] * world
+
+
+def backward_steps(kind: str, preset: str) -> list[str]:
+    """Updates made while the gradients arrive, against the ordinary optimizer on one process."""
+    warnings.simplefilter("ignore")
+    draws = torch.Generator().manual_seed(5)
+    x, y = (torch.randint(0, 31, (8, 8, 6), generator=draws) for _ in range(2))
+    torch.manual_seed(3)
+    alone = Small().double()
+    own = subspace_opt.build(preset, alone, lr=1e-3)
+    model = wrapped(kind)
+    optimizer = subspace_opt.step_in_backward(model, preset, lr=1e-3)
+    for i in range(8):
+        for one, opt in ((alone, own), (model, optimizer)):
+            opt.zero_grad()
+            nn.functional.cross_entropy(one(x[i]).flatten(0, 1), y[i].flatten()).backward()
+            if one is model:
+                assert all(p.grad is None for p in model.parameters())
+            opt.step()
+    gaps = differences(whole_weights(alone), whole_weights(model))
+    return [f"{preset}: {name} differs by {gap:.1e}" for name, gap in gaps if not gap < 1e-9]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["fsdp", "tp"])
+def test_updates_in_backward_of_shards(kind: str) -> None:
+    for preset in ("muon", "galore", "adamw"):
+        assert run_ranks(2, backward_steps, kind, preset) == [[]] * 2
+
+
+def few_bits(kind: str) -> list[str]:
+    """State in 8 bits and in bfloat16 on ranks: near one process, resumed to the bit, bytes as planned."""
+    from subspace_opt.lab.measure import measured_bytes
+
+    mesh = mesh_of(kind, dist.get_world_size())
+    wrong = []
+    for preset, dtypes in (
+        ("muon", {"exp_avg": "8bit"}),
+        ("adamw", {"exp_avg": "bf16", "exp_avg_sq": "8bit"}),
+        ("galore", {"exp_avg_sq": "4bit"}),
+    ):
+        runs = []
+        for where in (None, mesh):
+            torch.manual_seed(1)
+            model = nn.Sequential(nn.Linear(128, 128, bias=False), nn.Linear(128, 256, bias=False))
+            if where is not None:
+                place(model, kind, where)
+            optimizer = subspace_opt.build(preset, model, lr=1e-3, state_dtype=dtypes)
+            steps(model, optimizer, 0, 6)
+            runs.append((model, optimizer))
+        (alone, _), (model, optimizer) = runs
+        gaps = differences(whole_weights(alone), whole_weights(model))
+        wrong += [f"{preset}: {name} differs by {gap:.1e}" for name, gap in gaps if not gap < 3e-3]
+        planned = sum(share.bytes_held(team.rank) for team, share in optimizer._shares().values())
+        if planned != measured_bytes(optimizer):
+            wrong.append(f"{preset}: {planned} bytes planned, {measured_bytes(optimizer)} held")
+        saved, weights = _copied(optimizer.state_dict()), whole_weights(model)
+        steps(model, optimizer, 6, 9)
+        end = whole_weights(model)
+        set_weights(model, weights)
+        optimizer.load_state_dict(saved)
+        steps(model, optimizer, 6, 9)
+        wrong += [f"{preset} resumed: {name}" for name, w in whole_weights(model).items() if not torch.equal(w, end[name])]
+    return wrong
+
+
+@pytest.mark.slow
+def test_state_in_few_bits_on_ranks() -> None:
+    assert run_ranks(2, few_bits, "fsdp") == [[]] * 2

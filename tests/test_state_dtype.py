@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -390,3 +390,15 @@ def test_without_torchao_the_plan_is_there_and_the_optimizer_says_what_to_instal
     with pytest.raises(lowbit.LowBitError, match=r"need torchao.*Run: pip install 'subspace-opt\[lowbit\]'"):
         optimizer(spec, parameters(LARGE))
     optimizer(spec, parameters({"bias": (4,)}))  # nothing of it is kept as codes
+
+
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_numbers_that_were_read_from_codes_are_coded_as_the_same(bits: Literal[4, 8], signed: bool) -> None:
+    how = lowbit.Codes(bits, signed)
+    draws = torch.randn(64, 1024, generator=torch.Generator().manual_seed(0)) * torch.logspace(-20, 5, 64).unsqueeze(-1)
+    for values in (draws, -draws, draws.abs(), -draws.abs(), torch.zeros(64, 1024)):
+        values = values if signed else values.abs()
+        once = lowbit.coded(values, how)
+        again = lowbit.coded(lowbit.whole(once), how)
+        assert torch.equal(lowbit.whole(again), lowbit.whole(once))
