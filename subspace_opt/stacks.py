@@ -206,7 +206,10 @@ def _located(stack: Stack, options: Options, memory: Memory) -> tuple[Home | Non
         return None, None  # what is gathered is a copy all the same, and a home would have to keep whole blocks together
     if not all(piece.whole for piece in stack.pieces):
         return None, None
-    key = (id(stack.split), first.work.param.device, stack.dtype)
+    # Not the split itself, which a new plan makes anew: homes under an old one would be kept, and found by nobody. What else is of the
+    # same key does no harm, as a home is known by the views that it gave.
+    split = stack.split
+    key = (first.work.row.pipeline, split.rows, split.cols, split.turned, first.work.param.device, stack.dtype)
     homes = memory.homes.setdefault(key, [])
     for home in homes:
         if all(home.holds(piece) for piece in stack.pieces):

@@ -155,3 +155,17 @@ def test_a_replaced_state_is_let_go() -> None:
         give(params, step)
         opt.step()
     assert living()[1] == before
+
+
+def test_a_new_plan_finds_the_state_where_it_is() -> None:
+    """Plans are made anew when a parameter freezes or one asks for an explanation; stacked state stays in the tensors it has."""
+    params = parameters({f"w{i}": (16, 24) for i in range(4)})
+    opt = optimizer(small("cosmos"), params, stacking="always")
+    held = []
+    for step in range(8):
+        give(params, step)
+        opt.step()
+        opt.explain()
+        held.append((living()[1], [home.slots["selector.basis"].data_ptr() for homes in opt._memory.homes.values() for home in homes]))
+    assert len(held[1][1]) == 1
+    assert all(line == held[1] for line in held[1:])
