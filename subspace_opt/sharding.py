@@ -260,6 +260,8 @@ def _target(
 ) -> tuple[tuple[Placement, ...], tuple[Box, ...]]:
     if shape == share.row.entry.shape and isinstance(param, DTensor):
         return tuple(param.placements), share.boxes
+    if not shape:
+        return (Replicate(),) * mesh.ndim, (whole(shape),) * team.size
     along = max(range(len(shape)), key=lambda d: shape[d])
     return (Shard(along),) * mesh.ndim, shards(shape, tuple(mesh.shape), (Cut(along),) * mesh.ndim)
 
