@@ -8,10 +8,12 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from . import lowbit
 from .plan import COUNTERS, Plan, Row
+from .spec import Spec
 
 MOST = 5  # differences shown
 STATE_VERSION = 1  # of the layout of a state dictionary; every parameter group carries it
@@ -191,7 +193,7 @@ def equal(a: Any, b: Any) -> bool:
 
 
 def _check_spec(saved: str, own: str) -> None:
-    if saved == own:
+    if saved == own or _filled(saved) == own:
         return
     try:
         there, here = json.loads(saved), json.loads(own)
@@ -205,6 +207,14 @@ def _check_spec(saved: str, own: str) -> None:
             f"the checkpoint is of spec '{there.get('name')}', this optimizer of '{here.get('name')}': {difference}; build the optimizer "
             "from the checkpoint's own spec to go on with it"
         )
+
+
+def _filled(text: str) -> str:
+    """A saved spec with what has been added to specs since, at its default: that is what it was before there was a choice."""
+    try:
+        return Spec.model_validate_json(text).to_json()
+    except ValidationError:
+        return text  # the difference is told by what is written there
 
 
 def _difference(there: Any, here: Any, path: str) -> str | None:

@@ -39,7 +39,7 @@ ARROWS: dict[str, set[str]] = {
     "layout": {"lowbit", "plan", "split", "views"},
     "sharding": {"layout", "lowbit", "plan"},
     "together": {"engine", "layout", "plan", "sharding", "stacks", "survey", "update", "work"},
-    "checkpoint": {"lowbit", "plan"},
+    "checkpoint": {"lowbit", "plan", "spec"},
     "optimizer": {
         "checkpoint",
         "engine",
