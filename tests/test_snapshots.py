@@ -21,7 +21,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from common import RANK, Params, flat, gradient, parameters, same, small
+from common import RANK, Params, gradient, parameters, same, small
 from launch import end, on_ranks, received, start
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -39,9 +39,14 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "galore": lambda named: preset("galore", named),
     "soap": lambda named: preset("soap", named),
 }
-SHARDED = ["AdamW", "SGD"]
+SHARDED = ["AdamW", "SGD", "cosmos", "galore", "soap"]
+ROUNDED = ["cosmos", "galore", "soap"]  # matrices that one process multiplies together have owners apart: the last bits are others
 EXTRA = {"epoch": 3, "order": torch.tensor([2, 0, 1]), "schedule": {"last": 0.5, "name": "cosine"}}
 Saved = dict[str, Tensor]
+
+
+def near(one: Saved, other: Saved) -> bool:
+    return one.keys() == other.keys() and all(torch.allclose(one[name], other[name], rtol=1e-4, atol=1e-5) for name in one)
 
 
 def preset(name: str, named: Any) -> torch.optim.Optimizer:
@@ -92,7 +97,9 @@ def run(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range, missin
 
 def whole(model: nn.Module, optimizer: torch.optim.Optimizer) -> Saved:
     """All of model and optimizer, gathered from its shards, by name."""
-    state = {f"{name.removeprefix('module.')}": value for name, value in flat(optimizer)}
+    own = optimizer.state_dict()  # in which the parts that ranks hold of a state are put together
+    names = [n for group in own["param_groups"] for n in group.get("param_names", map(str, group["params"]))]
+    state = {f"{names[i].removeprefix('module.')}.{key}": value for i, slots in own["state"].items() for key, value in slots.items()}
     values = {**{n.removeprefix("module."): v for n, v in model.state_dict().items()}, **state}
     return {name: (v.full_tensor() if isinstance(v, DTensor) else torch.as_tensor(v)).detach().clone() for name, v in values.items()}
 
@@ -663,8 +670,9 @@ def test_another_number_of_ranks_loads_it(tmp_path: Path) -> None:
         for answers in on_ranks(loads, size, str(tmp_path), cases):
             for case, (step, epoch, loaded, later) in zip(cases, answers, strict=True):
                 assert (step, epoch) == (3, 3), case
-                assert same(loaded, alone(case[0], 3)), case
-                assert same(later, alone(case[0], 5)), case
+                compare = near if case[0] in ROUNDED and "sharded" in case else same
+                assert compare(loaded, alone(case[0], 3)), case
+                assert compare(later, alone(case[0], 5)), case
 
 
 def with_the_wrappers_names(rank: int, size: int, send: Send, folder: str) -> None:
