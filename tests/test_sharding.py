@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -57,14 +58,19 @@ def trained(
 # ------------------------------------------------------------------------------------------------------ equal to one process
 
 
-def compare_presets(kind: str, presets: list[str], options: dict[str, Any]) -> list[str]:
-    """What differs from one process, and where planned and held bytes differ."""
+@cache
+def alone(preset: str) -> dict[str, Tensor]:
+    """The weights after the same steps on one process."""
+    return whole_weights(trained(preset, None, None)[0])
+
+
+def compare_presets(kind: str, presets: dict[str, dict[str, Tensor]], options: dict[str, Any]) -> list[str]:
+    """What differs from one process, whose weights are given by preset, and where planned and held bytes differ."""
     mesh = mesh_of(kind, dist.get_world_size())
     wrong = []
-    for preset in presets:
-        alone, _ = trained(preset, None, None, **options)
+    for preset, weights in presets.items():
         model, optimizer = trained(preset, kind, mesh, **options)
-        for name, gap in differences(whole_weights(alone), whole_weights(model)):
+        for name, gap in differences(weights, whole_weights(model)):
             if not gap < 1e-9:
                 wrong.append(f"{preset}: {name} differs by {gap:.1e}")
         planned = sum(share.bytes_held(team.rank) for team, share in optimizer._shares().values())
@@ -76,13 +82,13 @@ def compare_presets(kind: str, presets: list[str], options: dict[str, Any]) -> l
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "world"), MESHES)
 def test_every_preset_equals_one_process(kind: str, world: int) -> None:
-    wrong = run_ranks(world, compare_presets, kind, preset_names(), {})
+    wrong = run_ranks(world, compare_presets, kind, {preset: alone(preset) for preset in preset_names()}, {})
     assert wrong == [[]] * world
 
 
 @pytest.mark.slow
 def test_small_buckets_and_stacks_change_nothing() -> None:
-    presets = ["cosmos", "muon", "galore", "soap", "adamw", "sumo"]
+    presets = {preset: alone(preset) for preset in ("cosmos", "muon", "galore", "soap", "adamw", "sumo")}
     assert run_ranks(2, compare_presets, "fsdp", presets, {"batch_bytes": 500}) == [[]] * 2
     assert run_ranks(2, compare_presets, "fsdp", presets, {"stacking": "always"}) == [[]] * 2
 
@@ -337,3 +343,79 @@ def test_what_cannot_be_right_is_refused_with_the_reason() -> None:
     assert "fully_shard" in flat
     assert "fully_shard" in original
     assert "1-D view of a matrix" in view
+
+
+# ---------------------------------------------------------------------------------------------------------------------- groups
+
+
+def grouped(kind: str) -> list[str]:
+    """Groups with their own rates, specs and pipelines, one of them added between two steps, a parameter frozen and thawed."""
+    wrong: list[str] = []
+    runs = []
+    for mesh in (None, mesh_of(kind, dist.get_world_size())):
+        model = make_zoo()
+        if mesh is not None:
+            place(model, kind, mesh)
+        named = dict(model.named_parameters())
+        first = [(name, named[name]) for name in ("wide.weight", "square.weight", "tall.weight")]
+        second = [(name, named[name]) for name in ("embedding.weight", "norm.weight")]
+        optimizer = subspace_opt.SubspaceOptimizer(
+            [
+                {"params": first, "lr": 1e-2, "overrides": {"matrix.selector.rank": 2}},
+                {"params": second, "lr": 3e-3, "use": "other", "weight_decay": 0.2},
+            ],
+            "cosmos",
+            modules={"wide.weight": frozenset({"linear"})},
+        )
+        before: dict[str, int] = {}
+        for step in range(12):
+            if step == 4:
+                before = {name: share.parts[0].owners[0] for name, share in by_name(optimizer)}
+                late = [(name, named[name]) for name in ("twin.weight", "conv.weight", "experts.weight")]
+                optimizer.add_param_group({"params": late, "spec": "galore", "lr": 1e-2})
+            named["tall.weight"].requires_grad_(step not in (6, 7))
+            give(model, step)
+            if step in (6, 7):
+                named["tall.weight"].grad = None
+            optimizer.step()
+        after = {name: share.parts[0].owners[0] for name, share in by_name(optimizer)}
+        wrong += [f"the owner of {name} changed" for name in before if after[name] != before[name]]
+        runs.append(whole_weights(model))
+    return wrong + [f"{name} differs by {gap:.1e}" for name, gap in differences(*runs) if not gap < 1e-9]
+
+
+def by_name(optimizer: subspace_opt.SubspaceOptimizer) -> list[tuple[str, Any]]:
+    return [(share.row.entry.name, share) for _, share in optimizer._shares().values()]
+
+
+@pytest.mark.slow
+def test_groups_of_shared_parameters() -> None:
+    assert run_ranks(2, grouped, "fsdp") == [[]] * 2
+
+
+def low_precision(kind: str) -> list[str]:
+    """float32 within round-off, and bfloat16 with each rounding: the same draws whoever makes them."""
+    mesh = mesh_of(kind, dist.get_world_size())
+    wrong = []
+    for preset in ("cosmos", "muon", "galore", "adamw"):
+        alone, _ = trained(preset, None, None, dtype=torch.float32, stacking="never")
+        model, _ = trained(preset, kind, mesh, dtype=torch.float32)
+        wrong += [
+            f"{preset}: {n} differs by {gap:.1e}" for n, gap in differences(whole_weights(alone), whole_weights(model)) if not gap < 1e-3
+        ]
+    for rounding in ("nearest", "stochastic", "kahan"):
+        for preset in ("muon", "adamw"):
+            alone, _ = trained(preset, None, None, steps=6, dtype=torch.bfloat16, rounding=rounding, stacking="never")
+            model, _ = trained(preset, kind, mesh, steps=6, dtype=torch.bfloat16, rounding=rounding)
+            other = whole_weights(model)
+            for name, one in whole_weights(alone).items():
+                apart = (one != other[name]).float().mean().item()  # an entry on the edge between two neighbours may fall to either side
+                if apart > 0.1 or not torch.allclose(one.float(), other[name].float(), rtol=2e-2, atol=1e-3):
+                    wrong.append(f"{preset}, {rounding}: {name} differs in {apart:.0%} of the entries")
+    return wrong
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["fsdp", "ddp"])
+def test_low_precision_on_ranks(kind: str) -> None:
+    assert run_ranks(2, low_precision, kind) == [[]] * 2
