@@ -32,8 +32,9 @@ def run_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    task = pickle.dumps((function, arguments))  # tensors by value: multiprocessing would open a file for each
     with TemporaryDirectory() as folder:
-        ranks = [context.Process(target=_rank, args=(rank, world, port, folder, function, arguments), daemon=True) for rank in range(world)]
+        ranks = [context.Process(target=_rank, args=(rank, world, port, folder, task), daemon=True) for rank in range(world)]
         for process in ranks:
             process.start()
         ends = time.monotonic() + LIMIT
@@ -50,11 +51,12 @@ def run_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list
         return [pickle.loads((Path(folder) / f"{rank}.result").read_bytes()) for rank in range(world)]
 
 
-def _rank(rank: int, world: int, port: int, folder: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _rank(rank: int, world: int, port: int, folder: str, task: bytes) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world))
     torch.set_num_threads(1)
     torch.manual_seed(1000 + rank)  # nothing may depend on the global generator
     try:
+        function, arguments = pickle.loads(task)
         dist.init_process_group("gloo", rank=rank, world_size=world)
         (Path(folder) / f"{rank}.result").write_bytes(pickle.dumps(function(*arguments)))
         dist.barrier()
