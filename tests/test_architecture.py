@@ -54,8 +54,9 @@ ARROWS: dict[str, set[str]] = {
         "update",
         "work",
     },
+    "meshes": {"layout", "plan"},
     "public": {"algebra", "checkpoint", "optimizer", "survey", "plan", "registry", "spec"},
-    "lab": {"lab", "public"},
+    "lab": {"lab", "layout", "meshes", "public"},
     "scaffold": {"presets", "public", "registry"},
 }
 ON_TOP = {"testing": set(), "cli": {"testing"}}  # may import whatever they test or show; nothing else imports them

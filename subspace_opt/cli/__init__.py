@@ -18,11 +18,12 @@ from .. import __version__
 from ..checkpoint import CheckpointError
 from ..document import DocumentError
 from ..lab import LabError
+from ..meshes import MeshError
 from ..registry import RegistryError
 from ..spec import SpecError
-from . import fidelity, memory, plugins, specs, training
+from . import fidelity, memory, plugins, ranks, specs, training
 
-BAD_INPUT = (SpecError, DocumentError, RegistryError, CheckpointError, LabError)
+BAD_INPUT = (SpecError, DocumentError, RegistryError, CheckpointError, LabError, MeshError)
 
 app = typer.Typer(
     name="subspace-opt",
@@ -41,6 +42,7 @@ for name, command, example in (
     ("schema", specs.schema, "schema > spec.schema.json"),
     ("explain", memory.explain, "explain galore --model 130m"),
     ("plan", memory.plan, "plan cosmos --model 70b --dtype bfloat16"),
+    ("verify", ranks.verify, "verify cosmos --ranks 4 --mesh fsdp"),
     ("train", training.train, "train cosmos --model mini --steps 500 --out runs/cosmos"),
     ("demo", training.demo, "demo --steps 50 --out runs/demo"),
     ("parity", fidelity.parity, "parity --json"),
