@@ -13,12 +13,57 @@ from torch import Tensor
 from .plan import COUNTERS, Plan, Row
 
 MOST = 5  # differences shown
+STATE_VERSION = 1  # of the layout of a state dictionary; every parameter group carries it
 
 Reader = Callable[[Tensor, str, Tensor, tuple[int, ...]], Tensor]
 
 
 class CheckpointError(ValueError):
     """A state dictionary that is not of this optimizer; nothing has been loaded."""
+
+
+def _with_version(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Version 1 differs from the first layout by carrying its number, which `migrated` writes."""
+    return state_dict
+
+
+# From each older version to the next. Pure functions of a whole state dictionary, whose `state` may be empty: they return another and
+# leave theirs as it is. Who changes names, shapes, dtypes or meaning of state adds one here and raises STATE_VERSION.
+MIGRATIONS: dict[int, Callable[[Mapping[str, Any]], Mapping[str, Any]]] = {0: _with_version}
+
+
+def migrated(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The state dictionary in today's layout; one without a version is of version 0.
+
+    Raises:
+        CheckpointError: a version that is not known here, or groups of several versions.
+    """
+    version = _version(state_dict["param_groups"])
+    while version < STATE_VERSION:
+        state_dict = MIGRATIONS[version](state_dict)
+        version += 1
+        state_dict = {**state_dict, "param_groups": [{**group, "state_version": version} for group in state_dict["param_groups"]]}
+    return state_dict
+
+
+def _version(groups: Sequence[Mapping[str, Any]]) -> int:
+    found = [group.get("state_version", 0) for group in groups]
+    if not found:
+        return STATE_VERSION
+    odd = [version for version in found if type(version) is not int or version < 0]
+    if odd:
+        raise CheckpointError(f"the checkpoint's state_version is {odd[0]!r}, not a number: it is damaged, or of another optimizer")
+    if len(set(found)) > 1:
+        raise CheckpointError(
+            f"the checkpoint's parameter groups are of state versions {sorted(set(found))}: it was put together from several; load each "
+            "into an optimizer of its own and save that"
+        )
+    if found[0] > STATE_VERSION:
+        raise CheckpointError(
+            f"the checkpoint's state is of version {found[0]} and this subspace_opt reads up to {STATE_VERSION}; "
+            "install the subspace_opt that saved it, or a newer one"
+        )
+    return int(found[0])
 
 
 def matched(
@@ -33,6 +78,10 @@ def matched(
     """
     if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(state_dict):
         raise CheckpointError("this is no optimizer's state dictionary: it needs `state` and `param_groups`")
+    for saved in state_dict["param_groups"]:
+        if not isinstance(saved.get("spec"), str):
+            raise CheckpointError("the checkpoint is of another optimizer: its groups carry no spec")
+    state_dict = migrated(state_dict)
     saved_groups = state_dict["param_groups"]
     own = [p for group in groups for p in group["params"]]
     pairs = _pairs(saved_groups, groups, own)
@@ -108,16 +157,16 @@ def _merged_groups(
     saved_of = {id(p): saved for saved, p in pairs}
     merged = []
     for index, group in enumerate(groups):
-        sources = _distinct([home[saved_of[id(p)]] for p in group["params"]]) or list(saved_groups[index : index + 1]) or [group]
+        sources = distinct([home[saved_of[id(p)]] for p in group["params"]]) or list(saved_groups[index : index + 1]) or [group]
         options = [{k: v for k, v in source.items() if k not in ("params", "param_names")} for source in sources]
         for kept in options:
-            _check_spec(kept.get("spec"), group.get("spec"))
+            _check_spec(kept["spec"], group["spec"])
             if kept.get("use") != group.get("use"):
                 raise CheckpointError(
                     f"parameter group {index} has `use` {kept.get('use')!r} in the checkpoint and {group.get('use')!r} here; "
                     "give it the same"
                 )
-        clash = sorted({k for kept in options[1:] for k in kept if not _equal(kept[k], options[0].get(k))})
+        clash = sorted({k for kept in options[1:] for k in kept if not equal(kept[k], options[0].get(k))})
         if clash:
             raise CheckpointError(
                 f"the parameters of group {index} were in groups with different {', '.join(clash)}; group them as they were saved"
@@ -127,17 +176,17 @@ def _merged_groups(
     return merged
 
 
-def _distinct(groups: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def distinct(groups: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Each group once, in the order of its first place."""
     return list({id(group): group for group in groups}.values())
 
 
-def _equal(a: Any, b: Any) -> bool:
+def equal(a: Any, b: Any) -> bool:
+    """Whether two options of groups are the same; a learning rate may be a tensor."""
     return bool(torch.equal(a, b)) if isinstance(a, Tensor) and isinstance(b, Tensor) else bool(a == b)
 
 
-def _check_spec(saved: Any, own: Any) -> None:
-    if not isinstance(saved, str):
-        raise CheckpointError("the checkpoint is of another optimizer: its groups carry no spec")
+def _check_spec(saved: str, own: str) -> None:
     if saved == own:
         return
     try:

@@ -17,7 +17,7 @@ from .algebra import Constants, State, Step
 from .layout import Box
 from .plan import Row
 from .split import Split
-from .stacks import Memory, counted, gather, scatter, stacks
+from .stacks import Memory, counted, gather, refreshed, scatter, stacks
 from .update import generator, update_weight
 from .views import Block
 from .work import Options, Phase, Piece, Stack, Work
@@ -143,19 +143,22 @@ def _advance(stack: Stack, options: Options, memory: Memory, errors: dict[str, E
         errors[name] = error
         if step.first:  # there is no basis to go on with: it begins with the next gradient
             pieces[0].work.held = len(pieces[0].work.row.splits) == 1 and pieces[0].block.total == 1
-            pieces[0].work.silent = True
+            pieces[0].be_silent()
             return
         if step.refresh and not split.pipeline.selector.keeps_basis:
-            pieces[0].work.silent = True
+            pieces[0].be_silent()
             return
         try:
             kept = _without_refresh(split, old) if step.refresh else old
             update, factor, new = _run(split, grad, weight, kept, step._replace(refresh=False), sound)
         except torch.linalg.LinAlgError:  # it was not the basis but a rule
-            pieces[0].work.silent = True
+            pieces[0].be_silent()
             return
     if update is not None:
         _update(stack, update, options, factor)  # before the state is written: the update may be part of it
+    else:
+        for piece in pieces:
+            piece.be_silent()
     scatter(stack, old, new, options, memory)
     if step.refresh and (stack.phase is Phase.BEGUN or not pieces[0].work.count):
         for piece in pieces:
@@ -226,9 +229,8 @@ def _age(work: Work, split: Split, t: int, refresh: bool) -> int:
     """Updates since the last basis was taken, this one counted; by the schedule where nothing hangs on it."""
     if refresh:
         return 1
-    if "refreshed" not in work.state:
-        return split.pipeline.selector.age(max(t, 1), work.row.turn)
-    return t - int(work.state["refreshed"].item()) + 1
+    last = refreshed(work)
+    return split.pipeline.selector.age(max(t, 1), work.row.turn) if last is None else t - last + 1
 
 
 def _noise(piece: Piece, call: int, shape: tuple[int, ...], seed: int) -> Tensor:

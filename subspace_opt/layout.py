@@ -118,6 +118,13 @@ class Part:
         """What each owner keeps of it, counters left out."""
         return sum(box.numel * self.of.state[key][1].itemsize for key, box in self.state.items())
 
+    @cached_property
+    def matrices(self) -> tuple[Box, ...]:
+        """Its experts or heads, or itself."""
+        axis, length, count = _run_axis(self.of)
+        number = self.box.shape[axis] // length if count > 1 and not is_elementwise(self.of) else 1
+        return tuple(chunk(self.box, axis, number, i) for i in range(number)) if number > 1 else (self.box,)
+
 
 class Message(NamedTuple):
     """A box of item `item` that rank `source` sends to rank `target`."""

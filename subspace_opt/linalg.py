@@ -142,7 +142,21 @@ def orthonormal(y: Tensor) -> Tensor:
 
     That sign makes Q continuous in Y: a basis that is warm-started moves little.
     """
+    return _signed(*torch.linalg.qr(y))
+
+
+def complete(y: Tensor) -> Tensor:
+    """`orthonormal` of a square `Y`, where columns that depend on those before them are completed from these and not from round-off."""
     q, r = torch.linalg.qr(y)
+    size = r.diagonal(dim1=-2, dim2=-1).abs()
+    held = size > 32 * y.size(-1) * torch.finfo(y.dtype).eps * size.amax(-1, keepdim=True)
+    if y.is_meta or bool(held.all()):
+        return _signed(q, r)
+    return _signed(*torch.linalg.qr(y * held.unsqueeze(-2)))
+
+
+def _signed(q: Tensor, r: Tensor) -> Tensor:
+    """Q with the signs that make the diagonal of R positive, or 0."""
     signs: Tensor = torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(q.dtype)
     fixed: Tensor = q * signs.unsqueeze(-2)
     return fixed
@@ -184,6 +198,14 @@ def singular_bases(x: Tensor) -> tuple[Tensor, Tensor]:
     held = (energy > round_off * energy[..., :1]).unsqueeze(-2)  # (B, 1, m)
     image = mm(x.mT, left) * held  # X'U = V S
     return fix_signs(_completed(left * held)), fix_signs(_completed(image))
+
+
+def eigenbasis(a: Tensor) -> Tensor:
+    """All eigenvectors of a positive semi-definite `A` `(B, n, n)`, in descending order; directions in which A is only round-off are completed
+    as in `singular_bases`."""
+    values, vectors = eigh(a)
+    held = values > a.size(-1) * torch.finfo(a.dtype).eps * values[..., :1]
+    return fix_signs(_completed(vectors * held.unsqueeze(-2)))
 
 
 def _completed(y: Tensor) -> Tensor:

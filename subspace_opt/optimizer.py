@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import engine
-from .checkpoint import matched
+from .checkpoint import STATE_VERSION, matched
 from .modules import canonical_name, module_kinds, refuse_flat
 from .plan import Entry, Plan, Row, make_plan
 from .registry import suggest
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 SpecLike = Spec | Mapping[str, Any] | str | os.PathLike[str]
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 
-GROUP_KEYS = ("params", "param_names", "lr", "weight_decay", "maximize", "spec", "overrides", "use", "refresh")
+GROUP_KEYS = ("params", "param_names", "lr", "weight_decay", "maximize", "spec", "overrides", "use", "refresh", "state_version")
 # What torch's schedulers and its checkpoints write into groups.
 FOREIGN_GROUP_KEYS = ("initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum", "momentum")
 
@@ -110,6 +110,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             "spec": self.spec.to_json(),
             "use": None,
             "refresh": False,
+            "state_version": STATE_VERSION,
         }
         _check_rates(defaults)
         super().__init__(params, defaults)
@@ -126,6 +127,11 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                     f"unknown key '{key}' in a parameter group; {suggest(key, GROUP_KEYS)} (options of the spec go into `overrides`, "
                     "as {'matrix.selector.rank': 128})"
                 )
+        if param_group.get("state_version", STATE_VERSION) != STATE_VERSION:
+            raise ValueError(
+                f"a parameter group of state version {param_group['state_version']}, here {STATE_VERSION}; leave the key out of a new "
+                "group: load_state_dict brings older state up to date"
+            )
         group = dict(param_group)
         overrides = group.pop("overrides", None)
         if "spec" in group or overrides:

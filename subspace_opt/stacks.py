@@ -62,7 +62,8 @@ def _grouped(work: list[Work], options: Options, memory: Memory) -> Iterator[Sta
             decay = item.weight_decay if split.pipeline.decay == "coupled" else None  # then rules see it
             for phase, start, stop in _runs(_phases(item, index, memory.begun), most):
                 refresh = due(item, split, phase)
-                key = (id(split), phase, refresh, item.count, decay, item.row.compute_dtype, item.param.device, most)
+                last = None if refresh else refreshed(item)  # bias correction counts from there
+                key = (id(split), phase, refresh, last, item.count, decay, item.row.compute_dtype, item.param.device, most)
                 stack = waiting.setdefault(key, Stack(split, phase, refresh, []))
                 if sum(stack.sizes) + stop - start > most:
                     yield stack
@@ -92,6 +93,11 @@ def due(item: Work, split: Split, phase: Phase) -> bool:
     if not split.opens or phase is Phase.WAITING:
         return False
     return phase is Phase.FIRST or item.refresh or split.pipeline.selector.refreshes(counted(item, split), item.row.turn)
+
+
+def refreshed(item: Work) -> int | None:
+    """The update at which the last basis was taken, where something began anew with it."""
+    return int(item.state["refreshed"].item()) if "refreshed" in item.state else None
 
 
 def counted(item: Work, split: Split) -> int:

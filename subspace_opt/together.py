@@ -352,41 +352,40 @@ def _send_updates(team: Team, bucket: Bucket, errors: dict[str, Exception]) -> N
     for item in bucket.items:  # their place is taken until the exchange is over by the buffers of the exchange alone
         item.work.outbox = None
     if any(item.fallible for item in bucket.items):
-        codes = [_code(item, part, team, errors) for item in bucket.items for part in item.share.parts]
+        codes = [code for item in bucket.items for part in item.share.parts for code in _codes(item, part, team, errors)]
         bucket.status = team.max(torch.tensor(codes, dtype=torch.int32, device=first.weight.device))
 
 
-def _code(item: Item, part: Part, team: Team, errors: dict[str, Exception]) -> int:
+def _codes(item: Item, part: Part, team: Team, errors: dict[str, Exception]) -> list[int]:
+    """What became of each matrix of a part, as its owner knows."""
     if team.rank not in part.owners:
-        return 0
+        return [0] * len(part.matrices)
     work = item.work
-    return FAILED * (item.name in errors) + SILENT * (work.silent and not _several(part)) + HELD * work.held
-
-
-def _several(part: Part) -> bool:
-    return sum(block.count for block, _ in part.row.splits) > 1
+    code = FAILED * (item.name in errors) + HELD * work.held
+    return [code + SILENT * (i in work.silent) for i in range(len(part.matrices))]
 
 
 def _receive_updates(team: Team, bucket: Bucket, options: Options, errors: dict[str, Exception]) -> None:
-    codes = [0] * sum(len(item.share.parts) for item in bucket.items) if bucket.status is None else bucket.status.tolist()
-    told = iter(codes)
-    by_box: dict[tuple[int, Box], int] = {}
+    told = iter(() if bucket.status is None else bucket.status.tolist())
+    moving: dict[tuple[int, Box], list[Box]] = {}  # by part, its matrices that are updated
     for i, item in enumerate(bucket.items):
         for part in item.share.parts:
-            code = by_box[i, part.box] = next(told)
-            if code & FAILED:
+            codes = [next(told, 0) for _ in part.matrices]
+            moving[i, part.box] = [box for box, code in zip(part.matrices, codes, strict=True) if not code & SILENT]
+            if any(code & FAILED for code in codes):
                 errors.setdefault(item.name, RuntimeError(f"on rank {team.members[part.owners[0]]}"))
-            item.work.held |= bool(code & HELD)
+            item.work.held |= any(code & HELD for code in codes)
     assert bucket.updates is not None
     for message, tensor in bucket.updates.wait():
         item = bucket.items[message.item]
-        weight = item.weight[message.box.within(item.share.boxes[team.rank])]
+        own = item.share.boxes[team.rank]
         if bucket.resident:
-            weight.copy_(tensor)
+            item.weight[message.box.within(own)] = tensor
             continue
         part = next(part for part in item.share.parts if part.box.holds(message.box))
-        if not by_box[message.item, part.box] & (SILENT | HELD):
-            _apply(team, item, message.box, weight, tensor, options)
+        boxes = moving[message.item, part.box]
+        for box in [message.box] if len(boxes) == len(part.matrices) else [b for m in boxes if (b := message.box.common(m))]:
+            _apply(team, item, box, item.weight[box.within(own)], tensor[box.within(message.box)], options)
     bucket.updates = None
     bucket.outboxes.clear()
 

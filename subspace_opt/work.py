@@ -48,7 +48,7 @@ class Work:
     count: int = 0  # updates before this one; -1: there was no gradient but 0 until now
     held: bool = False  # the first update came to nothing and is not counted
     maximize: bool = False
-    silent: bool = False  # a decomposition failed, and there is no update
+    silent: set[int] = field(default_factory=set)  # matrices, or experts, that are left as they are: no update, no decay
     outbox: Tensor | None = None  # takes the update, where the weights are elsewhere; of the parameter's shape
 
     @property
@@ -115,6 +115,11 @@ class Piece:
         """A state tensor of the block as it is kept, without a stack dimension for one matrix."""
         value: Tensor = self.work.state[state_key(self.block, key)]
         return value
+
+    def be_silent(self) -> None:
+        """Note that these matrices are left as they are."""
+        each = self.block.heads if self.work.row.view.count > 1 else 1  # an expert is cut into heads
+        self.work.silent |= {i // each for i in range(self.start, self.stop)}
 
     def slot(self, key: str) -> Tensor:
         """The piece of a state tensor, with a leading stack dimension."""

@@ -56,6 +56,10 @@ ARROWS: dict[str, set[str]] = {
     },
     "meshes": {"layout", "plan"},
     "public": {"algebra", "checkpoint", "optimizer", "survey", "plan", "registry", "spec"},
+    "manifest": {"checkpoint"},
+    "ranks": {"manifest"},
+    "content": {"checkpoint", "manifest", "optimizer"},
+    "snapshots": {"content", "manifest", "public", "ranks"},
     "lab": {"lab", "layout", "meshes", "public"},
     "scaffold": {"presets", "public", "registry"},
 }
@@ -124,7 +128,10 @@ def test_split_knows_no_concrete_kind() -> None:
 @pytest.mark.parametrize(
     ("module", "heavy"),
     [
-        ("subspace_opt", ["transformers", "matplotlib", "typer", "rich", "hypothesis", "pytest", "numpy.testing"]),
+        (
+            "subspace_opt",
+            ["transformers", "matplotlib", "typer", "rich", "hypothesis", "pytest", "numpy.testing", "torch.distributed.checkpoint"],
+        ),
         ("subspace_opt.lab", ["transformers", "matplotlib", "typer"]),
         ("subspace_opt.cli", ["transformers", "matplotlib", "hypothesis", "pytest"]),
     ],

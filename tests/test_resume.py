@@ -36,7 +36,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from subspace_opt import CheckpointError, SubspaceOptimizer, load_spec
+from subspace_opt import CheckpointError, SubspaceOptimizer, checkpoint, load_spec
 from subspace_opt.plan import COUNTERS
 
 every_preset = pytest.mark.parametrize("preset", PRESETS)
@@ -411,6 +411,100 @@ def test_a_damaged_file_is_torchs_to_report(trained: Trained, damage: str) -> No
     with pytest.raises((RuntimeError, EOFError, ValueError, OSError, pickle.UnpicklingError)):
         opt.load_state_dict(from_disk(file)["optimizer"])
     assert same(snapshot(opt, params), before)
+
+
+# ---------------------------------------------------------------------------------------------------------------- state versions
+
+
+def unversioned(saved: Saved) -> Saved:
+    """As saved before state dictionaries carried a version."""
+    return {**saved, "param_groups": [{k: v for k, v in g.items() if k != "state_version"} for g in saved["param_groups"]]}
+
+
+def test_there_is_a_migration_from_every_older_version() -> None:
+    assert sorted(checkpoint.MIGRATIONS) == list(range(checkpoint.STATE_VERSION))
+    assert all(g["state_version"] == checkpoint.STATE_VERSION for g in state_of("cosmos")["param_groups"])
+
+
+@every_preset
+def test_state_without_a_version_goes_on_to_the_bit(preset: str) -> None:
+    params = parameters(ALL)
+    opt = optimizer(preset, params)
+    train(opt, params, range(4))
+    saved = unversioned(from_disk(to_disk(opt, params))["optimizer"])
+    assert "state_version" not in saved["param_groups"][0]
+    twins = copied(params)
+    twin = optimizer(preset, twins)
+    twin.load_state_dict(saved)
+    assert "state_version" not in saved["param_groups"][0]  # what was given is as it was
+    train(opt, params, range(4, STEPS))
+    train(twin, twins, range(4, STEPS))
+    assert same(snapshot(twin, twins), snapshot(opt, params))
+    assert twin.state_dict()["param_groups"][0]["state_version"] == checkpoint.STATE_VERSION
+
+
+def renamed(old: str, new: str) -> Any:
+    """A migration that gives a slot another name."""
+
+    def migration(state_dict: Saved) -> Saved:
+        state = {i: {(new if key == old else key): v for key, v in slots.items()} for i, slots in state_dict["state"].items()}
+        return {**state_dict, "state": state}
+
+    return migration
+
+
+@pytest.mark.parametrize("version", [0, 1])
+def test_migrations_are_applied_one_after_the_other(monkeypatch: pytest.MonkeyPatch, version: int) -> None:
+    """State whose slot was called otherwise, twice, is brought up to date; nothing of what was given changes."""
+    params = parameters()
+    opt = optimizer("adamw", params)
+    train(opt, params, range(3))
+    (slot,) = (key for key in opt.state[params["wide"]] if key.endswith("exp_avg"))
+    current: Saved = copy.deepcopy(opt.state_dict())
+    names = ["oldest", "older", slot]
+    monkeypatch.setattr(checkpoint, "STATE_VERSION", 2)
+    monkeypatch.setattr(checkpoint, "MIGRATIONS", {0: renamed("oldest", "older"), 1: renamed("older", slot)})
+    old = renamed(slot, names[version])(current)
+    old["param_groups"] = [{**g, "state_version": version} for g in old["param_groups"]]
+    kept = copy.deepcopy(old)
+    twins = copied(params)
+    twin = optimizer("adamw", twins)
+    twin.load_state_dict(old)
+    assert same(snapshot(twin, twins), snapshot(opt, params))
+    assert twin.param_groups[0]["state_version"] == 2
+    assert old["param_groups"] == kept["param_groups"]
+    assert all(same(old["state"][i], kept["state"][i]) for i in kept["state"])
+
+
+@pytest.mark.parametrize(
+    ("version", "said"),
+    [
+        (
+            7,
+            "the checkpoint's state is of version 7 and this subspace_opt reads up to 1; install the subspace_opt that saved it, or",
+        ),
+        ("one", "the checkpoint's state_version is 'one', not a number"),
+        (True, "the checkpoint's state_version is True, not a number"),
+        (-1, "the checkpoint's state_version is -1, not a number"),
+    ],
+)
+def test_a_version_that_is_not_known_is_refused(trained: Trained, version: Any, said: str) -> None:
+    saved = state_of("cosmos")
+    saved["param_groups"][0]["state_version"] = version
+    refused(*trained, saved, said)
+
+
+def test_groups_of_several_versions_are_refused(trained: Trained) -> None:
+    saved = state_of("cosmos")
+    saved["param_groups"].append({**saved["param_groups"][0], "params": [], "param_names": [], "state_version": 0})
+    refused(*trained, saved, "the checkpoint's parameter groups are of state versions [0, 1]")
+
+
+def test_a_group_of_another_version_is_not_added(trained: Trained) -> None:
+    opt, _ = trained
+    group = {"params": [("spare", nn.Parameter(torch.ones(3)))], "state_version": 0}
+    with pytest.raises(ValueError, match="a parameter group of state version 0, here 1; leave the key out"):
+        opt.add_param_group(group)
 
 
 # ------------------------------------------------------------------------------------------------------- torch's distributed checkpoint

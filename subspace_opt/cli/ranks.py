@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
@@ -95,8 +96,8 @@ def verify(
     Both run the same spec on the same gradients. Then weights, bytes of state and bytes sent are compared, the latter two with the plan.
     Leaves with status 1 if anything differs.
 
-    The ranks are processes of this machine; under torchrun, those that it started: torchrun --nproc-per-node 8 -m subspace_opt.cli
-    verify cosmos --mesh hsdp --shape 2x4
+    The ranks are processes of this machine; under torchrun (torchrun --nproc-per-node 8 -m subspace_opt.cli verify cosmos) those that it
+    has started, on their GPUs.
     """
     from ..lab.certificate import CertificateError, Trial, certify, certify_here, given_ranks  # PyTorch's distributed part takes a while
     from ..lab.model import SIZES
@@ -133,8 +134,6 @@ def verify(
 
 
 def _is_first() -> bool:
-    import os
-
     return os.environ["RANK"] == "0"
 
 
@@ -155,8 +154,9 @@ def show_certificate(certificate: Certificate, out: Console) -> None:
     """Weights by layer, bytes by rank, the verdict."""
     trial = certificate.trial
     gradients = "its own gradients" if trial.train else "random gradients"
+    size = f"{certificate.parameters:,} parameters in {trial.dtype}"
     out.print(
-        f"{certificate.spec_name} on {trial.model}: {certificate.parameters:,} parameters in {trial.dtype}, {gradients}, {trial.steps} steps\n"
+        f"{certificate.spec_name} on {trial.model}: {size}, {gradients}, {trial.steps} steps\n"
         f"one process and {trial.grid} on {certificate.device}",
         end="\n\n",
         markup=False,
@@ -166,12 +166,15 @@ def show_certificate(certificate: Certificate, out: Console) -> None:
     layers = make_table("layer", *numbers, right=numbers, fold="layer")
     for name, found in groupby(certificate.differences, key=lambda each: split_name(each.name)[0]):
         worst = max(found, key=lambda each: each.part)
-        style = None if worst.part <= certificate.tolerance else "red"
-        layers.add_row(escape(name), f"{worst.largest:.1e}", f"{worst.way:.1e}", f"{worst.part:.1e}", style=style)
+        wrong = "red" if worst.part > certificate.tolerance else None
+        layers.add_row(escape(name), f"{worst.largest:.1e}", f"{worst.way:.1e}", f"{worst.part:.1e}", style=wrong)
     out.print(layers)
+    if certificate.full:
+        told = f"{len(certificate.full)} matrices are as small as the rank, which leaves nothing to the complement: set a smaller one"
+        out.print(f"{told}, such as --set matrix.selector.rank=16", soft_wrap=True)
     out.print()
-    numbers = ("state held", "planned", "sent a step", "planned", "in sums")
-    ranks = make_table("rank", *numbers, right=numbers)
+    columns = ("state held", "planned", "sent a step", "planned", "in sums")
+    ranks = make_table("rank", *columns, right=columns)
     for rank in _shown(certificate):
         style = None if rank.holds else "red"
         least = "" if rank.sent == rank.sent_least else f"{rank.sent_least:,} to "

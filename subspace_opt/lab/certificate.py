@@ -37,7 +37,7 @@ from .model import make_model
 # The largest difference, as a part of the way that a parameter has gone. float64: round-off, amplified by a rule that is
 # discontinuous at most. bfloat16: neighbouring numbers are 1/256 apart, and a way of 20 steps is not many of them.
 TOLERANCES = {"float64": 1e-6, "float32": 1e-2, "bfloat16": 0.25}
-LENGTH = 32  # tokens of a sequence
+SEQUENCES, LENGTH = 4, 32  # for each rank, and tokens of one: more than a small model's width, or its gradients have no full rank
 
 
 class CertificateError(LabError):
@@ -110,6 +110,7 @@ class Certificate:
     spec_name: str
     device: str
     parameters: int
+    full: tuple[str, ...]  # parameters whose rank is clamped to all there is: their complement was not put to the test
     one_process_bytes: int
     tolerance: float
     differences: tuple[Difference, ...]
@@ -146,6 +147,7 @@ class Certificate:
         trial = Trial(**{**data["trial"], "shape": shape and tuple(shape), "plugins": tuple(data["trial"]["plugins"])})
         differences = tuple(Difference(each["name"], each["largest"], each["way"]) for each in data["differences"])
         fields = {key: data[key] for key in ("spec_name", "device", "parameters", "one_process_bytes", "tolerance")}
+        fields["full"] = tuple(data["full"])
         return Certificate(trial=trial, differences=differences, ranks=tuple(RankBytes(**each) for each in data["ranks"]), **fields)
 
 
@@ -188,11 +190,16 @@ def examine(trial: Trial, device: torch.device) -> Certificate:
         spec_name=optimizer.spec.name,
         device=device.type,
         parameters=sum(p.numel() for p in begun),
+        full=tuple(row.entry.name for row in placed.plan if any(_is_full(split) for _, split in row.splits)),
         one_process_bytes=rows[0][4],
         tolerance=TOLERANCES[trial.dtype],
         differences=tuple(differences),
         ranks=ranks,
     )
+
+
+def _is_full(split: Any) -> bool:
+    return bool(split.rank is not None and split.pipeline.complement and split.rank == min(split.rows.size, split.cols.size))
 
 
 def _difference(name: str, begun: Tensor, final: Tensor, box: Box, p: Tensor) -> Difference:
@@ -259,7 +266,7 @@ def _step(trial: Trial, step: int, model: nn.Module, core: nn.Module, optimizer:
     else:
         for number, p in enumerate(core.parameters()):
             p.grad = _shard_like(p, _gradient(trial, step, number, p.shape)[placed.box(number, rank).within(whole(p.shape))])
-    with counted(rank) as traffic:
+    with counted() as traffic:
         optimizer.step()
     optimizer.zero_grad()
     return traffic.moved, traffic.agreed
@@ -267,8 +274,9 @@ def _step(trial: Trial, step: int, model: nn.Module, core: nn.Module, optimizer:
 
 def _local(p: Tensor) -> Tensor:
     """This rank's shard of a parameter."""
-    local: Tensor = p.detach().to_local() if hasattr(p, "to_local") else p.detach()
-    return local
+    from torch.distributed.tensor import DTensor
+
+    return p.to_local().detach() if isinstance(p, DTensor) else p.detach()
 
 
 def _shard_like(p: Tensor, local: Tensor) -> Tensor:
@@ -295,10 +303,10 @@ def _gradient(trial: Trial, step: int, number: int, shape: Sequence[int]) -> Ten
 
 
 def _tokens(trial: Trial, step: int, model: nn.Module, device: torch.device) -> Tensor:
-    """One sequence for each rank, of uniformly drawn tokens."""
+    """Sequences for all ranks, of uniformly drawn tokens."""
     generator = torch.Generator().manual_seed(trial.seed * 100_003 + step)
     vocabulary = int(getattr(model, "config").vocab_size)  # noqa: B009  a module's attributes are of no known type
-    return torch.randint(vocabulary, (trial.ranks, LENGTH + 1), generator=generator).to(device)
+    return torch.randint(vocabulary, (trial.ranks * SEQUENCES, LENGTH + 1), generator=generator).to(device)
 
 
 def _own_tokens(tokens: Tensor, mesh: Mesh, rank: int) -> Tensor:
@@ -340,15 +348,13 @@ class Traffic:
 
 
 @contextmanager
-def counted(rank: int) -> Iterator[Traffic]:
-    """Count what this rank hands to all-to-alls and all-reduces, what it keeps for itself left out.
-
-    Any other collective between them is an error: it would go uncounted.
-    """
+def counted() -> Iterator[Traffic]:
+    """Count what this rank hands to all-to-alls and all-reduces, what it keeps for itself left out."""
     import torch.distributed as dist
 
     traffic = Traffic()
-    exchange, reduce = dist.all_to_all_single, dist.all_reduce
+    distributed: Any = dist
+    exchange, reduce = distributed.all_to_all_single, distributed.all_reduce
 
     def count_exchange(output: Tensor, given: Tensor, outputs: Any = None, inputs: Any = None, group: Any = None, **rest: Any) -> Any:
         world = dist.get_world_size(group)
@@ -362,11 +368,11 @@ def counted(rank: int) -> Iterator[Traffic]:
         traffic.agreed += tensor.numel() * tensor.element_size()
         return reduce(tensor, *given, **rest)
 
-    dist.all_to_all_single, dist.all_reduce = count_exchange, count_reduce
+    distributed.all_to_all_single, distributed.all_reduce = count_exchange, count_reduce
     try:
         yield traffic
     finally:
-        dist.all_to_all_single, dist.all_reduce = exchange, reduce
+        distributed.all_to_all_single, distributed.all_reduce = exchange, reduce
 
 
 # -------------------------------------------------------------------------------------------------------- ranks on this machine
@@ -498,8 +504,8 @@ def certify_here(trial: Trial, *, time_limit: float = 600.0) -> Certificate:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-    own = {"device_id": device} if device.type == "cuda" else {}
-    dist.init_process_group("nccl" if own else "gloo", timeout=timedelta(seconds=time_limit), **own)
+    late, on_cuda = timedelta(seconds=time_limit), device.type == "cuda"
+    dist.init_process_group("nccl" if on_cuda else "gloo", timeout=late, device_id=device if on_cuda else None)
     try:
         return examine(trial, device)
     except Exception:

@@ -114,14 +114,16 @@ class KronEigen(Selector):
                 continue
             p, q = state[f"{mode.name}.covariance"], state[f"{mode.name}.basis"]
             if step.first or self.solver == "eigh":
-                new[f"{mode.name}.basis"] = linalg.fix_signs(linalg.eigh(p)[1])
+                new[f"{mode.name}.basis"] = linalg.eigenbasis(p)
                 continue
             turned = linalg.mm(p, q)
+            # Directions that no gradient has had yet are round-off, whose order is chance: as 0 they stay in theirs.
+            energy = (q * turned).sum(-2)  # diag(Q'PQ)
+            energy = energy * (energy > mode.size * torch.finfo(p.dtype).eps * energy.amax(-1, keepdim=True))
             if self.sort:
-                energy = (q * turned).sum(-2)  # diag(Q'PQ)
                 order = orders[mode.name] = energy.argsort(dim=-1, descending=True, stable=True)
                 turned = turned.gather(-1, order.unsqueeze(-2).expand_as(turned))
-            new[f"{mode.name}.basis"] = linalg.orthonormal(turned)
+            new[f"{mode.name}.basis"] = linalg.complete(turned)
         return new, self._order(orders, step) if orders else None
 
     def _accumulated(self, x: Tensor, state: State, step: Step) -> State:

@@ -1,0 +1,200 @@
+"""What a snapshot holds: state under flat keys, how it is compared with what is to take it up, and how it is laid out for it."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict
+from torch.distributed.fsdp import FullyShardedDataParallel
+
+from .checkpoint import MOST, distinct, equal, matched
+from .manifest import SnapshotError
+from .optimizer import SubspaceOptimizer
+
+MODEL = "model."
+STATE = "optimizer.state."
+
+
+@dataclass
+class Content:
+    """State of model and optimizer by flat keys, under the names that parameters have without any wrapper."""
+
+    tensors: dict[str, Any] = field(default_factory=dict)
+    values: dict[str, Any] = field(default_factory=dict)  # what is no tensor
+    slots: dict[str, tuple[str, str]] = field(default_factory=dict)  # (parameter, slot) by key
+    groups: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def now(cls, model: nn.Module, optimizer: torch.optim.Optimizer) -> Content:
+        """What is to be saved."""
+        fresh = not optimizer.state
+        content = cls.template(model, optimizer)
+        if fresh:  # what was found was put there by reading it
+            for key in content.slots:
+                content.tensors.pop(key, None)
+                content.values.pop(key, None)
+            content.slots = {}
+        return content
+
+    @classmethod
+    def template(cls, model: nn.Module, optimizer: torch.optim.Optimizer) -> Content:
+        """What `now` gives after a step, where the optimizer has made none: the layout to load into."""
+        if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+            raise SnapshotError(
+                "the model is wrapped in FullyShardedDataParallel; snapshots know fully_shard (FSDP2) and its sharded tensors"
+            )
+        fresh = not optimizer.state
+        weights, held = get_state_dict(model, optimizer)
+        found: Any = held  # state and param_groups, which the annotation does not tell apart
+        if fresh:  # torch makes a step to find out what state there will be, and AdamW would count it
+            optimizer.state.clear()
+        content = cls(groups=list(found["param_groups"]))
+        for name, value in weights.items():
+            content._put(MODEL + name, value)
+        for name, slots in found["state"].items():
+            for slot, value in slots.items():
+                content._put(f"{STATE}{name}.{slot}", value)
+                content.slots[f"{STATE}{name}.{slot}"] = (name, slot)
+        return content
+
+    def _put(self, key: str, value: Any) -> None:
+        if key in self.tensors or key in self.values:
+            raise SnapshotError(f"two entries of state are called '{key}': rename the parameter")
+        (self.tensors if isinstance(value, Tensor) else self.values)[key] = value
+
+
+def packed_rest(content: Content, optimizer: torch.optim.Optimizer, extra: Any) -> bytes:
+    rest = {
+        "optimizer": type(optimizer).__qualname__,
+        "param_groups": content.groups,
+        "slots": content.slots,
+        "values": content.values,
+        "extra": extra,
+    }
+    file = io.BytesIO()
+    try:
+        torch.save(rest, file)
+        file.seek(0)
+        torch.load(file, weights_only=True)
+    except Exception as error:  # pickle raises whatever the objects raise
+        raise SnapshotError(
+            "`extra`, an option of a parameter group or an entry of state could not be loaded again with torch.load(weights_only=True); "
+            f"turn it into tensors, numbers, strings, lists and dicts: {error}"
+        ) from error
+    return file.getvalue()
+
+
+# --------------------------------------------------------------------------------------------------------------------- loading
+
+
+def check_model(path: Path, own: Content, rest: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
+    """Raise where the model has other names, shapes or dtypes than the snapshot."""
+    here = {key for key in (*own.tensors, *own.values) if key.startswith(MODEL)}
+    there = {key for key in (*metadata, *rest["values"]) if key.startswith(MODEL)}
+    problems = _named("it lacks", here - there) + _named("it has besides", there - here)
+    problems = problems or _differences(own, metadata, here)
+    if problems:
+        raise SnapshotError(f"{path} is of another model: {'; '.join(problems[:MOST])}; build the model as it was when it was saved")
+
+
+def _named(what: str, keys: set[str]) -> list[str]:
+    names = sorted(key.removeprefix(MODEL) for key in keys)
+    return [f"{what} {', '.join(names[:MOST])}{' ...' if len(names) > MOST else ''}"] if names else []
+
+
+def _differences(own: Content, metadata: Mapping[str, Any], keys: set[str]) -> list[str]:
+    """Tensors whose shape or dtype differs. torch.distributed.checkpoint itself would cast without a word."""
+    out = []
+    for key in sorted(keys):
+        if key in own.tensors and key in metadata:
+            value, saved = own.tensors[key], metadata[key]
+            if tuple(value.shape) != tuple(saved.size):
+                out.append(f"'{key.removeprefix(MODEL)}' has shape {tuple(saved.size)} there and {tuple(value.shape)} here")
+            elif value.dtype != saved.properties.dtype:
+                out.append(f"'{key.removeprefix(MODEL)}' has dtype {saved.properties.dtype} there and {value.dtype} here")
+    return out
+
+
+def arranged(path: Path, saved: Sequence[Mapping[str, Any]], own: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The saved options in the optimizer's own groups, order and names: most optimizers match by position."""
+    home = {name: group for group in saved for name in group["params"]}
+    names = {name: other for group in saved for name, other in zip(group["params"], group.get("param_names", ()), strict=False)}
+    here = {name for group in own for name in group["params"]}
+    problems = _named("it lacks", here - set(home)) + _named("it has besides", set(home) - here)
+    if problems:
+        raise SnapshotError(f"{path}: its optimizer has other parameters: {'; '.join(problems)}; build the optimizer as it was")
+    out = []
+    for index, group in enumerate(own):
+        sources = distinct([home[name] for name in group["params"]]) or list(saved[index : index + 1]) or [group]
+        options = [{k: v for k, v in source.items() if k not in ("params", "param_names")} for source in sources]
+        clash = sorted({k for other in options[1:] for k in other if not equal(other[k], options[0].get(k))})
+        if clash:
+            raise SnapshotError(
+                f"{path}: the parameters of group {index} were in groups with different {', '.join(clash)}; group them as they were saved"
+            )
+        arranged = {k: _beside(v, group.get(k)) for k, v in options[0].items()}
+        if "param_names" in group or any(name in names for name in group["params"]):
+            arranged["param_names"] = list(group.get("param_names") or (names[name] for name in group["params"]))
+        out.append({**arranged, "params": list(group["params"])})
+    return out
+
+
+def _beside(value: Any, own: Any) -> Any:
+    """A learning rate that is a tensor goes where the optimizer's own is."""
+    return value.to(own.device) if isinstance(value, Tensor) and isinstance(own, Tensor) else value
+
+
+def check_optimizer(
+    path: Path,
+    own: Content,
+    rest: Mapping[str, Any],
+    metadata: Mapping[str, Any],
+    groups: list[dict[str, Any]],
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    """Raise where the state is another optimizer's.
+
+    Ours says itself what is wrong, by the groups before anything large is read; state of an older version looks different and is right.
+    """
+    if isinstance(optimizer, SubspaceOptimizer):
+        matched({"state": {}, "param_groups": groups}, optimizer.param_groups, optimizer.plan)
+        return
+    if rest["optimizer"] != type(optimizer).__qualname__:
+        raise SnapshotError(
+            f"{path} has the state of {rest['optimizer']}, and this is {type(optimizer).__qualname__}: build the optimizer as it was"
+        )
+    here, there = _slots_of(own.slots), _slots_of(rest["slots"])
+    problems = [
+        f"'{name}' has slots {', '.join(sorted(there[name]))} there and {', '.join(sorted(here[name]))} here"
+        for name in sorted(here.keys() & there.keys())
+        if here[name] != there[name]
+    ]
+    problems = problems or _differences(own, metadata, set(own.slots))
+    if problems:
+        raise SnapshotError(f"{path}: its optimizer has other options: {'; '.join(problems[:MOST])}; build the optimizer as it was")
+
+
+def _slots_of(slots: Mapping[str, tuple[str, str]]) -> dict[str, set[str]]:
+    out: dict[str, set[str]] = {}
+    for name, slot in slots.values():
+        out.setdefault(name, set()).add(slot)
+    return out
+
+
+def room(key: str, saved: Any, own: Content, slots: Mapping[str, tuple[str, str]]) -> Tensor:
+    """An empty tensor for a saved one, sharded as its counterpart here.
+
+    State that has none, as of a parameter without a gradient so far, is laid out as its parameter where the shapes agree.
+    """
+    alike = own.tensors.get(key)
+    if alike is None and key in slots:
+        alike = own.tensors.get(MODEL + slots[key][0])
+    if alike is not None and tuple(alike.shape) == tuple(saved.size):
+        return torch.empty_like(alike, dtype=saved.properties.dtype, requires_grad=False)
+    return torch.empty(saved.size, dtype=saved.properties.dtype)

@@ -1,0 +1,246 @@
+"""Folders of snapshots: which are complete, what is in each, and how one takes its name. Files only, no tensors and no ranks.
+
+A snapshot is written under a hidden name, its manifest last; when all of it is on the disk, one rename gives it the name `step-00000100`.
+So whatever carries such a name was whole once, and the manifest tells whether it still is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import MOST, CheckpointError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"step-(\d{8,})")
+_LEFT_OVER = re.compile(r"\.step-\d{8,}\.[0-9a-f]+\.(?:partial|removed)")
+
+
+class SnapshotError(CheckpointError):
+    """A snapshot that is damaged, of something else, or cannot be written; model and optimizer are as they were."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a snapshot holds: its files with size and SHA-256, and by what it was written."""
+
+    step: int
+    world_size: int
+    files: dict[str, tuple[int, str]]
+    torch: str
+    subspace_opt: str
+    format: int = FORMAT
+
+
+# ------------------------------------------------------------------------------------------------------------------------ names
+
+
+def path_of(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:08d}"
+
+
+def named(folder: Path) -> list[int]:
+    """Steps of all folders that have the name of a snapshot, ascending."""
+    if not folder.is_dir():
+        return []
+    found = (_NAME.fullmatch(path.name) for path in folder.iterdir() if path.is_dir())
+    return sorted(int(match[1]) for match in found if match)
+
+
+def complete(folder: Path) -> list[int]:
+    """Steps of all snapshots that have a manifest, ascending."""
+    return [step for step in named(folder) if (path_of(folder, step) / MANIFEST).is_file()]
+
+
+def _hidden(folder: Path, step: int, what: str) -> Path:
+    return folder / f".{path_of(folder, step).name}.{secrets.token_hex(4)}.{what}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------- writing
+
+
+def begin(folder: Path, step: int) -> Path:
+    """An empty hidden folder for the snapshot of `step`, after what killed runs have left is gone.
+
+    Raises SnapshotError where the folder has a snapshot of this step or a later one: it would be taken for the newest.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in list(folder.iterdir()):
+        if _LEFT_OVER.fullmatch(path.name):
+            shutil.rmtree(path)
+    taken = named(folder)
+    if taken and taken[-1] >= step:
+        raise SnapshotError(
+            f"{folder} has {path_of(folder, taken[-1]).name} already, so a snapshot of step {step} would not be its newest. Save into "
+            f"another folder, or, if the run was taken back to an earlier step, remove the later ones first: "
+            f"snapshots.discard({str(folder)!r}, after={step - 1})"
+        )
+    partial = _hidden(folder, step, "partial")
+    partial.mkdir()
+    return partial
+
+
+def sizes_in(folder: Path) -> dict[str, int]:
+    """Size of every file by name."""
+    return {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+
+
+def shares(sizes: Mapping[str, int], count: int) -> list[list[str]]:
+    """The files dealt to `count` ranks, the largest first, each to who has least: the same on every rank."""
+    out: list[list[str]] = [[] for _ in range(count)]
+    load = [0] * count
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        least = load.index(min(load))
+        out[least].append(name)
+        load[least] += sizes[name] + 1
+    return out
+
+
+def digests(folder: Path, names: Iterable[str]) -> dict[str, tuple[int, str]]:
+    """Size and SHA-256 of files."""
+    return {name: _digest(folder / name) for name in names}
+
+
+def _digest(path: Path) -> tuple[int, str]:
+    with path.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+        return stream.tell(), found
+
+
+def write(path: Path, content: bytes) -> None:
+    """A file that is on the disk when this returns."""
+    with path.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def publish(partial: Path, manifest: Manifest, keep: int) -> Path:
+    """Write the manifest, give the snapshot its name, and remove complete older ones beyond `keep`."""
+    folder = partial.parent
+    path = path_of(folder, manifest.step)
+    write(partial / MANIFEST, _to_bytes(manifest))
+    _flush_names(partial)
+    os.rename(partial, path)
+    _flush_names(folder)
+    for step in complete(folder)[:-keep]:
+        remove(folder, step)
+    return path
+
+
+def remove(folder: Path, step: int) -> None:
+    """Renamed away first: half a folder must never have the name of a snapshot."""
+    away = _hidden(folder, step, "removed")
+    os.rename(path_of(folder, step), away)
+    shutil.rmtree(away)
+
+
+def _flush_names(folder: Path) -> None:
+    """New names survive a power cut only once their folder is on the disk; Windows cannot open folders."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+# ---------------------------------------------------------------------------------------------------------------------- reading
+
+
+def choose(folder: Path, step: int | None) -> tuple[Path, Manifest]:
+    """The snapshot of `step`, or the newest, with its manifest.
+
+    Raises SnapshotError where there is none, or its manifest is missing or damaged.
+    """
+    steps = named(folder)
+    if step is None and not steps:
+        here = " It is itself a checkpoint of torch.distributed.checkpoint, or a single snapshot: give the folder of snapshots."
+        own = any((folder / name).is_file() for name in (".metadata", MANIFEST))
+        raise SnapshotError(f"{folder} has no complete snapshot.{here if own else ''}")
+    if step is not None and step not in steps:
+        have = f"it has {', '.join(map(str, complete(folder)))}" if complete(folder) else "it has no complete snapshot at all"
+        raise SnapshotError(f"{folder} has no snapshot of step {step}; {have}")
+    path = path_of(folder, steps[-1] if step is None else step)
+    return path, _read(path)
+
+
+def _read(path: Path) -> Manifest:
+    file = path / MANIFEST
+    if not file.is_file():
+        foreign = ": a checkpoint of torch.distributed.checkpoint alone" if (path / ".metadata").is_file() else ""
+        raise SnapshotError(f"{path} has no {MANIFEST}, so it is no snapshot of this library or has lost it{foreign}. {remedy(path)}")
+    try:
+        document = json.loads(file.read_bytes())
+        content = document["content"]
+        whole = document["sha256"] == hashlib.sha256(_canonical(content)).hexdigest()
+    except (ValueError, KeyError, TypeError) as error:
+        raise SnapshotError(f"{file} is cut short or damaged. {remedy(path)}") from error
+    if not whole:
+        raise SnapshotError(f"{file} is damaged: its content is not what was written. {remedy(path)}")
+    if content["format"] != FORMAT:
+        raise SnapshotError(
+            f"{file} is of format {content['format']} and this subspace_opt reads {FORMAT}; it was written by subspace_opt "
+            f"{content['subspace_opt']}: load it with that"
+        )
+    if path_of(path.parent, content["step"]) != path:
+        raise SnapshotError(f"{path} is the snapshot of step {content['step']} under another name; give it back its name")
+    return Manifest(**{**content, "files": {name: (size, digest) for name, (size, digest) in content["files"].items()}})
+
+
+def _to_bytes(manifest: Manifest) -> bytes:
+    content = json.loads(json.dumps(asdict(manifest)))
+    document = {"sha256": hashlib.sha256(_canonical(content)).hexdigest(), "content": content}
+    return json.dumps(document, indent=1).encode()
+
+
+def _canonical(content: Any) -> bytes:
+    return json.dumps(content, sort_keys=True).encode()
+
+
+def faults(path: Path, manifest: Manifest, names: Iterable[str]) -> list[str]:
+    """What is wrong with these files, by name."""
+    return [text for name in names if (text := _fault(path / name, *manifest.files[name]))]
+
+
+def _fault(file: Path, size: int, digest: str) -> str | None:
+    if not file.is_file():
+        return f"{file.name} is missing"
+    found = file.stat().st_size
+    if found != size:
+        return f"{file.name} has {found} bytes where {size} were written: it is {'cut short' if found < size else 'longer'}"
+    return None if _digest(file)[1] == digest else f"{file.name} is damaged: its SHA-256 is not that of what was written"
+
+
+def strangers(path: Path, manifest: Manifest) -> list[str]:
+    """What is in the folder and not of the snapshot, by name."""
+    found = sorted(entry.name for entry in path.iterdir())
+    return [f"{name} is not of this snapshot: move it out of the folder" for name in found if name not in {*manifest.files, MANIFEST}]
+
+
+def refuse(path: Path, problems: list[str]) -> None:
+    """Raise what is wrong, if anything is."""
+    if problems:
+        more = f"; and {len(problems) - MOST} more" if len(problems) > MOST else ""
+        raise SnapshotError(f"{path} cannot be loaded: {'; '.join(problems[:MOST])}{more}. {remedy(path)}")
+
+
+def remedy(path: Path) -> str:
+    """What to do about a snapshot that cannot be loaded: the one before it."""
+    folder, match = path.parent, _NAME.fullmatch(path.name)
+    before = [step for step in complete(folder) if match and step < int(match[1])]
+    if not before:
+        return "No complete snapshot is before it: restore the file from a copy, or start again"
+    return (
+        f"Load the one before it, snapshots.load({str(folder)!r}, model, optimizer, step={before[-1]}), and to save again after that, "
+        f"snapshots.discard({str(folder)!r}, after={before[-1]})"
+    )

@@ -1,0 +1,94 @@
+"""Ranks as processes: forked from a server that has torch imported, so that fifty of them start in seconds; none outlives its test."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import tempfile
+import time
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+TIMEOUT = 120.0  # seconds, for what takes one: a rank that waits for a dead one must not hold up the tests
+context = mp.get_context("forkserver")
+# torch._dynamo is what sharding imports at its first use.
+context.set_forkserver_preload(["pytest", "subspace_opt.snapshots", "torch.distributed.fsdp", "torch._dynamo"])
+
+Process = Any
+
+
+def start(function: Callable[..., Any], size: int, *args: Any) -> tuple[list[Process], list[Any]]:
+    """Processes that run `function(rank, size, send, *args)` with a gloo group (none where `size` is 0: one process), and their pipes."""
+    folder = tempfile.mkdtemp()
+    processes, pipes = [], []
+    for rank in range(max(size, 1)):
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=_run, args=(function, rank, size, f"{folder}/store", sender, args), daemon=True)
+        process.start()
+        sender.close()  # or the pipe would not end with the process
+        processes.append(process)
+        pipes.append(receiver)
+    weakref.finalize(processes[0], shutil.rmtree, folder, ignore_errors=True)
+    return processes, pipes
+
+
+def _run(function: Callable[..., Any], rank: int, size: int, store: str, pipe: Any, args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    if size:
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+    function(rank, size, lambda message: pipe.send_bytes(packed(message)), *args)
+    if size:
+        dist.destroy_process_group()
+
+
+def packed(message: Any) -> bytes:
+    """Tensors by value: torch's own pickling shares memory, which ends with the process."""
+    file = io.BytesIO()
+    torch.save(message, file)
+    return file.getvalue()
+
+
+def received(pipe: Any) -> Any:
+    """The next message; None once the process is gone."""
+    if not pipe.poll(TIMEOUT):
+        raise TimeoutError("a rank says nothing")
+    try:
+        return torch.load(io.BytesIO(pipe.recv_bytes()), weights_only=True)
+    except (EOFError, ConnectionResetError):
+        return None
+
+
+def end(processes: list[Process], kill: bool = False) -> list[int]:
+    """Exit codes; with `kill`, at once. Whatever is still there after the timeout is killed and fails the test."""
+    if kill:
+        for process in processes:
+            process.kill()
+    deadline = time.monotonic() + TIMEOUT
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+    late = [process for process in processes if process.is_alive()]
+    for process in late:
+        process.kill()
+        process.join()
+    if late:
+        raise TimeoutError(f"{len(late)} ranks did not end")
+    return [process.exitcode for process in processes]
+
+
+def on_ranks(function: Callable[..., Any], size: int, *args: Any) -> list[Any]:
+    """The one message that each rank sends."""
+    processes, pipes = start(function, size, *args)
+    try:
+        found = [received(pipe) for pipe in pipes]
+        codes = end(processes)
+    finally:
+        end(processes, kill=True)
+    assert codes == [0] * len(codes), f"exit codes {codes}; what the ranks wrote is in the captured output"
+    return found

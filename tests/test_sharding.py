@@ -1,0 +1,324 @@
+"""The same numbers on several ranks as on one: every preset, every way to lay parameters on a mesh, checkpoints from any to any number."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import differences, give, gradient, make_zoo, mesh_of, place, run_ranks, whole_weights
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
+
+import subspace_opt
+from subspace_opt.lab.measure import measured_bytes
+from subspace_opt.sharding import ShardingError
+from subspace_opt.spec import preset_names
+
+STEPS = 20
+MESHES = [("fsdp", 2), ("fsdp", 4), ("ddp", 2), ("ddp", 4), ("tp", 2), ("tp", 4), ("hsdp", 4), ("fsdp+tp", 4)]
+
+# Bases are refreshed often, so that a run of 20 steps has refreshes, and ranks stay below the short sides, so that there is a complement.
+SHORT = {"rank": 3, "every": 4}
+
+
+def shortened(preset: str) -> dict[str, Any]:
+    """Overrides that make much happen in few steps."""
+    spec = subspace_opt.load_spec(preset)
+    out: dict[str, Any] = {}
+    for name, pipeline in spec.pipelines.items():
+        for key, value in SHORT.items():
+            now = getattr(pipeline.selector, key, None)
+            if isinstance(now, int | float) and now > value:
+                out[f"{name}.selector.{key}"] = value
+    return out
+
+
+def build(preset: str, model: nn.Module, kind: str | None, **options: Any) -> subspace_opt.SubspaceOptimizer:
+    group = dist.group.WORLD if kind == "ddp" else None
+    return subspace_opt.build(preset, model, lr=1e-2, overrides=shortened(preset), process_group=group, **options)
+
+
+def trained(
+    preset: str, kind: str | None, mesh: Any, steps: int = STEPS, dtype: torch.dtype = torch.float64, **options: Any
+) -> tuple[nn.Module, subspace_opt.SubspaceOptimizer]:
+    """A zoo after some steps: on one process (`kind` None), or on a mesh."""
+    model = make_zoo(dtype)
+    if kind is not None:
+        place(model, kind, mesh)
+    optimizer = build(preset, model, kind, **options)
+    for step in range(steps):
+        give(model, step)
+        optimizer.step()
+    return model, optimizer
+
+
+# ------------------------------------------------------------------------------------------------------ equal to one process
+
+
+def compare_presets(kind: str, presets: list[str], options: dict[str, Any]) -> list[str]:
+    """What differs from one process, and where planned and held bytes differ."""
+    mesh = mesh_of(kind, dist.get_world_size())
+    wrong = []
+    for preset in presets:
+        alone, _ = trained(preset, None, None, **options)
+        model, optimizer = trained(preset, kind, mesh, **options)
+        for name, gap in differences(whole_weights(alone), whole_weights(model)):
+            if not gap < 1e-9:
+                wrong.append(f"{preset}: {name} differs by {gap:.1e}")
+        planned = sum(share.bytes_held(team.rank) for team, share in optimizer._shares().values())
+        if planned != measured_bytes(optimizer):
+            wrong.append(f"{preset}: {planned} bytes planned, {measured_bytes(optimizer)} held")
+    return wrong
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "world"), MESHES)
+def test_every_preset_equals_one_process(kind: str, world: int) -> None:
+    wrong = run_ranks(world, compare_presets, kind, preset_names(), {})
+    assert wrong == [[]] * world
+
+
+@pytest.mark.slow
+def test_small_buckets_and_stacks_change_nothing() -> None:
+    presets = ["cosmos", "muon", "galore", "soap", "adamw", "sumo"]
+    assert run_ranks(2, compare_presets, "fsdp", presets, {"batch_bytes": 500}) == [[]] * 2
+    assert run_ranks(2, compare_presets, "fsdp", presets, {"stacking": "always"}) == [[]] * 2
+
+
+# ------------------------------------------------------------------------------------------------------- gradients that are missing or bad
+
+
+def compare_odd_gradients(kind: str) -> dict[str, Any]:
+    """A run in which parameters lack a gradient: on all ranks for some steps, always, and, where shards are apart, on some ranks."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    mesh = mesh_of(kind, world)
+    apart = kind in ("fsdp", "tp")
+
+    def without(name: str, step: int) -> bool:
+        return (name == "tall.weight" and step < 3) or (name == "wide.weight" and step % 3 == 1) or name == "norm.weight"
+
+    out = {}
+    for preset in ("cosmos", "muon", "galore", "adamw", "soap"):
+        alone = make_zoo()
+        own = build(preset, alone, None)
+        model = place(make_zoo(), kind, mesh)
+        optimizer = build(preset, model, kind)
+        for step in range(8):
+            give(alone, step, without)
+            give(model, step, without)
+            if apart and step == 5:  # the last rank has none of `square`; its rows count as 0
+                p = model.square.weight
+                if rank == world - 1:
+                    p.grad = None
+                whole = gradient("square.weight", p.shape, step, p.dtype)
+                shard = distribute_tensor(torch.arange(8.0).reshape(8, 1).expand(8, 8).contiguous(), mesh, p.placements)
+                first = shard.to_local().flatten()[0].item() if shard.to_local().numel() else 8.0
+                starts = [torch.zeros(1) for _ in range(world)]
+                dist.all_gather(starts, torch.tensor([first]))
+                if p.placements[0].dim == 0:
+                    whole[int(starts[-1].item()) :] = 0
+                else:
+                    whole[:, 8 - (8 // world) :] = 0
+                alone.square.weight.grad = whole
+            own.step()
+            optimizer.step()
+        out[preset] = {name: gap for name, gap in differences(whole_weights(alone), whole_weights(model)) if not gap < 1e-9}
+        counts = [None] * world
+        dist.all_gather_object(counts, [int(optimizer.state[p]["step"]) if optimizer.state.get(p) else -1 for p in model.parameters()])
+        assert all(count == counts[0] for count in counts), counts
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["fsdp", "ddp"])
+def test_missing_gradients(kind: str) -> None:
+    for result in run_ranks(2, compare_odd_gradients, kind):
+        assert result == {preset: {} for preset in result}
+
+
+def bad_gradients(policy: str) -> list[str]:
+    """What happens to a NaN in the shard of one rank."""
+    mesh = mesh_of("fsdp", dist.get_world_size())
+    model = place(make_zoo(), "fsdp", mesh)
+    optimizer = build("cosmos", model, "fsdp", nonfinite=policy)
+    give(model, 0)
+    optimizer.step()
+    before = whole_weights(model)
+    give(model, 1)
+    if dist.get_rank() == 1:
+        model.square.weight.grad.to_local()[0, 0] = torch.nan
+        model.tall.weight.grad.to_local()[1, 1] = torch.inf
+    try:
+        optimizer.step()
+    except subspace_opt.NonFiniteGradient as error:
+        text = str(error)
+    else:
+        text = ""
+    after = whole_weights(model)
+    assert "square.weight" in text or text == ""
+    return sorted(name for name in before if torch.equal(before[name], after[name])) + [f"skipped {optimizer.skipped}"]
+
+
+@pytest.mark.slow
+def test_a_gradient_that_is_not_finite_on_one_rank_is_met_by_all_together() -> None:
+    raised = run_ranks(2, bad_gradients, "raise")
+    assert raised[0] == raised[1]
+    assert len(raised[0]) == len(list(make_zoo().named_parameters())) + 1  # nothing was changed, on either rank
+    skipped = run_ranks(2, bad_gradients, "skip")
+    assert skipped[0] == skipped[1]
+    assert skipped[0] == ["frozen.weight", "square.weight", "tall.weight", "skipped {'square.weight': 1, 'tall.weight': 1}"]
+
+
+def failing_decomposition() -> tuple[list[int], list[float], list[str]]:
+    """The owner of a matrix cannot decompose it, once; then three times in a row."""
+    import warnings
+
+    mesh = mesh_of("fsdp", dist.get_world_size())
+    model = place(make_zoo(), "fsdp", mesh)
+    optimizer = build("galore", model, "fsdp")
+    real = torch.linalg.qr
+    for step in range(2):
+        give(model, step)
+        optimizer.step()
+    broken = {"left": 0}
+
+    def qr(a: Tensor, *arguments: Any, **named: Any) -> Any:
+        if broken["left"] and a.shape[-2:] == (8, 8):
+            raise torch.linalg.LinAlgError("broken on purpose")
+        return real(a, *arguments, **named)
+
+    seen: list[str] = []
+    torch.linalg.qr = qr
+    broken["left"] = 1
+    try:
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            for step in range(2, 5):
+                give(model, step)
+                optimizer.refresh_bases()
+                try:
+                    optimizer.step()
+                except torch.linalg.LinAlgError as error:
+                    seen.append(str(error))
+        seen += sorted({str(one.message).split(":")[0] for one in told if one.category is RuntimeWarning})
+    finally:
+        torch.linalg.qr = real
+    counts = [int(optimizer.state[p]["step"]) for p in model.parameters() if p.requires_grad]
+    return counts, [float(w.sum()) for w in whole_weights(model).values()], seen
+
+
+@pytest.mark.slow
+def test_a_decomposition_that_fails_on_its_owner_is_known_to_all() -> None:
+    one, other = run_ranks(2, failing_decomposition)
+    assert one[0] == other[0]
+    assert one[1] == other[1]
+    assert len(one[2]) == len(other[2]) == 3  # an error after three in a row, two warned of, on both ranks
+    assert "3 times in a row" in one[2][0]
+    assert "3 times in a row" in other[2][0]
+
+
+# --------------------------------------------------------------------------------------------------------------- bytes and messages
+
+
+def counted_bytes(preset: str, kind: str) -> tuple[int, int, int]:
+    """Bytes that this rank sends in a step: counted, by the formula; and those of reductions."""
+    mesh = mesh_of(kind, dist.get_world_size())
+    model, optimizer = trained(preset, kind, mesh, steps=2, dtype=torch.float32)
+    sent = [0, 0]
+    exchange, reduce = dist.all_to_all_single, dist.all_reduce
+
+    def all_to_all(got: Tensor, own: Tensor, arriving: list[int], leaving: list[int], **named: Any) -> Any:
+        sent[0] += own.numel() * own.itemsize
+        return exchange(got, own, arriving, leaving, **named)
+
+    def all_reduce(value: Tensor, *arguments: Any, **named: Any) -> Any:
+        sent[1] += value.numel() * value.itemsize
+        return reduce(value, *arguments, **named)
+
+    dist.all_to_all_single, dist.all_reduce = all_to_all, all_reduce
+    try:
+        give(model, 2)
+        optimizer.step()
+    finally:
+        dist.all_to_all_single, dist.all_reduce = exchange, reduce
+    return sent[0], sum(share.bytes_sent(team.rank) for team, share in optimizer._shares().values()), sent[1]
+
+
+@pytest.mark.slow
+def test_bytes_sent_are_those_of_the_formula() -> None:
+    for kind in ("fsdp", "ddp"):
+        for preset in ("cosmos", "muon", "galore", "soap", "adamw"):
+            ranks = run_ranks(2, counted_bytes, preset, kind)
+            for sent, formula, reductions in ranks:
+                assert sent == formula
+                assert reductions < 2000
+            if preset == "adamw":
+                assert (sum(rank[0] for rank in ranks) == 0) == (kind == "fsdp")  # entry by entry: nothing travels between shards
+
+
+def whole_experts() -> tuple[int, float]:
+    """Experts whose matrices lie whole on their ranks stay there."""
+    mesh = mesh_of("fsdp", dist.get_world_size())
+    alone, model = nn.Module(), nn.Module()
+    for one in (alone, model):
+        one.weight = nn.Parameter(gradient("experts", torch.Size([4, 6, 8]), 0, torch.float64))
+    place(model, "fsdp", mesh)
+    own = subspace_opt.build("cosmos", alone, lr=1e-2, overrides={"matrix.selector.rank": 2})
+    optimizer = subspace_opt.build("cosmos", model, lr=1e-2, overrides={"matrix.selector.rank": 2})
+    for step in range(5):
+        for one, opt in ((alone, own), (model, optimizer)):
+            give(one, step)
+            opt.step()
+    gap = dict(differences(whole_weights(alone), whole_weights(model)))["weight"]
+    return sum(share.bytes_sent(team.rank) for team, share in optimizer._shares().values()), gap
+
+
+@pytest.mark.slow
+def test_whole_experts_do_not_travel() -> None:
+    for sent, gap in run_ranks(2, whole_experts):
+        assert sent == 0
+        assert gap < 1e-12
+
+
+# --------------------------------------------------------------------------------------------------------------------- refused
+
+
+def refused() -> list[str]:
+    mesh = mesh_of("fsdp", 1)
+    partial = nn.Parameter(DTensor.from_local(torch.ones(4, 4), mesh, [Partial()]))
+    optimizer = subspace_opt.SubspaceOptimizer([("w", partial)], "muon")
+    partial.grad = partial.detach().clone()
+    seen = []
+    try:
+        optimizer.step()
+    except ShardingError as error:
+        seen.append(str(error))
+    plain = nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, [Shard(0)]))
+    optimizer = subspace_opt.SubspaceOptimizer([("w", plain)], "muon")
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    for options in ({}, {"use_orig_params": True}):
+        wrapped = FullyShardedDataParallel(nn.Sequential(nn.Linear(4, 4)), device_id=torch.device("cpu"), **options)
+        try:
+            subspace_opt.build("muon", wrapped)
+        except ValueError as error:
+            seen.append(str(error))
+    flat = nn.Linear(4, 4)
+    flat.weight = nn.Parameter(torch.ones(16))
+    try:
+        subspace_opt.build("muon", flat)
+    except ValueError as error:
+        seen.append(str(error))
+    return seen
+
+
+@pytest.mark.slow
+def test_what_cannot_be_right_is_refused_with_the_reason() -> None:
+    partial, flat, original, view = run_ranks(1, refused)[0]
+    assert "'w'" in partial
+    assert "Partial" in partial
+    assert "fully_shard" in flat
+    assert "fully_shard" in original
+    assert "1-D view of a matrix" in view

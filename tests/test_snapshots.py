@@ -1,0 +1,943 @@
+"""Is a snapshot whole or absent whenever a process dies, does any number of ranks load it, and is what does not fit refused by name?"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import logging
+import os
+import random
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from common import RANK, Params, flat, gradient, parameters, same, small
+from launch import end, on_ranks, received, start
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+import subspace_opt
+from subspace_opt import CheckpointError, checkpoint, manifest, snapshots
+from subspace_opt.snapshots import SnapshotError
+
+# What makes an optimizer of named parameters; one that takes sharded parameters also stands in SHARDED.
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "AdamW": lambda named: torch.optim.AdamW(named, lr=0.01),
+    "SGD": lambda named: torch.optim.SGD(named, lr=0.01, momentum=0.9),
+    "cosmos": lambda named: preset("cosmos", named),
+    "galore": lambda named: preset("galore", named),
+    "soap": lambda named: preset("soap", named),
+}
+SHARDED = ["AdamW", "SGD"]
+EXTRA = {"epoch": 3, "order": torch.tensor([2, 0, 1]), "schedule": {"last": 0.5, "name": "cosine"}}
+Saved = dict[str, Tensor]
+
+
+def preset(name: str, named: Any) -> torch.optim.Optimizer:
+    named = list(named)
+    kinds = {n: frozenset({"linear"}) for n, _ in named}
+    return subspace_opt.SubspaceOptimizer(named, small(name, rank=RANK), modules=kinds)
+
+
+class Model(nn.Module):
+    """Values by seed; row counts that three ranks do not divide, and a buffer."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        values = parameters({"embed": (10, 8), "first": (7, 8), "bias": (7,), "last": (8, 7)}, seed=seed)
+        for name, p in values.items():
+            self.register_parameter(name, p)
+        self.register_buffer("seen", torch.tensor([seed, 5]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.embed @ self.first.T + self.bias
+
+
+def made(kind: str, wrap: str = "plain", seed: int = 0) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """The optimizer is made last: sharding replaces parameters. DDP keeps them and changes their names, on which draws depend."""
+    model = Model(seed)
+    if wrap == "sharded":
+        fully_shard(model)
+    optimizer = OPTIMIZERS[kind](model.named_parameters())
+    return (nn.parallel.DistributedDataParallel(model) if wrap == "ddp" else model), optimizer
+
+
+def named(model: nn.Module) -> Params:
+    return {name.removeprefix("module."): p for name, p in model.named_parameters()}
+
+
+def run(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range, missing: tuple[str, ...] = ()) -> None:
+    """Steps with gradients by name and number of the step, the same on all ranks."""
+    for step in steps:
+        for name, p in named(model).items():
+            whole = gradient(name, tuple(p.shape), step)
+            p.grad = distribute_tensor(whole, p.device_mesh, p.placements) if isinstance(p, DTensor) else whole
+            if name in missing:
+                p.grad = None
+        optimizer.step()
+        model.get_buffer("module.seen" if isinstance(model, nn.parallel.DistributedDataParallel) else "seen").add_(1)
+    optimizer.zero_grad()
+
+
+def whole(model: nn.Module, optimizer: torch.optim.Optimizer) -> Saved:
+    """All of model and optimizer, gathered from its shards, by name."""
+    state = {f"{name.removeprefix('module.')}": value for name, value in flat(optimizer)}
+    values = {**{n.removeprefix("module."): v for n, v in model.state_dict().items()}, **state}
+    return {name: (v.full_tensor() if isinstance(v, DTensor) else torch.as_tensor(v)).detach().clone() for name, v in values.items()}
+
+
+def groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    return copy.deepcopy([{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups])
+
+
+# ------------------------------------------------------------------------------------------------------------------ one process
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_what_was_saved_is_loaded_and_goes_on_to_the_bit(tmp_path: Path, kind: str) -> None:
+    model, optimizer = made(kind)
+    run(model, optimizer, range(4))
+    optimizer.param_groups[0]["lr"] = 0.125
+    path = snapshots.save(tmp_path, model, optimizer, step=4, extra=EXTRA)
+    assert path == tmp_path / "step-00000004"
+    saved = whole(model, optimizer)
+    again, fresh = made(kind, seed=7)
+    found = snapshots.load(tmp_path, again, fresh)
+    assert (found.step, found.path) == (4, path)
+    assert torch.equal(found.extra["order"], EXTRA["order"])
+    assert {k: v for k, v in found.extra.items() if k != "order"} == {k: v for k, v in EXTRA.items() if k != "order"}
+    assert same(whole(again, fresh), saved)
+    assert groups(fresh) == groups(optimizer)
+    run(model, optimizer, range(4, 8))
+    run(again, fresh, range(4, 8))
+    assert same(whole(again, fresh), whole(model, optimizer))
+
+
+def test_the_newest_are_kept_and_listed(tmp_path: Path) -> None:
+    model, optimizer = made("AdamW")
+    assert snapshots.latest(tmp_path / "none") is None
+    states = {}
+    for step in (0, 5, 100, 123456789):
+        run(model, optimizer, range(step, step + 1))
+        states[step] = whole(model, optimizer)
+        snapshots.save(tmp_path, model, optimizer, step=step, keep=3)
+    assert snapshots.complete(tmp_path) == [5, 100, 123456789]
+    assert snapshots.latest(tmp_path) == 123456789
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000005", "step-00000100", "step-123456789"]
+    again, fresh = made("AdamW", seed=7)
+    snapshots.load(tmp_path, again, fresh, step=5)
+    assert same(whole(again, fresh), states[5])
+    assert snapshots.load(tmp_path, again, fresh).step == 123456789
+    with pytest.raises(SnapshotError, match="has no snapshot of step 6; it has 5, 100, 123456789"):
+        snapshots.load(tmp_path, again, fresh, step=6)
+
+
+def test_what_killed_runs_left_is_not_seen_and_goes_with_the_next_save(tmp_path: Path) -> None:
+    model, optimizer = made("AdamW")
+    snapshots.save(tmp_path, model, optimizer, step=1)
+    for left in (".step-00000009.0a1b2c3d.partial", ".step-00000000.0a1b2c3d.removed"):
+        shutil.copytree(tmp_path / "step-00000001", tmp_path / left)
+    (tmp_path / "notes").mkdir()
+    assert snapshots.complete(tmp_path) == [1]
+    assert snapshots.load(tmp_path, model, optimizer).step == 1
+    snapshots.save(tmp_path, model, optimizer, step=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes", "step-00000001", "step-00000002"]
+
+
+@pytest.mark.parametrize("step", [2, 3])
+def test_a_step_that_would_not_be_the_newest_is_refused_until_later_ones_are_discarded(tmp_path: Path, step: int) -> None:
+    """Else the next load would go on with the branch that was given up."""
+    model, optimizer = made("AdamW")
+    for earlier in (1, 3):
+        snapshots.save(tmp_path, model, optimizer, step=earlier)
+    with pytest.raises(SnapshotError, match=rf"has step-00000003 already.*snapshots.discard\(.*, after={step - 1}\)"):
+        snapshots.save(tmp_path, model, optimizer, step=step)
+    assert snapshots.complete(tmp_path) == [1, 3]
+    snapshots.discard(tmp_path, after=step - 1)
+    snapshots.save(tmp_path, model, optimizer, step=step)
+    assert snapshots.complete(tmp_path) == [1, step]
+
+
+@pytest.mark.parametrize(("name", "value"), [("step", -1), ("step", 1.0), ("step", True), ("keep", 0), ("keep", None)])
+def test_a_number_that_cannot_be_is_refused(tmp_path: Path, name: str, value: Any) -> None:
+    model, optimizer = made("AdamW")
+    with pytest.raises(ValueError, match=f"{name} is {value!r}; it must be a whole number"):
+        snapshots.save(tmp_path, model, optimizer, **{"step": 1, name: value})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_extra_that_could_not_be_loaded_is_refused_when_saving(tmp_path: Path) -> None:
+    model, optimizer = made("AdamW")
+    with pytest.raises(SnapshotError, match=r"`extra`, an option .* could not be loaded again .*; turn it into tensors"):
+        snapshots.save(tmp_path, model, optimizer, step=1, extra={"random": random.Random(0)})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_refuses_leaves_what_there_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, optimizer = made("AdamW")
+    snapshots.save(tmp_path, model, optimizer, step=1)
+    with monkeypatch.context() as patched:
+        patched.setattr(dcp.FileSystemWriter, "write_data", no_space)
+        with pytest.raises(SnapshotError, match=r"step 2 could not be saved in .*: rank 0: OSError: .*No space.*; make room"):
+            snapshots.save(tmp_path, model, optimizer, step=2)
+    assert snapshots.load(tmp_path, model, optimizer).step == 1
+    snapshots.save(tmp_path, model, optimizer, step=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000002"]
+
+
+def test_an_interrupt_stays_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    model, optimizer = made("AdamW")
+    monkeypatch.setattr(dcp.FileSystemWriter, "write_data", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        snapshots.save(tmp_path, model, optimizer, step=1)
+    monkeypatch.undo()
+    snapshots.save(tmp_path, model, optimizer, step=1)
+    assert snapshots.complete(tmp_path) == [1]
+
+
+def no_space(*_: Any) -> None:
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_an_optimizer_that_has_made_no_step_is_saved_and_loaded_as_such(tmp_path: Path, kind: str) -> None:
+    """torch asks for state by a step with zero gradients, which AdamW counts."""
+    model, optimizer = made(kind)
+    snapshots.save(tmp_path, model, optimizer, step=0)
+    assert not optimizer.state
+    again, used = made(kind, seed=7)
+    run(again, used, range(2))
+    snapshots.load(tmp_path, again, used)
+    assert not used.state
+    untouched, fresh = made(kind)
+    for pair in ((model, optimizer), (again, used), (untouched, fresh)):
+        run(*pair, range(3))
+    model.load_state_dict({**model.state_dict(), "seen": untouched.state_dict()["seen"]})
+    assert same(whole(model, optimizer), whole(untouched, fresh))
+    assert same(whole(again, used), whole(untouched, fresh))
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("used", [False, True])
+def test_a_parameter_without_state_has_none_again(tmp_path: Path, kind: str, used: bool) -> None:
+    """One that had no gradient so far: missing in the snapshot or in what loads it, and in neither a mistake."""
+    model, optimizer = made(kind)
+    run(model, optimizer, range(2), missing=("first",))
+    snapshots.save(tmp_path, model, optimizer, step=2)
+    saved = whole(model, optimizer)
+    assert not any(key.startswith("first/") for key in saved)
+    again, fresh = made(kind, seed=7)
+    if used:
+        run(again, fresh, range(3), missing=("last",))
+    snapshots.load(tmp_path, again, fresh)
+    assert same(whole(again, fresh), saved)
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_parameters_in_another_order_and_in_other_groups_are_matched_by_name(tmp_path: Path, kind: str) -> None:
+    def split(seed: int, names: list[list[str]]) -> tuple[nn.Module, torch.optim.Optimizer]:
+        model = Model(seed)
+        own = dict(model.named_parameters())
+        optimizer = OPTIMIZERS[kind]([(n, own[n]) for n in names[0]])
+        optimizer.add_param_group({"params": [(n, own[n]) for n in names[1]], "weight_decay": 0.5})
+        return model, optimizer
+
+    model, optimizer = split(0, [["embed", "first"], ["bias", "last"]])
+    run(model, optimizer, range(3))
+    snapshots.save(tmp_path, model, optimizer, step=3)
+    again, other = split(7, [["last", "bias"], ["first", "embed"]])
+    snapshots.load(tmp_path, again, other)
+    assert same(whole(again, other), whole(model, optimizer))
+    assert [g["weight_decay"] for g in other.param_groups] == [g["weight_decay"] for g in reversed(optimizer.param_groups)]
+    run(model, optimizer, range(3, 6))
+    run(again, other, range(3, 6))
+    assert same(whole(again, other), whole(model, optimizer))
+
+    again, other = made(kind, seed=7)
+    refused(tmp_path, again, other, "the parameters of group 0 were in groups with different weight_decay")
+
+
+def test_tied_weights_stay_tied(tmp_path: Path) -> None:
+    def tied(seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+        model = Model(seed)
+        model.register_parameter("head", model.embed)
+        return model, OPTIMIZERS["cosmos"](model.named_parameters())
+
+    model, optimizer = tied(0)
+    run(model, optimizer, range(3))
+    snapshots.save(tmp_path, model, optimizer, step=3)
+    again, fresh = tied(7)
+    snapshots.load(tmp_path, again, fresh)
+    assert again.head is again.embed
+    assert same(whole(again, fresh), whole(model, optimizer))
+
+
+def test_a_learning_rate_may_be_a_tensor(tmp_path: Path) -> None:
+    model = Model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=torch.tensor(0.25))
+    run(model, optimizer, range(2))
+    snapshots.save(tmp_path, model, optimizer, step=2)
+    optimizer.param_groups[0]["lr"].fill_(0.5)  # what was saved is a copy
+    fresh = torch.optim.AdamW(model.parameters(), lr=torch.tensor(0.75))
+    snapshots.load(tmp_path, model, fresh)
+    assert fresh.param_groups[0]["lr"].item() == 0.25
+
+
+# ------------------------------------------------------------------------------------------------------------------------ refusals
+
+
+def refused(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *said: str, **options: Any) -> CheckpointError:
+    """The load is refused with these words, and neither model nor optimizer has changed."""
+    before, options_before = whole(model, optimizer), groups(optimizer)
+    with pytest.raises(CheckpointError) as caught:
+        snapshots.load(folder, model, optimizer, **options)
+    for words in said:
+        assert words in str(caught.value)
+    assert same(whole(model, optimizer), before)
+    assert groups(optimizer) == options_before
+    return caught.value
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def lengthen(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"\0")
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
+    "cut": (cut, "it is cut short"),
+    "longer": (lengthen, "it is longer"),
+    "flipped": (flip, "is damaged: its SHA-256 is not that of what was written"),
+    "missing": (Path.unlink, "is missing"),
+}
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> tuple[Path, Saved]:
+    """Snapshots of steps 1 and 2, and what is in the first."""
+    model, optimizer = made("cosmos")
+    run(model, optimizer, range(1))
+    first = whole(model, optimizer)
+    snapshots.save(tmp_path, model, optimizer, step=1)
+    run(model, optimizer, range(1, 2))
+    snapshots.save(tmp_path, model, optimizer, step=2)
+    return tmp_path, first
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("file", ["__0_0.distcp", ".metadata", "rest.pt"])
+def test_a_damaged_file_is_refused_by_name_and_the_one_before_loads(two: tuple[Path, Saved], file: str, damage: str) -> None:
+    folder, first = two
+    spoil, said = DAMAGE[damage]
+    spoil(folder / "step-00000002" / file)
+    model, optimizer = made("cosmos", seed=7)
+    run(model, optimizer, range(1))
+    remedy = f"Load the one before it, snapshots.load({str(folder)!r}, model, optimizer, step=1)"
+    refused(folder, model, optimizer, f"{folder / 'step-00000002'} cannot be loaded: {file}", said, remedy)
+    snapshots.load(folder, model, optimizer, step=1)
+    assert same(whole(model, optimizer), first)
+    snapshots.discard(folder, after=1)  # as the message says
+    snapshots.save(folder, model, optimizer, step=2)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (cut, "manifest.json is cut short or damaged"),
+        (lambda path: path.write_bytes(b""), "manifest.json is cut short or damaged"),
+        (lambda path: path.write_bytes(b"[]"), "manifest.json is cut short or damaged"),
+        (lambda path: path.write_text(path.read_text().replace('"step": 2', '"step": 3')), "manifest.json is damaged"),
+        (Path.unlink, "has no manifest.json, so it is no snapshot of this library or has lost it"),
+    ],
+)
+def test_a_damaged_manifest_is_refused(two: tuple[Path, Saved], spoil: Callable[[Path], None], said: str) -> None:
+    """A newest snapshot that has lost its manifest is not passed over in silence."""
+    folder, first = two
+    spoil(folder / "step-00000002" / "manifest.json")
+    model, optimizer = made("cosmos", seed=7)
+    refused(folder, model, optimizer, said, "Load the one before it", "step=1)")
+    snapshots.load(folder, model, optimizer, step=1)
+    assert same(whole(model, optimizer), first)
+
+
+def test_every_flipped_bit_of_a_manifest_is_noticed(two: tuple[Path, Saved]) -> None:
+    folder, _ = two
+    file = folder / "step-00000002" / "manifest.json"
+    content = file.read_bytes()
+    meant = manifest.choose(folder, 2)[1]
+    model, optimizer = made("cosmos")
+    unnoticed = []
+    for place, bit in itertools.product(range(len(content)), (0, 3, 6)):
+        spoilt = bytearray(content)
+        spoilt[place] ^= 1 << bit
+        file.write_bytes(spoilt)
+        try:
+            if manifest.choose(folder, 2)[1] != meant:  # spaces between entries mean nothing
+                unnoticed.append((place, bit))
+        except SnapshotError:
+            pass
+    assert unnoticed == []
+    refused(folder, model, optimizer, "manifest.json")
+
+
+def test_a_foreign_file_is_refused_by_name(two: tuple[Path, Saved]) -> None:
+    folder, _ = two
+    (folder / "step-00000002" / "__1_0.distcp").write_bytes(b"of another run")
+    model, optimizer = made("cosmos", seed=7)
+    refused(folder, model, optimizer, "__1_0.distcp is not of this snapshot: move it out of the folder")
+    (folder / "step-00000002" / "__1_0.distcp").unlink()
+    assert snapshots.load(folder, model, optimizer).step == 2
+
+
+def test_the_only_snapshot_has_none_before_it(tmp_path: Path) -> None:
+    model, optimizer = made("AdamW")
+    snapshots.save(tmp_path, model, optimizer, step=1)
+    flip(tmp_path / "step-00000001" / "rest.pt")
+    refused(tmp_path, model, optimizer, "rest.pt is damaged", "No complete snapshot is before it")
+
+
+def test_a_snapshot_under_another_name_is_refused(two: tuple[Path, Saved]) -> None:
+    folder, _ = two
+    (folder / "step-00000002").rename(folder / "step-00000009")
+    model, optimizer = made("cosmos")
+    refused(folder, model, optimizer, "step-00000009 is the snapshot of step 2 under another name; give it back its name")
+
+
+def test_a_snapshot_of_a_later_format_is_refused(two: tuple[Path, Saved], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manifest, "FORMAT", 0)
+    model, optimizer = made("cosmos")
+    refused(
+        two[0], model, optimizer, "is of format 1 and this subspace_opt reads 0; it was written by subspace_opt 0.1.0: load it with that"
+    )
+
+
+def test_a_checkpoint_of_torch_alone_is_refused(tmp_path: Path) -> None:
+    model, optimizer = made("AdamW")
+    state = {"model": model.state_dict()}
+    for folder in (tmp_path / "bare", tmp_path / "runs" / "step-00000003"):
+        with pytest.warns(UserWarning, match="torch.distributed is disabled"):
+            dcp.save(state, checkpoint_id=folder)
+    refused(tmp_path / "bare", model, optimizer, "It is itself a checkpoint of torch.distributed.checkpoint")
+    refused(tmp_path / "runs", model, optimizer, "has no manifest.json", "a checkpoint of torch.distributed.checkpoint alone")
+    refused(tmp_path / "none", model, optimizer, "none has no complete snapshot.")
+    assert snapshots.latest(tmp_path / "runs") is None
+    with pytest.raises(SnapshotError, match="has step-00000003 already"):
+        snapshots.save(tmp_path / "runs", model, optimizer, step=2)
+
+
+def test_another_model_is_refused(two: tuple[Path, Saved]) -> None:
+    folder, _ = two
+
+    def changed(change: Callable[[Model], None]) -> tuple[nn.Module, torch.optim.Optimizer]:
+        model = Model(7)
+        change(model)
+        return model, OPTIMIZERS["cosmos"](model.named_parameters())
+
+    refused(folder, *changed(lambda m: m.register_parameter("more", nn.Parameter(torch.ones(2)))), "is of another model: it lacks more;")
+    refused(folder, *changed(lambda m: delattr(m, "last")), "is of another model: it has besides last;")
+    refused(folder, *changed(lambda m: delattr(m, "seen")), "is of another model: it has besides seen;")
+    wider = nn.Parameter(torch.ones(9, 8))
+    refused(folder, *changed(lambda m: setattr(m, "first", wider)), "'first' has shape (7, 8) there and (9, 8) here")
+    refused(folder, *changed(lambda m: m.double()), "has dtype torch.float32 there and torch.float64 here")
+
+
+def test_another_spec_is_refused_with_the_first_difference(two: tuple[Path, Saved]) -> None:
+    folder, _ = two
+    for used in (False, True):
+        model, optimizer = made("galore", seed=7)
+        if used:
+            run(model, optimizer, range(1))
+        error = refused(folder, model, optimizer, "the checkpoint is of spec 'cosmos', this optimizer of 'galore': pipelines.")
+        assert type(error) is CheckpointError
+        assert bool(optimizer.state) == used
+    model = Model(7)
+    spec = subspace_opt.load_spec(small("cosmos"), {"matrix.selector.rank": RANK - 1})
+    linear = {name: frozenset({"linear"}) for name in named(model)}
+    ranked = subspace_opt.SubspaceOptimizer(model.named_parameters(), spec, modules=linear)
+    refused(folder, model, ranked, f"pipelines.matrix.selector.rank is {RANK} there and {RANK - 1} here")
+
+
+def test_a_load_that_is_refused_changes_nothing_that_follows(two: tuple[Path, Saved]) -> None:
+    """The layout of a fresh optimizer's state is found by a step, of which nothing may stay."""
+    for kind in OPTIMIZERS:
+        other = "galore" if kind == "cosmos" else kind
+        model, optimizer = made(other, seed=7)
+        refused(two[0], model, optimizer)
+        twin, untouched = made(other, seed=7)
+        run(model, optimizer, range(3))
+        run(twin, untouched, range(3))
+        assert same(whole(model, optimizer), whole(twin, untouched))
+
+
+def test_another_optimizer_is_refused(tmp_path: Path) -> None:
+    model, optimizer = made("AdamW")
+    run(model, optimizer, range(1))
+    snapshots.save(tmp_path, model, optimizer, step=1)
+    refused(tmp_path, *made("cosmos"), "the checkpoint is of another optimizer: its groups carry no spec")
+    refused(tmp_path, *made("SGD"), "has the state of AdamW, and this is SGD: build the optimizer as it was")
+    model = Model()
+    refused(
+        tmp_path, model, torch.optim.AdamW(model.parameters(), amsgrad=True), "its optimizer has other options: 'bias' has slots exp_avg, "
+    )
+    refused(tmp_path, model, torch.optim.AdamW(list(model.parameters())[:2]), "its optimizer has other parameters: it has besides ")
+
+
+def test_a_slot_of_another_precision_is_refused(tmp_path: Path) -> None:
+    """torch.distributed.checkpoint would cast it."""
+    model, optimizer = made("AdamW")
+    run(model, optimizer, range(1))
+    snapshots.save(tmp_path, model, optimizer, step=1)
+    for state in optimizer.state.values():
+        state["exp_avg"] = state["exp_avg"].double()
+    refused(tmp_path, model, optimizer, "has dtype torch.float32 there and torch.float64 here")
+
+
+def test_a_slot_that_is_not_ours_is_refused(tmp_path: Path) -> None:
+    """The same spec, but another rounding."""
+    model = Model().bfloat16()
+    linear = {name: frozenset({"linear"}) for name in named(model)}
+    kahan, nearest = (
+        subspace_opt.SubspaceOptimizer(model.named_parameters(), small("cosmos"), modules=linear, rounding=rounding)
+        for rounding in ("kahan", "nearest")
+    )
+    for optimizer in (kahan, nearest):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    snapshots.save(tmp_path, model, kahan, step=2)
+    refused(tmp_path, model, nearest, "slot 'compensation' is unknown here")
+
+
+def test_state_of_a_later_version_is_refused_and_of_an_earlier_one_brought_up_to_date(
+    two: tuple[Path, Saved], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, first = two
+    model, optimizer = made("cosmos", seed=7)
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "STATE_VERSION", 0)
+        refused(folder, model, optimizer, "the checkpoint's state is of version 1 and this subspace_opt reads up to 0; install the")
+
+    def halved(state_dict: Any) -> Any:
+        half = {name: {k: v / 2 if k.endswith("momentum") else v for k, v in s.items()} for name, s in state_dict["state"].items()}
+        return {**state_dict, "state": half}
+
+    monkeypatch.setattr(checkpoint, "STATE_VERSION", 2)
+    monkeypatch.setattr(checkpoint, "MIGRATIONS", {**checkpoint.MIGRATIONS, 1: halved})
+    keys = {key for key in first if key.endswith("momentum")}
+    snapshots.load(folder, model, optimizer, step=1)
+    assert optimizer.param_groups[0]["state_version"] == 2
+    assert same(whole(model, optimizer), {key: value / 2 if key in keys else value for key, value in first.items()})
+
+
+# ---------------------------------------------------------------------------------------------------------------- in the background
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Saves in the background begin to write when it is set."""
+    event, begin = threading.Event(), manifest.begin
+
+    def waiting(folder: Path, step: int) -> Path:
+        assert event.wait(60)
+        return begin(folder, step)
+
+    monkeypatch.setattr(manifest, "begin", waiting)
+    return event
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_training_goes_on_while_the_state_at_the_call_is_saved(tmp_path: Path, kind: str, gate: threading.Event) -> None:
+    model, optimizer = made(kind)
+    run(model, optimizer, range(3))
+    saved = whole(model, optimizer)
+    extra = {"list": [1, 2]}
+    pending = snapshots.async_save(tmp_path, model, optimizer, step=3, extra=extra)
+    extra["list"].append(3)
+    run(model, optimizer, range(3, 6))
+    optimizer.param_groups[0]["lr"] = 0.5
+    assert not pending.done()
+    assert snapshots.latest(tmp_path) is None
+    gate.set()
+    assert pending.result(60) == tmp_path / "step-00000003"
+    again, fresh = made(kind, seed=7)
+    assert snapshots.load(tmp_path, again, fresh).extra == {"list": [1, 2]}
+    assert same(whole(again, fresh), saved)
+    assert fresh.param_groups[0]["lr"] != 0.5
+    assert not same(whole(model, optimizer), saved)
+
+
+def test_one_save_is_in_flight(tmp_path: Path, gate: threading.Event) -> None:
+    model, optimizer = made("AdamW")
+    first = snapshots.async_save(tmp_path, model, optimizer, step=1)
+    threading.Timer(0.05, gate.set).start()
+    second = snapshots.async_save(tmp_path, model, optimizer, step=2)
+    assert first.done()
+    assert snapshots.load(tmp_path, model, optimizer).step == 2
+    assert second.done()
+
+
+def test_a_save_that_failed_in_the_background_is_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, optimizer = made("AdamW")
+    monkeypatch.setattr(dcp.FileSystemWriter, "write_data", no_space)
+    asked = snapshots.async_save(tmp_path, model, optimizer, step=1)
+    with caplog.at_level(logging.ERROR), pytest.raises(SnapshotError, match="No space left"):
+        asked.result(60)
+    ignored = snapshots.async_save(tmp_path, model, optimizer, step=2)
+    with pytest.raises(SnapshotError, match=r"step 2 could not be saved in .*No space left"):
+        snapshots.save(tmp_path, model, optimizer, step=3)
+    assert ignored.done()
+    monkeypatch.undo()
+    snapshots.save(tmp_path, model, optimizer, step=3)
+    assert "the snapshot of step 2 was not saved" in caplog.text
+
+
+# -------------------------------------------------------------------------------------------------------------------- several ranks
+
+Send = Callable[[Any], None]
+SEVERAL = [(kind, wrap) for kind in OPTIMIZERS for wrap in ("plain", "ddp", "sharded") if wrap != "sharded" or kind in SHARDED]
+
+
+def saves(rank: int, size: int, send: Send, folder: str, cases: list[tuple[str, str]]) -> None:
+    for kind, wrap in cases:
+        model, optimizer = made(kind, wrap)
+        run(model, optimizer, range(3))
+        snapshots.save(f"{folder}/{kind}-{wrap}", model, optimizer, step=3, extra=EXTRA if rank == 0 else None)
+    send("done")
+
+
+def loads(rank: int, size: int, send: Send, folder: str, cases: list[tuple[str, str, str]]) -> None:
+    """What is loaded, and what it is two steps later."""
+    out = []
+    for kind, saved, wrap in cases:
+        model, optimizer = made(kind, wrap, seed=7)
+        found = snapshots.load(f"{folder}/{kind}-{saved}", model, optimizer)
+        loaded = whole(model, optimizer)
+        run(model, optimizer, range(3, 5))
+        out.append((found.step, found.extra["epoch"], loaded, whole(model, optimizer)))
+    send(out)
+
+
+@cache
+def alone(kind: str, steps: int) -> Saved:
+    """One process that was never stopped."""
+    model, optimizer = made(kind)
+    run(model, optimizer, range(steps))
+    return whole(model, optimizer)
+
+
+@pytest.mark.slow
+def test_another_number_of_ranks_loads_it(tmp_path: Path) -> None:
+    """Saved on two ranks, loaded on one, two and three, each with and without wrappers, and equal to one process throughout."""
+    assert on_ranks(saves, 2, str(tmp_path), SEVERAL) == ["done"] * 2
+    for kind, wrap in SEVERAL:
+        found = manifest.choose(tmp_path / f"{kind}-{wrap}", None)[1]
+        assert found.world_size == 2
+        assert {"__0_0.distcp", "__1_0.distcp"} <= set(found.files)
+    for size in (0, 2, 3):  # 0: torch.distributed is not initialized
+        targets = ("plain", "ddp", "sharded") if size else ("plain",)
+        cases = [(kind, wrap, target) for kind, wrap in SEVERAL for target in targets if target != "sharded" or kind in SHARDED]
+        for answers in on_ranks(loads, size, str(tmp_path), cases):
+            for case, (step, epoch, loaded, later) in zip(cases, answers, strict=True):
+                assert (step, epoch) == (3, 3), case
+                assert same(loaded, alone(case[0], 3)), case
+                assert same(later, alone(case[0], 5)), case
+
+
+def with_the_wrappers_names(rank: int, size: int, send: Send, folder: str) -> None:
+    model = nn.parallel.DistributedDataParallel(Model())
+    optimizer = OPTIMIZERS["cosmos"](model.named_parameters())
+    assert optimizer.param_groups[0]["param_names"][0] == "module.embed"
+    run(model, optimizer, range(3))
+    snapshots.save(folder, model, optimizer, step=3)
+    send(whole(model, optimizer))
+
+
+def test_an_optimizer_that_was_made_of_a_wrapped_model_is_matched_too(tmp_path: Path) -> None:
+    (saved,) = on_ranks(with_the_wrappers_names, 1, str(tmp_path))
+    model, optimizer = made("cosmos", seed=7)
+    snapshots.load(tmp_path, model, optimizer)
+    assert same(whole(model, optimizer), saved)
+    assert optimizer.param_groups[0]["param_names"][0] == "embed"
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_load_between_backward_and_step_keeps_the_gradients(tmp_path: Path, kind: str) -> None:
+    model, optimizer = made(kind)
+    run(model, optimizer, range(3))
+    snapshots.save(tmp_path, model, optimizer, step=3)
+    again, fresh = made(kind, seed=7)
+    for p in again.parameters():
+        p.grad = torch.ones_like(p)
+    snapshots.load(tmp_path, again, fresh)
+    assert all(p.grad is not None and bool((p.grad == 1).all()) for p in again.parameters())
+    assert same(whole(again, fresh), whole(model, optimizer))
+
+
+def loads_with_gradients(rank: int, size: int, send: Send, folder: str) -> None:
+    model, optimizer = made("AdamW", "sharded", seed=7)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    snapshots.load(folder, model, optimizer)
+    send((whole(model, optimizer), all(isinstance(s["exp_avg"], DTensor) for s in optimizer.state.values())))
+
+
+def test_state_is_sharded_as_its_parameter_where_the_optimizer_has_none_yet(tmp_path: Path) -> None:
+    model, optimizer = made("AdamW")
+    run(model, optimizer, range(3))
+    snapshots.save(tmp_path, model, optimizer, step=3)
+    for loaded, sharded in on_ranks(loads_with_gradients, 2, str(tmp_path)):
+        assert sharded
+        assert same(loaded, alone("AdamW", 3))
+
+
+def is_refused(rank: int, size: int, send: Send, folder: str) -> None:
+    model, optimizer = made("AdamW", "sharded", seed=7)
+    run(model, optimizer, range(1))
+    before = whole(model, optimizer)
+    try:
+        snapshots.load(folder, model, optimizer)
+    except SnapshotError as error:
+        send((str(error), same(whole(model, optimizer), before)))
+
+
+def test_all_ranks_refuse_what_one_has_found(tmp_path: Path) -> None:
+    """Each file is verified by one of them."""
+    on_ranks(saves, 2, str(tmp_path), [("AdamW", "sharded")])
+    folder = tmp_path / "AdamW-sharded"
+    for file in ("__0_0.distcp", "__1_0.distcp"):
+        flip(folder / "step-00000003" / file)
+        answers = on_ranks(is_refused, 2, str(folder))
+        assert answers[0] == answers[1]
+        assert f"cannot be loaded: {file} is damaged" in answers[0][0]
+        assert answers[0][1]
+        flip(folder / "step-00000003" / file)
+
+
+def one_is_of_another_spec(rank: int, size: int, send: Send, folder: str) -> None:
+    model, optimizer = made("galore" if rank else "cosmos", seed=7)
+    before = whole(model, optimizer)
+    try:
+        snapshots.load(folder, model, optimizer)
+    except CheckpointError as error:
+        send((str(error), same(whole(model, optimizer), before)))
+
+
+def test_no_rank_loads_what_another_cannot_take(tmp_path: Path) -> None:
+    model, optimizer = made("cosmos")
+    run(model, optimizer, range(1))
+    snapshots.save(tmp_path, model, optimizer, step=1)
+    (told, unchanged), (found, also) = on_ranks(one_is_of_another_spec, 2, str(tmp_path))
+    assert "rank 1: CheckpointError: the checkpoint is of spec 'cosmos', this optimizer of 'galore'" in told
+    assert found.startswith("the checkpoint is of spec 'cosmos', this optimizer of 'galore'")
+    assert unchanged
+    assert also
+
+
+def one_disk_is_full(rank: int, size: int, send: Send, folder: str) -> None:
+    model, optimizer = made("AdamW", "sharded")
+    snapshots.save(folder, model, optimizer, step=1)
+    write = dcp.FileSystemWriter.write_data
+    if rank == 1:
+        dcp.FileSystemWriter.write_data = no_space  # type: ignore[method-assign]
+    try:
+        snapshots.save(folder, model, optimizer, step=2)
+    except SnapshotError as error:
+        dcp.FileSystemWriter.write_data = write  # type: ignore[method-assign]
+        snapshots.save(folder, model, optimizer, step=3)
+        send((str(error), snapshots.complete(folder)))
+
+
+def test_all_ranks_are_told_that_one_could_not_write(tmp_path: Path) -> None:
+    for text, steps in on_ranks(one_disk_is_full, 2, str(tmp_path)):
+        assert "step 2 could not be saved" in text
+        assert "rank 1: OSError: [Errno 28] No space left on device" in text
+        assert steps == [1, 3]
+
+
+def in_the_background(rank: int, size: int, send: Send, folder: str) -> None:
+    model, optimizer = made("AdamW", "sharded")
+    run(model, optimizer, range(3))
+    refusals = []
+    for group in (None, dist.group.WORLD):
+        try:
+            snapshots.async_save(folder, model, optimizer, step=3, process_group=group)
+        except SnapshotError as error:
+            refusals.append(str(error))
+    own = dist.new_group(backend="gloo")
+    pending = snapshots.async_save(folder, model, optimizer, step=3, process_group=own)
+    for step in range(3, 20):
+        run(model, optimizer, range(step, step + 1))
+        dist.all_reduce(torch.ones(1))  # as training does
+    pending.result(60)
+    snapshots.async_save(folder, model, optimizer, step=20, process_group=own)
+    again, fresh = made("AdamW", "sharded", seed=7)
+    snapshots.load(folder, again, fresh, step=3)
+    send((refusals, snapshots.complete(folder), whole(again, fresh)))
+
+
+def test_several_ranks_save_in_the_background_on_a_group_of_their_own(tmp_path: Path) -> None:
+    for refusals, steps, loaded in on_ranks(in_the_background, 2, str(tmp_path)):
+        assert len(refusals) == 2
+        assert all("needs a process group that training does not use: make one once" in text for text in refusals)
+        assert steps == [3, 20]
+        assert same(loaded, alone("AdamW", 3))
+
+
+def test_fsdp_of_the_first_kind_is_refused(tmp_path: Path) -> None:
+    (answer,) = on_ranks(wraps_flat, 1, str(tmp_path))
+    assert "snapshots know fully_shard (FSDP2)" in answer
+
+
+def wraps_flat(rank: int, size: int, send: Send, folder: str) -> None:
+    model = FullyShardedDataParallel(nn.Linear(4, 4), device_id=torch.device("cpu"))
+    try:
+        snapshots.save(folder, model, torch.optim.AdamW(model.parameters()), step=1)
+    except SnapshotError as error:
+        send(str(error))
+
+
+# ---------------------------------------------------------------------------------------------------------------------------- kills
+
+KILLS = {"save": 20, "async_save": 15, "two ranks": 15}
+
+
+def trains(rank: int, size: int, send: Send, folder: str, background: bool) -> None:
+    """A run that is started again and again: it goes on from the newest snapshot and saves at every step, telling when."""
+    model, optimizer = made("cosmos", seed=7)
+    step = 0
+    if snapshots.latest(folder) is None:
+        model, optimizer = made("cosmos")
+    else:
+        step = snapshots.load(folder, model, optimizer).step
+    while True:
+        step += 1
+        run(model, optimizer, range(step - 1, step))
+        send(("begin", step))
+        if background:
+            snapshots.async_save(folder, model, optimizer, step=step).result()
+        else:
+            snapshots.save(folder, model, optimizer, step=step)
+        send(("end", step))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", KILLS)
+def test_a_kill_at_any_moment_of_a_save_loses_nothing(tmp_path: Path, way: str) -> None:
+    """SIGKILL at random moments, of one rank or of all; the run starts again from what is left, fifty times in all."""
+    size = 2 if way == "two ranks" else 0
+    dice = random.Random(way)
+    expected: list[Saved] = []
+    twin, other = made("cosmos")
+    tries = hits = partial = 0
+    seconds = 0.05  # what a save takes; measured below
+    while hits < KILLS[way]:
+        tries += 1
+        assert tries <= 6 * KILLS[way], "too few of the kills fell into a save"
+        processes, pipes = start(trains, size, str(tmp_path), way == "async_save")
+        victims = processes if not size or dice.random() < 0.3 else [dice.choice(processes)]
+        told = [[received(pipe)] for pipe in pipes]
+        for _ in range(2 * dice.randrange(2)):  # a whole save
+            before = time.monotonic()
+            told[0].append(received(pipes[0]))
+            if told[0][-1][0] == "end":
+                seconds = time.monotonic() - before
+        time.sleep(dice.uniform(0, seconds))
+        for victim in victims:
+            victim.kill()
+        if len(victims) < len(processes):
+            time.sleep(dice.uniform(0, 2 * seconds))  # the survivor finds out, or waits
+        assert set(end(processes, kill=True)) <= {-signal.SIGKILL, 1}  # 1: a survivor whose peer is gone
+        for messages, pipe in zip(told, pipes, strict=True):
+            while (message := received(pipe)) is not None:
+                messages.append(message)
+        hits += any(messages[-1][0] == "begin" for messages in told)
+        partial += any(path.name.startswith(".") for path in tmp_path.iterdir())
+
+        saved = max([step for messages in told for word, step in messages if word == "end"], default=0)
+        newest = snapshots.latest(tmp_path)
+        assert (newest or 0) >= saved, "a snapshot that was reported as saved is gone"
+        if newest is not None:
+            while len(expected) <= newest:
+                expected.append(whole(twin, other))
+                run(twin, other, range(len(expected) - 1, len(expected)))
+            again, fresh = made("cosmos", seed=7)
+            assert snapshots.load(tmp_path, again, fresh).step == newest
+            assert same(whole(again, fresh), expected[newest])
+    assert partial, "no kill has left a partial folder: none fell into the writing"
+    print(f"{way}: {hits} of {tries} kills during a save, {partial} left a hidden folder, newest step {snapshots.latest(tmp_path)}")
+
+
+def saves_until(rank: int, size: int, send: Send, folder: str, last: int) -> None:
+    """One more save, killed at the file operation of number `last`."""
+    model, optimizer = made("AdamW", seed=7)
+    step = snapshots.load(folder, model, optimizer).step
+    run(model, optimizer, range(step, step + 1))
+    seen = 0
+
+    def count(event: str, args: tuple[Any, ...]) -> None:
+        nonlocal seen
+        if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir", "os.listdir") and folder in str(args[0]):
+            seen += 1
+            if seen == last:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(count)
+    snapshots.save(folder, model, optimizer, step=step + 1)
+    send("done")
+
+
+@pytest.mark.slow
+def test_a_kill_before_every_single_file_operation_loses_nothing(tmp_path: Path) -> None:
+    """Not at random: before the first, before the second, ... until a save comes through, removal of older ones included."""
+    states: dict[int, Saved] = {}
+    model, optimizer = made("AdamW")
+    for step in (1, 2):
+        run(model, optimizer, range(step - 1, step))
+        states[step] = whole(model, optimizer)
+        snapshots.save(tmp_path / "start", model, optimizer, step=step)
+    run(model, optimizer, range(2, 3))
+    states[3] = whole(model, optimizer)
+    newest = []
+    for last in itertools.count(1):
+        assert last < 200
+        folder = tmp_path / str(last)
+        shutil.copytree(tmp_path / "start", folder)
+        processes, pipes = start(saves_until, 0, str(folder), last)
+        done = received(pipes[0]) == "done"
+        codes = end(processes)
+        assert codes == ([0] if done else [-signal.SIGKILL])
+        again, fresh = made("AdamW", seed=7)
+        found = snapshots.load(folder, again, fresh).step
+        assert same(whole(again, fresh), states[found])
+        newest.append(found)
+        snapshots.save(folder, again, fresh, step=found + 1)
+        assert [path.name for path in sorted(folder.iterdir())] == [f"step-{step:08d}" for step in (found, found + 1)]
+        if done:
+            break
+    assert newest == sorted(newest)
+    assert newest.count(2) > 5  # it was killed while writing,
+    assert newest.count(3) > 2  # and while removing the oldest
