@@ -42,7 +42,8 @@ def test_ranks_do_what_one_process_does(number: int, certificates: list[Certific
     certificate = certificates[number]
     assert certificate.trial == TRIALS[number]
     assert certificate.weights_hold, certificate.largest
-    assert all(each.way > 0 for each in certificate.differences)  # the weights did move
+    moved = [each.way > 0 or (certificate.trial.dtype == "bfloat16" and "norm" in each.name) for each in certificate.differences]
+    assert all(moved)  # a norm's weight of 1 does not feel a small update in bfloat16
     for rank in certificate.ranks:
         assert (rank.held, rank.sent, rank.sent_least) == (rank.planned, rank.expected, rank.expected), rank
     assert certificate.holds

@@ -398,12 +398,13 @@ def certify(trials: Sequence[Trial], *, time_limit: float = 600.0, prepare: Call
             process.start()
         try:
             late = _wait(ranks, time.monotonic() + time_limit)
+            left = [process.exitcode for process in ranks]  # on their own
         finally:
             for process in ranks:
                 if process.is_alive():
                     process.kill()
                 process.join()
-        _check_ended(ranks, late, Path(folder), time_limit)
+        _check_ended(left, late, Path(folder), time_limit)
         return [Certificate.from_dict(each) for each in json.loads((Path(folder) / "certificates.json").read_text(encoding="utf-8"))]
 
 
@@ -425,31 +426,24 @@ def _wait(ranks: Sequence[Any], deadline: float) -> list[int]:
     return []
 
 
-def _check_ended(ranks: Sequence[Any], late: Sequence[int], folder: Path, time_limit: float) -> None:
-    found = {rank: file.read_text(encoding="utf-8") for rank in range(len(ranks)) if (file := folder / f"{rank}.error").exists()}
-    killed = [rank for rank, process in enumerate(ranks) if process.exitcode < 0 and rank not in found] if not late else []
+def _check_ended(left: Sequence[int | None], late: Sequence[int], folder: Path, time_limit: float) -> None:
+    found = {rank: file.read_text(encoding="utf-8") for rank in range(len(left)) if (file := folder / f"{rank}.error").exists()}
+    killed = [] if late else [(rank, -code) for rank, code in enumerate(left) if code is not None and code < 0]
     first = min(found, key=lambda rank: (folder / f"{rank}.error").stat().st_mtime_ns, default=None)
-    by_signal = [rank for rank in killed if ranks[rank].exitcode != -signal.SIGKILL or first is None or _lost_peer(found[first])]
-    if by_signal:
-        number = -ranks[by_signal[0]].exitcode
-        raise CertificateError(f"rank {by_signal[0]} was killed by signal {number}; 9 is mostly the kernel's, for want of memory")
+    if killed:  # whoever else failed has lost a peer
+        raise CertificateError(f"rank {killed[0][0]} was killed by signal {killed[0][1]}; 9 is mostly the kernel's, for want of memory")
     if first is not None:
         raise CertificateError(f"rank {first} failed\n{found[first].rstrip()}")
     if late:
         told = "\n".join(f"rank {rank} {_stand(folder / f'{rank}.trace')}" for rank in late)
         raise CertificateError(f"not done after {time_limit:g} seconds (--time-limit): ranks {', '.join(map(str, late))}\n{told}")
-    if bad := [(rank, process.exitcode) for rank, process in enumerate(ranks) if process.exitcode]:
+    if bad := [(rank, code) for rank, code in enumerate(left) if code]:
         raise CertificateError(f"rank {bad[0][0]} left with status {bad[0][1]} and said nothing")
 
 
 def _stand(trace: Path) -> str:
     text = trace.read_text(encoding="utf-8").rstrip() if trace.exists() else ""
     return f"stood at\n{text}" if text else "had not begun"
-
-
-def _lost_peer(text: str) -> bool:
-    """Whether a rank failed because another was gone."""
-    return "Connection" in text or "connect" in text
 
 
 def _free_port() -> int:
