@@ -229,9 +229,7 @@ def test_the_ranks_of_a_mesh_hold_the_plan(kind: str, ranks: int, plans: dict[st
     for spec, plan in plans.items():
         found = place(plan, make_mesh(kind, ranks))
         copies = [1 if axes == tuple(range(len(found.mesh.shape))) else found.mesh.shape[-1] for axes in found.axes]
-        resting = sum(
-            row.state_bytes * (ranks if not axes else copy) for row, axes, copy in zip(plan, found.axes, copies, strict=True)
-        )
+        resting = sum(row.state_bytes * (ranks if not axes else copy) for row, axes, copy in zip(plan, found.axes, copies, strict=True))
         elementwise_copies = sum(found.bytes_held) - resting
         counters = 8 * ranks * len(plan)
         if kind == "hsdp":  # entry by entry, every copy updates its own
