@@ -1,4 +1,4 @@
-"""Where things lie: shards are PyTorch's own, parts cover every parameter once, messages bring each part all of itself, owners share evenly."""
+"""Shards are PyTorch's own, parts cover each parameter once, messages bring parts all of themselves, owners share evenly."""
 
 from __future__ import annotations
 
@@ -262,7 +262,7 @@ def test_a_mesh_that_is_none(kind: str, ranks: int, shape: tuple[int, ...] | Non
 
 def test_tensor_parallelism_needs_layers_that_it_knows() -> None:
     plan = make_plan(load_spec("muon"), [Entry("conv.weight", (8, 8))])
-    with pytest.raises(MeshError, match="mesh tp cuts q_proj, .* the model has none of these; take fsdp"):
+    with pytest.raises(MeshError, match=r"mesh tp cuts q_proj, .* the model has none of these; take fsdp"):
         place(plan, make_mesh("tp", 2))
 
 
