@@ -29,11 +29,11 @@ import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from step_time import gradients, hidden_matrices, spread
+from step_time import gradients, hidden_matrices, now, settle_allocator, spread
 from torch import nn
 
 from subspace_opt import SpecError, SubspaceOptimizer, build
-from subspace_opt.lab.device import choose_device, clock
+from subspace_opt.lab.device import choose_device
 from subspace_opt.lab.errors import LabError
 from subspace_opt.lab.measure import measured_bytes, peak_temporaries
 from subspace_opt.lab.report import readable_bytes
@@ -209,9 +209,9 @@ def measured(preset: str, place: Place, cost: Cost, model: nn.Module, effort: Ef
     optimizer = without_schedule(preset, model, overrides_of(place))
 
     def timed() -> float:
-        start = clock(device)
+        start = now(device)
         optimizer.step()
-        return 1e3 * (clock(device) - start)
+        return 1e3 * (now(device) - start)
 
     def renewed() -> float:
         optimizer.refresh_bases()
@@ -504,6 +504,7 @@ def main(
     writable(plot_to, "--plot")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells of its starts and stops on stderr
     torch.set_num_threads(threads)
+    settle_allocator()
     torch.manual_seed(0)
     context: dict[str, Any] = {"torch": torch.__version__, "device": str(where), "machine": machine(where), "threads": threads}
     context |= {"steps": steps, "command": shlex.join(["python", *sys.argv])}

@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import median, quantiles
@@ -36,6 +37,7 @@ from subspace_opt import SubspaceOptimizer, build
 from subspace_opt.lab.device import choose_device, clock
 from subspace_opt.lab.measure import measured_bytes
 from subspace_opt.lab.report import readable_bytes
+from subspace_opt.linalg import cpu_has_bfloat16
 from subspace_opt.spec import preset_names
 
 EVERY = dict.fromkeys(SOAPS, 10) | {GALORE: 200}  # steps between refreshes of peers
@@ -55,9 +57,9 @@ class Timed:
 
     def step(self, device: torch.device) -> float:
         """Milliseconds of one step."""
-        start = clock(device)
+        start = now(device)
         self.optimizer.step()
-        return 1e3 * (clock(device) - start)
+        return 1e3 * (now(device) - start)
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,11 @@ class Row:
     floor: float | None  # None for those of others
 
 
+def now(device: torch.device) -> float:
+    """Seconds; with one thread on a CPU those that this thread has run, so that what others take of the machine is not counted."""
+    return time.thread_time() if device.type == "cpu" and torch.get_num_threads() == 1 else clock(device)
+
+
 def hidden_matrices(width: int, layers: int, device: torch.device) -> nn.Module:
     """The matrices of a LLaMA's hidden layers: four of attention and three of the MLP in each."""
     inner = math.ceil(8 * width / 3 / 16) * 16  # 1376 of 512, as in the papers
@@ -86,6 +93,14 @@ def hidden_matrices(width: int, layers: int, device: torch.device) -> nn.Module:
         nn.ModuleDict({name: nn.Linear(cols, rows, bias=False, device=device) for name, (rows, cols) in sides.items()})
         for _ in range(layers)
     )
+
+
+def settle_allocator() -> None:
+    """Allocate and free 31 MiB, as the activations of a training step do: from then on the allocator of glibc keeps what is freed.
+
+    Before that it gives back to the system every temporary of a few MiB, and zeroing the pages anew takes longer than the arithmetic.
+    """
+    torch.empty(31 * 2**20, dtype=torch.uint8).fill_(1)
 
 
 def gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
@@ -99,8 +114,8 @@ def gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
 
 
 def contestants(model: nn.Module, presets: Sequence[str], wanted: Sequence[str], note: Callable[[str], None]) -> list[Timed]:
-    """The peers and the presets, all on the same parameters. A preset's name may end in `!`: gradients are then not looked at for NaN, as
-    the peers do not look at them."""
+    """The peers and the presets, all on the same parameters. A preset's name may be followed by `@` and a rank, and by `!`: gradients are
+    then not looked at for NaN, as the peers do not look at them."""
     machine = measure(next(model.parameters()).device)
     note(
         f"measured here: {machine.float32 / 1e9:.0f} GFLOP/s in float32 products, {machine.quick / 1e9:.0f} in those of Newton-Schulz, "
@@ -109,7 +124,9 @@ def contestants(model: nn.Module, presets: Sequence[str], wanted: Sequence[str],
     timed = [Timed(name, optimizer) for name, optimizer in peers(list(model.parameters()), wanted, note)]
     for name in presets:
         blind = name.endswith("!")
-        optimizer = build(name.rstrip("!"), model, lr=LR, nonfinite="propagate" if blind else "raise")
+        preset, _, rank = name.rstrip("!").partition("@")
+        overrides = {"matrix.selector.rank": int(rank)} if rank else None
+        optimizer = build(preset, model, lr=LR, overrides=overrides, nonfinite="propagate" if blind else "raise")
         timed.append(Timed(name, optimizer, floor(optimizer, machine)))
     return timed
 
@@ -211,9 +228,10 @@ def main(
     width: Annotated[int, typer.Option(min=16, help="Hidden width; 512 is LLaMA-60M.")] = 512,
     layers: Annotated[int, typer.Option(min=1, help="Hidden layers, seven matrices each; LLaMA-60M has 8.")] = 8,
     threads: Annotated[int, typer.Option(min=1, help="Threads of torch on a CPU.")] = 1,
+    vocabulary: Annotated[int, typer.Option(min=0, help="Rows of an embedding and of a head; 0 for hidden matrices alone.")] = 0,
     steps: Annotated[int, typer.Option(min=2, help="Rounds that are timed, after two that are not.")] = 20,
     refreshes: Annotated[int, typer.Option(min=0, help="Rounds with a refresh of the basis.")] = 3,
-    presets: Annotated[str, typer.Option(help="Names with commas between, all if omitted; NAME! does not look for NaN.")] = "",
+    presets: Annotated[str, typer.Option(help="Names with commas between, all if omitted; NAME@RANK, NAME! does not look for NaN.")] = "",
     peer: Annotated[list[str] | None, typer.Option(help="A peer to run; AdamW and Muon always run, the others if omitted.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
@@ -222,12 +240,17 @@ def main(
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     where = choose_device(device)
+    settle_allocator()
     model = hidden_matrices(width, layers, where)
-    wanted = [ADAMW, MUON, MUON32, *peer] if peer else []
+    if vocabulary:
+        model = nn.ModuleDict({"embedding": nn.Embedding(vocabulary, width, device=where), "hidden": model})
+        model["lm_head"] = nn.Linear(width, vocabulary, bias=False, device=where)
+    stand_in = [] if where.type != "cpu" or cpu_has_bfloat16() else [MUON32]
+    wanted = [ADAMW, MUON, *stand_in, *peer] if peer else []
     notes: list[str] = []
     timed = contestants(model, [name.strip() for name in presets.split(",")] if presets else preset_names(), wanted, notes.append)
     race(timed, model, steps, refreshes, where)
-    context: dict[str, Any] = {"width": width, "layers": layers, "threads": threads, "steps": steps}
+    context: dict[str, Any] = {"width": width, "layers": layers, "vocabulary": vocabulary, "threads": threads, "steps": steps}
     context |= {"device": str(where), "torch": torch.__version__, "parameters": sum(p.numel() for p in model.parameters())}
     rows = report(timed)
     if as_json:

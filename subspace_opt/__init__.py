@@ -2,6 +2,8 @@
 
 from .algebra import Basis, Change, Coords, Dim, LowRank, Order, Rule, Selector, Slot, State, Step, Transport
 from .checkpoint import CheckpointError
+from .in_backward import BackwardOptimizer, step_in_backward
+from .lowbit import LowBitError
 from .optimizer import SubspaceOptimizer, build
 from .plan import Entry, Plan, make_plan
 from .registry import RegistryError, load_plugin, register
@@ -11,12 +13,14 @@ from .survey import NonFiniteGradient
 __version__ = "0.1.0"
 
 __all__ = [
+    "BackwardOptimizer",
     "Basis",
     "Change",
     "CheckpointError",
     "Coords",
     "Dim",
     "Entry",
+    "LowBitError",
     "LowRank",
     "NonFiniteGradient",
     "Order",
@@ -36,4 +40,5 @@ __all__ = [
     "load_spec",
     "make_plan",
     "register",
+    "step_in_backward",
 ]

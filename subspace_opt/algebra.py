@@ -22,6 +22,7 @@ from .registry import Component
 State = dict[str, Tensor]
 Order = dict[str, Tensor]  # name of a coordinate dimension -> permutation (B, size) of its coordinates
 Transport = Literal["keep", "reset", "project", "project_abs"]
+Holds = Literal["signed", "unsigned", "basis"]
 Constants = dict[str, Tensor]
 
 
@@ -39,11 +40,15 @@ class Dim(NamedTuple):
 
 
 class Slot(NamedTuple):
-    """One tensor of state per matrix, `(B, *dims)`, declared once and used for allocation, plan, checkpoint and transport."""
+    """One tensor of state per matrix, `(B, *dims)`, declared once and used for allocation, plan, checkpoint and transport.
+
+    `holds`: what a spec's `state_dtype` may make of it: numbers, numbers that are never negative, or a basis, which stays as it is.
+    """
 
     dims: tuple[Dim, ...]
     transport: Transport = "keep"
     dtype: torch.dtype | None = None  # None: the dtype in which the matrix is computed
+    holds: Holds = "signed"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -56,11 +61,16 @@ Side = Tensor | tuple[Tensor | int, ...] | None
 
 
 class Basis(NamedTuple):
-    """Orthonormal columns on each side. `gate` `(B,)`, if given, is 0 for matrices whose subspace is {0} for now."""
+    """Orthonormal columns on each side. `gate` `(B,)`, if given, is 0 for matrices whose subspace is {0} for now.
+
+    `atoms` int64 `(B, r)`, if given, says which columns of one orthonormal table the right basis has: then what is kept in coordinates is
+    moved and not multiplied.
+    """
 
     left: Side = None
     right: Side = None
     gate: Tensor | None = None
+    atoms: Tensor | None = None
 
 
 class Coords(NamedTuple):
@@ -155,11 +165,13 @@ def lift(c: Tensor, basis: Basis, rows: int, cols: int, *, turned: bool = False)
     return _gated(c, basis)
 
 
-def add_lift(y: Tensor, c: Tensor, basis: Basis, weight: float = 1.0) -> Tensor:
-    """`Y + weight P C U'`, in one product where the basis is dense and one-sided."""
+def add_lift(y: Tensor, c: Tensor, basis: Basis, weight: float = 1.0, *, own: float = 1.0) -> Tensor:
+    """`own Y + weight P C U'`, in one product where the basis is dense and one-sided."""
     u = basis.right
     if basis.left is None and basis.gate is None and isinstance(u, Tensor) and not _picks(u):
-        return linalg.addmm(y, c, u.mT, alpha=weight)
+        return linalg.addmm(y, c, u.mT, beta=own, alpha=weight)
+    if own != 1.0:
+        y = y * own
     return y.add(lift(c, basis, y.size(-2), y.size(-1)), alpha=weight)
 
 
@@ -197,6 +209,8 @@ class Change(NamedTuple):
         if both is None:
             return flat
         old, new = both
+        if dim == self.cols and self.old.atoms is not None and self.new.atoms is not None:
+            return _moved(flat, self.old.atoms, self.new.atoms)
         if isinstance(old, tuple) and isinstance(new, tuple):
             return _by_modes(_by_modes(flat, old, transpose=True), new, transpose=False)
         dense = isinstance(old, Tensor) and isinstance(new, Tensor) and not _picks(old)
@@ -224,6 +238,14 @@ class Change(NamedTuple):
         return value.abs() if slot.transport == "project_abs" else value
 
 
+def _moved(flat: Tensor, old: Tensor, new: Tensor) -> Tensor:
+    """Coordinates `(B, k, r)` along atoms `old`, where `new` has them; 0 along atoms that are new."""
+    same = old.unsqueeze(-1) == new.unsqueeze(-2)  # (B, r_old, r_new)
+    place = same.to(torch.uint8).argmax(-2)
+    there = flat.gather(-1, place.unsqueeze(-2).expand(-1, flat.size(-2), -1))
+    return there.mul_(same.any(-2).unsqueeze(-2))
+
+
 def overlap(old: Tensor, new: Tensor) -> Tensor:
     """`U_old' U_new` of two bases of one side, `(B, r_old, r_new)`."""
     if _picks(old):
@@ -241,6 +263,7 @@ class Rule(Component, family="rule"):
     uses_grad: ClassVar[bool] = True  # `apply` reads `grad`
     silent: ClassVar[bool] = False  # the update is zero: the place need not be computed
     takes_whole: ClassVar[bool] = False  # as a complement, starts from the unsplit signal
+    passes: ClassVar[bool] = False  # `apply` returns x as it is
     elementwise: ClassVar[bool] = False  # an entry depends on the same entry of signal, gradient and state alone, all of one shape
 
     @property
@@ -250,6 +273,10 @@ class Rule(Component, family="rule"):
 
     def multiplier(self, rows: int, cols: int, step: Step) -> float | None:
         """The number that `apply` multiplies the signal by, if that is all it does: the update of the weight then takes it along."""
+        return None
+
+    def measured(self, x: Tensor) -> Tensor | None:
+        """The numbers `(B, 1, 1)` that `apply` multiplies these matrices by, if that is all it does, without doing it."""
         return None
 
     def slots(self, rows: Dim, cols: Dim) -> dict[str, Slot]:

@@ -8,9 +8,12 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
+from . import lowbit
 from .plan import COUNTERS, Plan, Row
+from .spec import Spec
 
 MOST = 5  # differences shown
 STATE_VERSION = 1  # of the layout of a state dictionary; every parameter group carries it
@@ -109,9 +112,12 @@ def _kept(value: Tensor, param: Tensor, key: str, row: Row, reader: Reader | Non
     """A slot on the parameter's device, in a storage of its own: whole, or this rank's part of it."""
     if reader is not None:
         return reader(param, key, value.detach(), row.state[key][0])
+    if lowbit.found(value) is not None:
+        return lowbit.copied(value, param.device)
     value = value.detach()
     value = value.full_tensor() if hasattr(value, "full_tensor") else value  # saved by ranks that shared it
-    return value.to(device=param.device, copy=True).contiguous()
+    value = value.to(device=param.device, copy=True).contiguous()
+    return lowbit.coded(value, row.codes[key]) if key in row.codes else value
 
 
 def _pairs(saved_groups: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]], own: list[Tensor]) -> list[tuple[Any, Tensor]]:
@@ -187,7 +193,7 @@ def equal(a: Any, b: Any) -> bool:
 
 
 def _check_spec(saved: str, own: str) -> None:
-    if saved == own:
+    if saved == own or _filled(saved) == own:
         return
     try:
         there, here = json.loads(saved), json.loads(own)
@@ -201,6 +207,14 @@ def _check_spec(saved: str, own: str) -> None:
             f"the checkpoint is of spec '{there.get('name')}', this optimizer of '{here.get('name')}': {difference}; build the optimizer "
             "from the checkpoint's own spec to go on with it"
         )
+
+
+def _filled(text: str) -> str:
+    """A saved spec with what has been added to specs since, at its default: that is what it was before there was a choice."""
+    try:
+        return Spec.model_validate_json(text).to_json()
+    except ValidationError:
+        return text  # the difference is told by what is written there
 
 
 def _difference(there: Any, here: Any, path: str) -> str | None:
@@ -242,6 +256,10 @@ def _loaded(saved: Mapping[str, Any], row: Row, param: Tensor, problems: list[st
             problems.append(f"'{name}': slot '{key}' is {type(value).__name__}, not a tensor")
         elif tuple(value.shape) != shape:
             problems.append(f"'{name}': slot '{key}' has shape {tuple(value.shape)}, here {shape}")
+        elif (how := lowbit.found(value)) is not None:
+            if how != row.codes.get(key):
+                problems.append(f"'{name}': slot '{key}' is kept as {how}, here as {row.codes.get(key, 'numbers')}")
+            out[key] = value
         elif value.dtype != dtype:
             problems.append(f"'{name}': slot '{key}' has dtype {value.dtype}, here {dtype}")
         else:

@@ -113,12 +113,27 @@ def _fits_a_kernel(item: Work) -> bool:
     """Whether one rule makes the whole update and has a kernel for it, and storage is as kernels want it."""
     if item.count < 0 or item.scale != 1.0 or item.outbox is not None or len(item.row.splits) != 1 or item.row.splits[0][1].kernel is None:
         return False
+    if item.row.converts:
+        return False
     p, g = item.param, item.grad
     alike = p.dtype == g.dtype == item.row.compute_dtype and p.device == g.device and p.device.type in FUSED
     return alike and p.is_contiguous() and g.is_contiguous() and not item.row.view.transposed
 
 
 # ------------------------------------------------------------------------------------------------------- apply, settle, update
+
+
+def update_coordinates(work: Work, c: Tensor, options: Options, memory: Memory) -> Tensor:
+    """Updated coordinates `(1, k, r)` of a matrix whose gradient and weight are elsewhere, at an update without a refresh."""
+    piece = Piece(work, 0, 0, 1)
+    split = work.row.splits[0][1]
+    old = {key: piece.slot(key).to(c.dtype) for key in split.slots if not key.startswith("selector.")}
+    step = _step(Stack(split, Phase.BEGUN, False, [piece]), options, memory.tables)
+    update, factor, new = split.inner_direction(c, old, step)
+    update = update * factor  # before the state is written: the update may be part of it
+    for key in old:
+        piece.put(key, new[key])
+    return update
 
 
 def _advance(stack: Stack, options: Options, memory: Memory, errors: dict[str, Exception]) -> None:

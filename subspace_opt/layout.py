@@ -10,7 +10,7 @@ Every rank finds the same layout from names, shapes and placements alone, so not
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from math import prod
@@ -143,6 +143,7 @@ class Share:
     boxes: tuple[Box, ...]  # the shard of each rank
     parts: tuple[Part, ...]
     cuts: tuple[Cut | None, ...] = ()  # of each dimension of the mesh; none where the parameter is whole on all ranks
+    along: int | None = None  # the dimension of a basis that is cut as the weight is, where only coordinates travel between refreshes
 
     @cached_property
     def resident(self) -> bool:
@@ -167,8 +168,29 @@ class Share:
         if key == "compensation" and not self.resident:
             box = self.boxes[rank]  # of the weights, which stay where they are
             return box if box.numel else None
+        if key == BASIS and self.along is not None:
+            low, high = self.boxes[rank].start[self.along], self.boxes[rank].stop[self.along]
+            return Box((low, 0), (high, self.row.state[key][0][1])) if self.boxes[rank].numel else None
         part = self.part_of(rank)
         return None if part is None else part.state[key]
+
+    @property
+    def coordinates(self) -> Box:
+        """All coordinates of a parameter that is cut along its basis."""
+        split = self.row.splits[0][1]
+        return whole((split.inner[0].size, split.inner[1].size))
+
+    def projected(self, item: int) -> Iterator[Message]:
+        """Coordinates of the shards, to be summed on the owner; their box is that of coordinates."""
+        owner = self.parts[0].owners[0]
+        for _, holders in distinct(self.boxes):
+            yield Message(owner if owner in holders else holders[owner % len(holders)], owner, item, self.coordinates)
+
+    def lifted(self, item: int) -> Iterator[Message]:
+        """Updated coordinates from the owner to all that hold a shard."""
+        for rank, box in enumerate(self.boxes):
+            if box.numel:
+                yield Message(self.parts[0].owners[0], rank, item, self.coordinates)
 
     def incoming(self, item: int) -> Iterator[Message]:
         """Gradients from the shards to the owners."""
@@ -192,21 +214,39 @@ class Share:
         """State that a rank keeps once the parameter has had a gradient."""
         if self.row.entry.frozen or not self.row.entry.numel:
             return self.row.state_bytes
-        total = 0
+        part, total = self.part_of(rank), 0
         for key, (_, dtype) in self.row.state.items():
             box = None if key in COUNTERS else self.state_box(key, rank)
-            total += dtype.itemsize * (1 if key in COUNTERS else 0 if box is None else box.numel)
+            how = None if part is None else part.row.codes.get(key)
+            if how is not None and box is not None:
+                total += how.nbytes(box.numel)
+            else:
+                total += dtype.itemsize * (1 if key in COUNTERS else 0 if box is None else box.numel)
         return total
 
-    def bytes_sent(self, rank: int) -> int:
-        """What a rank sends in one step, itself left out."""
+    def bytes_sent(self, rank: int, refresh: bool = False) -> int:
+        """What a rank sends in one step, itself left out; a refresh of a basis that is cut as the weight is sends the basis besides."""
         if self.row.entry.frozen:
             return 0
         grad = self.row.entry.dtype.itemsize
         there = grad if self.resident else self.row.compute_dtype.itemsize
+        if self.along is not None and not refresh:
+            both = itertools.chain(self.projected(0), self.lifted(0))
+            return sum(m.box.numel * there for m in both if m.source == rank != m.target)
         weights = 2 if any(split.needs_weight for _, split in self.row.splits) else 1
         inbound = sum(m.box.numel * grad * weights for m in self.incoming(0) if m.source == rank != m.target)
+        if self.along is not None:
+            inbound += self.basis_sent.get(rank, 0) * self.row.compute_dtype.itemsize
         return inbound + sum(m.box.numel * there for m in self.outgoing(0) if m.source == rank != m.target)
+
+    @cached_property
+    def basis_sent(self) -> dict[int, int]:
+        """Entries of a basis that ranks send at a refresh: their rows to the owner, and those of all others from the owner."""
+        owner = self.parts[0].owners[0]
+        rows = [self.state_box(BASIS, rank) for rank in range(len(self.boxes))]
+        out = {holders[0]: box.numel for box, holders in distinct(tuple(box or whole((0,)) for box in rows)) if rows[owner] != box}
+        out[owner] = sum(box.numel for rank, box in enumerate(rows) if box is not None and rank != owner)
+        return out
 
 
 @lru_cache(maxsize=256)
@@ -235,7 +275,8 @@ class Layout:
         """The shares of more parameters, largest first to the rank with the least; those that are there already stay."""
         shares: dict[int, Share] = {}
         for i in sorted(range(len(rows)), key=lambda i: (-_bytes(rows[i]), rows[i].entry.name)):
-            share = shares[i] = Share(rows[i], boxes[i], tuple(self._parts(rows[i], boxes[i])), cuts[i])
+            share = Share(rows[i], boxes[i], tuple(self._parts(rows[i], boxes[i])), cuts[i])
+            share = shares[i] = replace(share, along=_along(share))
             add_state(self.loads, share)
         return [shares[i] for i in range(len(rows))]
 
@@ -282,25 +323,54 @@ class Layout:
         return Part(box, owners, row, self.splits)
 
 
+BASIS = "selector.basis"
+
+
+def _along(share: Share) -> int | None:
+    """The dimension of a matrix along which both its basis and its shards are cut, if it saves bytes to send coordinates alone."""
+    row = share.row
+    if share.resident or len(share.parts) != 1 or len(row.splits) != 1 or row.splits[0][0].count != 1 or len(row.entry.shape) != 2:
+        return None
+    block, split = row.splits[0]
+    if block.name or not split.in_coordinates:
+        return None
+    along = 0 if split.turned != row.view.transposed else 1  # where the columns of the working orientation are stored
+    held = [box for box in share.boxes if box.numel]
+    if any(box.shape[1 - along] != row.entry.shape[1 - along] for box in held):
+        return None
+    if row.entry.frozen:
+        return None
+    plain = _size(share.incoming(0)) * row.entry.dtype.itemsize + _size(share.outgoing(0)) * row.compute_dtype.itemsize
+    thin = _size(itertools.chain(share.projected(0), share.lifted(0))) * row.compute_dtype.itemsize
+    return along if thin < plain else None
+
+
+def _size(messages: Iterable[Message]) -> int:
+    """Entries that leave a rank."""
+    return sum(message.box.numel for message in messages if message.source != message.target)
+
+
 def _bytes(row: Row) -> int:
     """State of a parameter, frozen or not: it may be thawed, and the layout must not move then."""
     return sum(prod(shape) * dtype.itemsize for shape, dtype in row.state.values())
 
 
 def add_state(loads: list[int], share: Share) -> None:
-    """Add what each rank keeps of a share, counters left out."""
-    scattered = share.row.compensated and not share.resident  # the compensation lies with the weights, not with the owner
-    size = share.row.entry.dtype.itemsize
+    """Add what each rank keeps of a share, counters left out and codes counted as what they stand for."""
+    # These lie with the weights and not with the owner.
+    scattered = [key for key in ("compensation", BASIS) if key in share.row.state and not share.resident]
+    scattered = [key for key in scattered if key != BASIS or share.along is not None]
     # Entry by entry there is a number for each of the box; thousands of parts are counted without their boxes of state.
     entry = sum(dtype.itemsize for key, (_, dtype) in share.row.state.items() if key not in COUNTERS) if is_elementwise(share.row) else None
     for part in share.parts:
-        numel = part.box.numel
-        own = (part.state_bytes if entry is None else numel * entry) - (size * numel if scattered else 0)
+        own = part.state_bytes if entry is None else part.box.numel * entry
+        own -= sum(part.state[key].numel * share.row.state[key][1].itemsize for key in scattered)
         for owner in part.owners:
             loads[owner] += own
-    if scattered:
-        for rank, box in enumerate(share.boxes):
-            loads[rank] += size * box.numel
+    for key in scattered:
+        for rank in range(len(share.boxes)):
+            box = share.state_box(key, rank)
+            loads[rank] += 0 if box is None else box.numel * share.row.state[key][1].itemsize
 
 
 def is_elementwise(row: Row) -> bool:

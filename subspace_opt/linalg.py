@@ -22,7 +22,22 @@ def cpu_has_bfloat16() -> bool:
     return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
 
 
+@functools.cache
+def cpu_has_tiles() -> bool:
+    """Whether this CPU multiplies bfloat16 in tiles (AMX), ten times as fast as float32."""
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
+
+
 PANEL = 128  # rows of a symmetric product that are made together, at least
+TILED_PANEL = 640  # the same for bfloat16 in tiles: there mirroring a small matrix costs as much as it saves
+
+
+def _panels(a: Tensor) -> int:
+    """Into how many panels a symmetric product is cut."""
+    if a.size(0) != 1 or a.device.type != "cpu":
+        return 1
+    tiled = a.dtype == torch.bfloat16 and cpu_has_tiles()
+    return min(int(a.size(-2)) // (TILED_PANEL if tiled else PANEL), 6)
 
 
 def mm(a: Tensor, b: Tensor) -> Tensor:
@@ -47,9 +62,11 @@ def symmetric(a: Tensor, b: Tensor, c: Tensor | None = None, *, beta: float = 1.
     One large matrix on a CPU is made in panels of rows from the diagonal on, and mirrored: with p panels (p + 1) / 2p of the operations.
     """
     k = a.size(-2)
-    panels = min(k // PANEL, 6) if a.size(0) == 1 and a.device.type == "cpu" else 1
+    panels = _panels(a)
     if panels < 2:
-        return mm(a, b) * alpha if c is None else addmm(c, a, b, beta=beta, alpha=alpha)
+        if c is not None:
+            return addmm(c, a, b, beta=beta, alpha=alpha)
+        return mm(a, b) if alpha == 1.0 else mm(a, b) * alpha
     out = torch.empty(1, k, k, dtype=a.dtype)
     edges = [k * i // panels for i in range(panels + 1)]
     for low, high in itertools.pairwise(edges):
@@ -201,8 +218,10 @@ def singular_bases(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def eigenbasis(a: Tensor) -> Tensor:
-    """All eigenvectors of a positive semi-definite `A` `(B, n, n)`, in descending order; directions in which A is only round-off are completed
-    as in `singular_bases`."""
+    """All eigenvectors of a positive semi-definite `A` `(B, n, n)`, in descending order.
+
+    Those of round-off are completed from the others, as in `singular_bases`.
+    """
     values, vectors = eigh(a)
     held = values > a.size(-1) * torch.finfo(a.dtype).eps * values[..., :1]
     return fix_signs(_completed(vectors * held.unsqueeze(-2)))

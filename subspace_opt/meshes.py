@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import chain
 from math import prod
 from typing import Literal, get_args
 
@@ -134,8 +135,14 @@ class Placed:
 
     @cached_property
     def bytes_sent(self) -> tuple[int, ...]:
-        """What each rank sends to others in a step: gradients to owners, updates or new weights from them."""
+        """What each rank sends to others in a step without a refresh: gradients to owners, updates or new weights from them, or
+        coordinates where these are enough."""
         return self._over_teams(sent)
+
+    @cached_property
+    def bytes_sent_at_refresh(self) -> tuple[int, ...]:
+        """The same where every basis is taken anew, as at the first step."""
+        return self._over_teams(partial(sent, refresh=True))
 
     def _over_teams(self, count: Callable[[Sequence[Share], int], Sequence[int]]) -> tuple[int, ...]:
         total = [0] * self.mesh.ranks
@@ -182,19 +189,29 @@ def held(shares: Sequence[Share], ranks: int) -> list[int]:
         row = share.row
         if row.entry.frozen or not row.entry.numel:
             everywhere += row.state_bytes
+        elif row.codes:  # in blocks, which a cut may leave unfilled
+            total = [own + share.bytes_held(rank) for rank, own in enumerate(total)]
         else:
             add_state(total, share)
             everywhere += sum(dtype.itemsize for key, (_, dtype) in row.state.items() if key in COUNTERS)
     return [own + everywhere for own in total]
 
 
-def sent(shares: Sequence[Share], ranks: int) -> list[int]:
+def sent(shares: Sequence[Share], ranks: int, refresh: bool = False) -> list[int]:
     """`Share.bytes_sent` added up over shares, for every rank: of thousands of ranks, message by message would take hours."""
     total = torch.zeros(ranks, dtype=torch.int64)
     known: dict[tuple[int, tuple[Box, ...]], Overlap] = {}
     for share in shares:
         if share.row.entry.frozen or _stays(share):
             continue
+        if share.along is not None:
+            size = share.row.compute_dtype.itemsize
+            if not refresh:
+                for message in chain(share.projected(0), share.lifted(0)):
+                    total[message.source] += message.box.numel * size * (message.source != message.target)
+                continue
+            for rank, numel in share.basis_sent.items():
+                total[rank] += numel * size
         key = (id(share.boxes), tuple(part.box for part in share.parts))  # boxes of one shape are one tuple
         if key not in known:
             known[key] = Overlap(share, ranks)

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 from torch import Tensor, nn
 
-from . import engine
+from . import engine, lowbit
 from .checkpoint import STATE_VERSION, matched
+from .lowbit import StateDtype
 from .modules import canonical_name, module_kinds, refuse_flat
 from .plan import Entry, Plan, Row, make_plan
 from .registry import suggest
-from .spec import Spec, SpecError, load_spec
+from .spec import Spec, SpecError, load_spec, with_state_dtype
 from .stacks import Memory
 from .survey import survey
 from .update import Rounding
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
     from .layout import Share
     from .sharding import Team
+    from .together import Item
 
 SpecLike = Spec | Mapping[str, Any] | str | os.PathLike[str]
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
@@ -52,6 +54,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         spec: A preset's name, a path to YAML or JSON, a mapping, or a `Spec`.
         lr, weight_decay: None takes the spec's defaults.
         overrides: Dotted paths into the spec, `{"matrix.selector.rank": 128}`.
+        state_dtype: How the rules' slots are stored, in all pipelines: `fp32`, `bf16`, `8bit` or `4bit` for all moments, or by slot, as
+            `{"exp_avg": "bf16", "exp_avg_sq": "8bit"}`; None leaves it to the spec.
         modules: Kinds of module by parameter name, as `build` finds them in a model; without them routes on `module` match nothing.
         nonfinite: What a NaN or infinity in a gradient does: `raise` (before anything changes), `skip` (this parameter, this step;
             counted in `skipped`), `propagate`.
@@ -65,6 +69,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
 
     Raises:
         SpecError: a spec that cannot be used, a parameter that no route accepts.
+        LowBitError: a slot of 8 or 4 bits without torchao.
         ValueError: a bad lr or weight decay, an unknown key in a group, a complex parameter, two of one name.
     """
 
@@ -76,6 +81,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         lr: float | Tensor | None = None,
         weight_decay: float | None = None,
         overrides: Mapping[str, Any] | None = None,
+        state_dtype: StateDtype | Mapping[str, StateDtype] | None = None,
         modules: Mapping[str, frozenset[str]] | None = None,
         maximize: bool = False,
         nonfinite: Nonfinite = "raise",
@@ -103,6 +109,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         self.skipped: dict[str, int] = {}
         self.failures: dict[str, int] = {}
         self.spec = load_spec(spec, self._overrides)
+        if state_dtype is not None:
+            self.spec = with_state_dtype(self.spec, state_dtype)
         defaults = {
             "lr": self.spec.defaults.lr if lr is None else lr,
             "weight_decay": self.spec.defaults.weight_decay if weight_decay is None else weight_decay,
@@ -158,7 +166,9 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         if twice:
             raise ValueError(f"two parameters are named '{twice[0]}'; state and random draws go by name, so give each its own")
         entries = self._entries()[-len(group["params"]) :] if group["params"] else []
-        make_plan(_spec_of(group["spec"]), entries)  # a parameter that cannot be routed is an error now, not at the first step
+        # A parameter that cannot be routed is an error now, not at the first step; so are codes without the package that makes them.
+        if any(row.codes for row in make_plan(_spec_of(group["spec"]), entries)):
+            lowbit.torchao_types()
 
     def spec_of(self, group: Mapping[str, Any]) -> Spec:
         """The spec in force for a parameter group."""
@@ -253,21 +263,31 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        rows = iter(self.plan.rows)
-        shares = self._shares()
-        if shares:
-            from . import together
-        work, items = [], []
+        given = self._planned_parameters()
+        work, items = self._ready(given)
         for group in self.param_groups:
-            for p in group["params"]:
-                row = next(rows)
-                if id(p) in shares:
-                    if p.requires_grad:  # whether there is a gradient is asked of all ranks
-                        items.append(together.item(*shares[id(p)], p, self._work(group, p, row)))
-                elif p.grad is not None and p.numel():
-                    work.append(self._work(group, p, row))
-                elif p.grad is not None and not self.state.get(p):
-                    allocate(row, p, self.state[p])  # nothing to update, yet checkpoints ask every parameter for state
+            group["refresh"] = False
+        self._update(work, items)
+        return loss
+
+    def _planned_parameters(self) -> list[tuple[dict[str, Any], Tensor, Row]]:
+        """All parameters with their group and their row of the plan."""
+        rows = iter(self.plan.rows)
+        return [(group, p, next(rows)) for group in self.param_groups for p in group["params"]]
+
+    def _ready(self, given: list[tuple[dict[str, Any], Tensor, Row]]) -> tuple[list[Work], list[Item]]:
+        """What is to be updated of some parameters: those with a gradient, looked at, and with state; and those that ranks share."""
+        work, items = [], []
+        if shares := self._shares():
+            from . import together
+        for group, p, row in given:
+            if id(p) in shares:
+                if p.requires_grad:  # whether there is a gradient is asked of all ranks
+                    items.append(together.item(*shares[id(p)], p, self._work(group, p, row)))
+            elif p.grad is not None and p.numel():
+                work.append(self._work(group, p, row))
+            elif p.grad is not None and not self.state.get(p):
+                allocate(row, p, self.state[p])  # nothing to update, yet checkpoints ask every parameter for state
         work, skipped = survey(work, self._options.nonfinite)
         if items:
             items, besides = together.survey(items, self._options)
@@ -276,14 +296,17 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             item.state = self.state[item.param]
             if not item.state:
                 allocate(item.row, item.param, item.state)
-        for group in self.param_groups:
-            group["refresh"] = False
         for name in skipped:
             self.skipped[name] = self.skipped.get(name, 0) + 1
+        return work, items
+
+    def _update(self, work: list[Work], items: list[Item]) -> None:
+        """Update what is ready."""
         engine.take_step(work, self._options, self._memory, self.failures)
         if items:
+            from . import together
+
             together.take_step(items, self.state, self._options, self._memory, self.failures)
-        return loss
 
     def _work(self, group: dict[str, Any], p: Tensor, row: Row) -> Work:
         grad = p.grad
@@ -395,16 +418,23 @@ def build(
 
     See `SubspaceOptimizer` for the options.
     """
+    params, known = named_parameters(model_or_params)
+    return SubspaceOptimizer(params, spec, lr=lr, weight_decay=weight_decay, overrides=overrides, **{**known, **options})
+
+
+def named_parameters(model_or_params: nn.Module | Params) -> tuple[Params, dict[str, Any]]:
+    """Parameters as an optimizer takes them, and of a model the kinds of their modules besides, as the option `modules`."""
     if not isinstance(model_or_params, nn.Module):
-        return SubspaceOptimizer(model_or_params, spec, lr=lr, weight_decay=weight_decay, overrides=overrides, **options)
+        return model_or_params, {}
     module = model_or_params
+    known: dict[str, Any] = {}
     if isinstance(module, nn.parallel.DistributedDataParallel):
-        options.setdefault("process_group", module.process_group)
+        known["process_group"] = module.process_group
         module = module.module
     refuse_flat(module)
     found = module_kinds(module)
     named = OrderedDict((canonical_name(name), p) for name, p in module.named_parameters())
     if not named:
         raise SpecError("the model has no parameters")
-    kinds = {name: found.get(id(p), frozenset()) for name, p in named.items()}
-    return SubspaceOptimizer(named.items(), spec, lr=lr, weight_decay=weight_decay, overrides=overrides, modules=kinds, **options)
+    known["modules"] = {name: found.get(id(p), frozenset()) for name, p in named.items()}
+    return named.items(), known

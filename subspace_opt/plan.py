@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from . import lowbit
+from .lowbit import Codes
 from .modules import canonical_name
 from .spec import Route, Spec, SpecError
 from .split import Split
@@ -72,19 +74,44 @@ class Row:
         for block, split in self.splits:
             for key, slot in split.slots.items():
                 shape = slot.shape if block.count == 1 else (block.count, *slot.shape)
-                out[state_key(block, key)] = (shape, slot.dtype or self.compute_dtype)
+                named = torch.float32 if key in split.codes else lowbit.DTYPES.get(split.wanted.get(key, ""))
+                out[state_key(block, key)] = (shape, named or slot.dtype or self.compute_dtype)
         if any(slot.transport == "reset" for _, split in self.splits for slot in split.slots.values()):
             out["refreshed"] = ((), torch.float32)  # what begins anew at a refresh is bias-corrected from there
         if self.compensated:
             out["compensation"] = (self.entry.shape, self.entry.dtype)
         return out
 
+    @cached_property
+    def codes(self) -> dict[str, Codes]:
+        """The tensors of its state that are kept as codes; their dtype is that of what is read from them."""
+        return {state_key(block, key): how for block, split in self.splits for key, how in split.codes.items()}
+
+    @cached_property
+    def stored(self) -> dict[str, str]:
+        """How every slot is stored that the spec's `state_dtype` names, and where it cannot be as asked, why."""
+        out = {}
+        for block, split in self.splits:
+            for key, wanted in split.wanted.items():
+                why = lowbit.why_not(wanted, prod(split.slots[key].shape))
+                out[state_key(block, key)] = f"{_short(self.compute_dtype)} ({why})" if why else wanted
+        return out
+
+    @property
+    def converts(self) -> bool:
+        """Whether a slot is stored otherwise than it is computed: no kernel can then work on the state in place."""
+        slots = {state_key(block, key): slot for block, split in self.splits for key, slot in split.slots.items()}
+        return bool(self.codes) or any(self.state[key][1] != (slot.dtype or self.compute_dtype) for key, slot in slots.items())
+
     @property
     def state_bytes(self) -> int:
         """Bytes of state held once the parameter has had a gradient."""
         if self.entry.frozen:
             return 0
-        return sum(prod(shape) * dtype.itemsize for shape, dtype in self.state.values())
+        return sum(
+            self.codes[key].nbytes(prod(shape)) if key in self.codes else prod(shape) * dtype.itemsize
+            for key, (shape, dtype) in self.state.items()
+        )
 
     @property
     def ranks(self) -> list[int]:
@@ -101,6 +128,7 @@ class Row:
             "lr_scale": self.lr_scale,
             "weight_decay": self.decay,
             "state_bytes": self.state_bytes,
+            "stored": self.stored,
             "adamw_bytes": adamw_bytes(self.entry),
             "why": self.why,
         }
@@ -156,8 +184,8 @@ class Plan:
         }
 
     def __str__(self) -> str:
-        head = ("parameter", "shape", "seen as", "pipeline", "rank", "lr x", "decay", "state", "why")
-        body = [
+        head: tuple[str, ...] = ("parameter", "shape", "seen as", "pipeline", "rank", "lr x", "decay", "state", "why")
+        body: list[tuple[str, ...]] = [
             (
                 row.entry.name,
                 "x".join(map(str, row.entry.shape)) or "scalar",
@@ -171,10 +199,22 @@ class Plan:
             )
             for row in self.rows
         ]
+        if any(row.stored for row in self.rows):  # a column of its own, where the spec says something about it
+            head = (*head[:-1], "stored", head[-1])
+            body = [(*line[:-1], said(row), line[-1]) for line, row in zip(body, self.rows, strict=True)]
         widths = [max(len(line[i]) for line in (head, *body)) for i in range(len(head))]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in (head, *body)]
         share = f" ({self.total_bytes / self.adamw_bytes:.2f} x AdamW's {self.adamw_bytes:,})" if self.adamw_bytes else ""
         return "\n".join([*lines, f"total state {self.total_bytes:,} bytes{share}"])
+
+
+def said(row: Row) -> str:
+    """How the named slots of a row are stored, in one cell."""
+    return ", ".join(f"{key} {how}" for key, how in row.stored.items()) or "-"
+
+
+def _short(dtype: torch.dtype) -> str:
+    return "fp64" if dtype == torch.float64 else "fp32"
 
 
 def state_key(block: Block, key: str) -> str:

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .linalg import addmm, mm, norm, svd, symmetric, unit
+from .linalg import addmm, eigh, mm, norm, svd, symmetric, unit
 
 Polynomial = tuple[float, float, float]
 
@@ -106,7 +106,8 @@ def newton_schulz(
     together = _together(y)
     for start in range(0, len(polynomials), together):
         y = _group(y, polynomials[start : start + together])
-    return y.mT if tall else y
+    # Laid out by rows, as weights are: what follows reads it faster.
+    return y.mT.contiguous() if tall else y
 
 
 def _together(y: Tensor) -> int:
@@ -159,7 +160,21 @@ def _group(y: Tensor, polynomials: Sequence[Polynomial]) -> Tensor:
 
 def polar(x: Tensor) -> Tensor:
     """The exact polar factor `U V'` of `X = U S V'` `(B, m, n)`, restricted to singular values above round-off: polar(0) = 0."""
-    u, s, vh = svd(unit(x))
     tau = max(x.size(-2), x.size(-1)) * torch.finfo(x.dtype).eps
+    if x.dtype == torch.float32 and x.device.type == "cpu":
+        return _polar_by_gram(x.mT, tau).mT if x.size(-2) < x.size(-1) else _polar_by_gram(x, tau)
+    u, s, vh = svd(unit(x))
     kept = (s > tau * s[..., :1]) & (s > 0)
     return mm(u * kept.unsqueeze(-2).to(u.dtype), vh)
+
+
+def _polar_by_gram(x: Tensor, tau: float) -> Tensor:
+    """`X V S^-1 V'` of a tall float32 matrix, from `X'X = V S^2 V'` in float64: half the time of an SVD in float32, and more accurate.
+
+    Squares of singular values from 1 down to the round-off of float32 have digits to spare in float64.
+    """
+    y = unit(x).double()
+    energy, v = eigh(mm(y.mT, y))  # descending
+    kept = (energy > tau**2 * energy[..., :1]) & (energy > 0)
+    inverse = torch.where(kept, energy, 1.0).rsqrt() * kept
+    return mm(y, mm(v * inverse.unsqueeze(-2), v.mT)).to(x.dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -13,7 +14,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
+from . import lowbit
 from .layout import Box, Cut, Message, Share, shards, whole
+from .lowbit import Codes
 from .plan import COUNTERS
 
 
@@ -102,7 +105,7 @@ def cuts(tensor: Tensor, name: str) -> tuple[Cut | None, ...]:
         elif isinstance(placement, Replicate):
             out.append(None)
         else:
-            raise ShardingError(f"parameter '{name}' has the placement {placement}; shards and copies can be updated, nothing else")
+            raise ShardingError(f"parameter '{name}' has the placement {placement!r}; shards and copies can be updated, nothing else")
     return tuple(out)
 
 
@@ -207,14 +210,15 @@ def exported(team: Team, share: Share, param: Tensor, state: dict[str, Any]) -> 
         if key in COUNTERS:
             out[key] = team.max(value.to(param.device)).to(value.device) if key == "refreshed" else value
             continue
+        value = lowbit.whole(value).to(dtype)  # codes go as numbers: their blocks are those of this rank's part
         placements, target = _target(team, share, param, mesh, shape)
         held = [share.state_box(key, rank) for rank in range(team.size)]
         here = target[team.rank].shape
         if not all(box == t or (box is None and not t.numel) for box, t in zip(held, target, strict=True)):
-            value = _moved(team, held, value, target, dtype, param.device)
-        moved = value.reshape(here)
+            value = moved(team, held, value, target, dtype, param.device)
+        value = value.reshape(here)
         stride = torch.empty(shape, device="meta").stride()
-        out[key] = DTensor.from_local(moved, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
+        out[key] = DTensor.from_local(value, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
     return out
 
 
@@ -226,18 +230,25 @@ def imported(team: Team, share: Share, param: Tensor, key: str, value: Tensor, s
     part = share.part_of(team.rank)
     if own is None:
         like: tuple[int, ...] = (0,)
-    elif part is not None and key in part.row.state:
+    elif part is not None and key in part.row.state and prod(part.row.state[key][0]) == own.numel:
         like = part.row.state[key][0]
     else:
         like = own.shape
+    how = None if part is None or own is None else part.row.codes.get(key)
+    value = lowbit.whole(value)
     if isinstance(value, DTensor):
         mesh = value.device_mesh
         if tuple(mesh.mesh.flatten().tolist()) != team.members:
             value = value.full_tensor()
     if not isinstance(value, DTensor):
-        return (value[own.within(whole(shape))] if own is not None else value.new_zeros(0)).reshape(like).to(param.device, copy=True)
+        taken = value[own.within(whole(shape))] if own is not None else value.new_zeros(0)
+        return _kept(taken.reshape(like).to(param.device, copy=True), how)
     there = list(shards(shape, tuple(mesh.shape), cuts(value, share.row.entry.name)))
-    return _moved(team, there, value.to_local(), held, value.dtype, param.device).reshape(like).clone()
+    return _kept(moved(team, there, value.to_local(), held, value.dtype, param.device).reshape(like).clone(), how)
+
+
+def _kept(value: Tensor, how: Codes | None) -> Tensor:
+    return value if how is None else lowbit.coded(value, how)
 
 
 def _mesh(team: Team, param: Tensor) -> DeviceMesh:
@@ -249,11 +260,13 @@ def _target(
 ) -> tuple[tuple[Placement, ...], tuple[Box, ...]]:
     if shape == share.row.entry.shape and isinstance(param, DTensor):
         return tuple(param.placements), share.boxes
+    if not shape:
+        return (Replicate(),) * mesh.ndim, (whole(shape),) * team.size
     along = max(range(len(shape)), key=lambda d: shape[d])
     return (Shard(along),) * mesh.ndim, shards(shape, tuple(mesh.shape), (Cut(along),) * mesh.ndim)
 
 
-def _moved(
+def moved(
     team: Team, held: Sequence[Box | None], value: Tensor, target: Sequence[Box | None], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     """A tensor whose ranks hold the boxes `held`, laid out anew in the boxes `target`."""

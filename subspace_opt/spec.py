@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
@@ -19,6 +19,7 @@ from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from . import presets, rules, selectors
 from .document import Document, DocumentError, parse_document, read_document
+from .lowbit import StateDtype
 from .messages import describe
 from .modules import ModuleKind
 from .registry import Component, Model, find, kinds, suggest
@@ -341,6 +342,35 @@ def _has(data: Any, path: tuple[int | str, ...]) -> bool:
         except (KeyError, IndexError, TypeError):
             return False
     return True
+
+
+def with_state_dtype(spec: Spec, chosen: StateDtype | Mapping[str, StateDtype]) -> Spec:
+    """The spec with `state_dtype` set in all pipelines.
+
+    A mapping says it by slot, each pipeline taking the slots that its rules have. A word stands for every slot as large as its matrix, or
+    as the coordinates of it: the moments, and the error that is fed back.
+
+    Raises:
+        SpecError: a word that is no state dtype, a slot that no pipeline has.
+    """
+    words = get_args(StateDtype)
+    for word in chosen.values() if isinstance(chosen, Mapping) else (chosen,):
+        if word not in words:
+            raise SpecError(f"state_dtype: '{word}' is none; {suggest(str(word), words)}")
+    known = {name for pipeline in spec.pipelines.values() for name in pipeline.storable}
+    for name in chosen if isinstance(chosen, Mapping) else ():
+        if name not in known:
+            raise SpecError(
+                f"state_dtype: no rule of '{spec.name}' has a slot '{name}' that could be stored otherwise; {suggest(name, known)}"
+            )
+    data = spec.model_dump(mode="json")
+    for name, pipeline in spec.pipelines.items():
+        if isinstance(chosen, Mapping):
+            own = {slot: word for slot, word in chosen.items() if slot in pipeline.storable}
+        else:
+            own = {slot: chosen for slot, large in pipeline.storable.items() if large}
+        data["pipelines"][name]["state_dtype"] = {**pipeline.state_dtype, **own}
+    return _validated(data, lambda path: "state_dtype")
 
 
 # ------------------------------------------------------------------------------------------------------------------- schema

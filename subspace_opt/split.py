@@ -11,15 +11,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 from torch import Tensor
 
-from . import linalg
+from . import linalg, lowbit
 from .algebra import Basis, Change, Coords, Dim, Rule, Selector, Slot, State, Step, add_lift, lift, project
-from .registry import Model, kind_of
+from .lowbit import Codes, StateDtype
+from .registry import Model, kind_of, suggest
 
 
 def _listed(value: Any) -> Any:
@@ -67,6 +70,11 @@ class Pipeline(Model):
     )
     lr_scale: float = Field(1.0, gt=0.0, description="Multiplies the learning rate, for the update and for weight decay.")
     decay_scale: float = Field(1.0, ge=0.0, description="Multiplies weight decay; 0 for none.")
+    state_dtype: dict[str, StateDtype] = Field(
+        {},
+        description="How slots of the rules are stored, by name: `{exp_avg: bf16, exp_avg_sq: 8bit}`; others in the dtype of computation. "
+        "8bit and 4bit need the extra `lowbit`, and leave small slots and those that blocks do not divide as they are.",
+    )
 
     @field_validator("momentum", "inside", "complement", "finish", mode="after")
     @classmethod
@@ -99,6 +107,47 @@ class Pipeline(Model):
                 "by projection; use a rule inside without memory, or `on_refresh: keep`"
             )
         return self
+
+    @model_validator(mode="after")
+    def _stores_what_there_is(self) -> Pipeline:
+        known = self.storable
+        for name in self.state_dtype:
+            why = self._why_not_stored(name) if name not in known else None
+            if why:
+                raise PydanticCustomError("route", "{why}", {"why": why, "place": ("state_dtype", name)})
+        return self
+
+    @property
+    def storable(self) -> dict[str, bool]:
+        """Names of slots that `state_dtype` may name, and whether they are as large as the matrix or its coordinates."""
+        found: dict[str, bool] = {} if self.feedback is None else {"error": True}
+        for name, slot, large in self._rule_slots():
+            if slot.dtype is None and slot.holds != "basis":
+                found[name] = found.get(name, False) or large
+        return {name: large for name, large in found.items() if name not in self._as_they_are}
+
+    @property
+    def _as_they_are(self) -> set[str]:
+        return {name for name, slot, _ in self._rule_slots() if slot.dtype is not None or slot.holds == "basis"}
+
+    def _rule_slots(self) -> Iterator[tuple[str, Slot, bool]]:
+        """Every slot of the rules for some matrix, by its last name, and whether it has an entry for each of the rule's signal."""
+        own = Dim("rows", 2), Dim("cols", 3)
+        for rules, sides in ((self.momentum, own), (self.inside, self.selector.coords(*own)), (self.complement, own), (self.finish, own)):
+            for rule in rules:
+                for name, slot in rule.slots(*sides).items():
+                    yield name.rpartition(".")[2], slot, slot.dims == sides
+
+    def _why_not_stored(self, name: str) -> str:
+        if name in self._as_they_are:
+            return f"slot '{name}' is a basis or whole numbers, and stays as its rule declares it; remove it from `state_dtype`"
+        selected = {key.rpartition(".")[2] for key in self.selector.slots(Dim("rows", 2), Dim("cols", 3))}
+        if name in selected:
+            return (
+                f"slot '{name}' is that of selector '{kind_of(type(self.selector))}', which needs it as it was computed: a rounded basis "
+                "is no longer orthonormal; remove it from `state_dtype`"
+            )
+        return f"no rule of this pipeline has a slot '{name}'; {suggest(name, self.storable)}"
 
     def on(self, rows: int, cols: int, modes: tuple[int, ...] = ()) -> Split:
         """The pipeline for weights of `rows` x `cols`, the columns being `modes` joined."""
@@ -158,6 +207,18 @@ class Split:
         """Whether a rule takes a decomposition at every update."""
         return any(rule.decomposes for _, rule, _, _ in self.places())
 
+    @cached_property
+    def in_coordinates(self) -> bool:
+        """Whether between refreshes coordinates are all that an update takes from the gradient and gives to the weight."""
+        p, selector = self.pipeline, self.pipeline.selector
+        if not self.opens or not p.inside or self.leaves or p.momentum or p.feedback is not None or p.decay == "coupled" or self.decomposes:
+            return False
+        still = type(selector).observe is Selector.observe and selector.keeps_basis and not selector.primes and selector.every != 1
+        one_sided = set(selector.slots(self.rows, self.cols)) == {"basis"} and self.inner[0] == self.rows and not selector.gated
+        moment = Step(t=torch.ones(()), age=torch.ones(()))
+        numbers = all(rule.multiplier(self.rows.size, self.cols.size, moment) is not None for rule in p.finish)
+        return still and one_sided and selector.source == "gradient" and numbers
+
     @property
     def needs_weight(self) -> bool:
         """Whether `apply` has to be given the weights."""
@@ -191,6 +252,24 @@ class Split:
         for key, rule, rows, cols in self.places():
             slots |= {f"{key}.{name}": slot for name, slot in rule.slots(rows, cols).items()}
         return slots
+
+    @cached_property
+    def wanted(self) -> dict[str, StateDtype]:
+        """How slots are to be stored that `state_dtype` names, by dotted key."""
+        chosen = self.pipeline.state_dtype
+        rules = [key for key in self.slots if not key.startswith("selector.")] if chosen else []
+        return {key: chosen[name] for key in rules if (name := key.rpartition(".")[2]) in chosen}
+
+    @cached_property
+    def codes(self) -> dict[str, Codes]:
+        """The slots that are kept as codes, by dotted key: of those that are to be, the ones that are fit for it."""
+        found = {}
+        for key, wanted in self.wanted.items():
+            slot = self.slots[key]
+            how = lowbit.codes(wanted, prod(slot.shape), signed=slot.holds == "signed")
+            if how is not None:
+                found[key] = how
+        return found
 
     @cached_property
     def flops(self) -> tuple[float, float]:
@@ -233,7 +312,8 @@ class Split:
             g = g + step.decay * _given(weight)  # rules see it, selectors do not
         x = self._run("momentum", p.momentum, g, g, new, step)
         if not self.opens:
-            update = self._run("complement", p.complement, x, g, new, step) * p.mix.complement
+            update = self._run("complement", p.complement, x, g, new, step)
+            update = update if p.mix.complement == 1 else update * p.mix.complement
         else:
             update = self._split(x, g, {"gradient": source, "momentum": x, "weight": weight}, new, step)
         update, g = self._turn(update), self._turn(g)
@@ -242,7 +322,22 @@ class Split:
         while finish and (last := finish[-1][1].multiplier(update.size(-2), update.size(-1), step)) is not None:
             factor *= last
             finish.pop()
-        return self._through(finish, update, g, new, step), factor, new
+        alone = update.size(0) == 1 and update.device.type == "cpu"  # then a number can be read without waiting
+        update = self._through(finish[:-1] if alone else finish, update, g, new, step)
+        if alone and finish:
+            number = finish[-1][1].measured(update)
+            if number is None:
+                update = self._through(finish[-1:], update, g, new, step)
+            else:
+                factor *= number.item()
+        return update, factor, new
+
+    def inner_direction(self, c: Tensor, state: State, step: Step) -> tuple[Tensor, float, State]:
+        """`direction` in coordinates, of a pipeline that is `in_coordinates`, at an update without a refresh: lifted, it is the same."""
+        p, new = self.pipeline, dict(state)
+        inner = self._run("inside", p.inside, c, c, new, step)
+        rows, cols = (self.cols.size, self.rows.size) if self.turned else (self.rows.size, self.cols.size)
+        return inner, p.mix.inside * prod(rule.multiplier(rows, cols, step) or 0.0 for rule in p.finish), new
 
     def prime(self, grad: Tensor, weight: Tensor | None, state: State, step: Step) -> State:
         """The state after a first gradient that only sets the basis."""
@@ -265,8 +360,13 @@ class Split:
         c = project(x, basis)
         cg = c if g is x else project(g, basis)
         inner = self._run("inside", p.inside, c, cg, new, step)
-        outer = self._outside(x, g, Coords(c, cg, inner), basis, new, step) if self.leaves else None
-        update = self._mixed(inner, outer, basis, x)
+        if self.leaves and p.inside and p.mix.inside > 0 and all(rule.passes for rule in p.complement):
+            # X less its part in the subspace, and in its place the update: one lift does both.
+            change = (c if p.mix.complement == 1 else c * p.mix.complement).sub(inner, alpha=p.mix.inside)
+            update = add_lift(x, change, basis, -1.0, own=p.mix.complement)
+        else:
+            outer = self._outside(x, g, Coords(c, cg, inner), basis, new, step) if self.leaves else None
+            update = self._mixed(inner, outer, basis, x)
 
         if p.feedback is not None:
             error = add_lift(g, cg, basis, p.feedback - 1.0)
@@ -284,19 +384,20 @@ class Split:
         if g is not x and any(rule.uses_grad for rule in rules):  # one more product, only for rules that look at it
             residual_g = add_lift(g, coords.grad, basis, -1.0)
         if any(rule.scale_free for rule in rules) and not rules[0].takes_whole:
-            residual = _without_round_off(residual, x)
+            residual = _without_round_off(residual, coords.signal)
         return self._run("complement", rules, residual, residual_g, new, step._replace(inside=coords, whole=x, basis=basis))
 
     def _mixed(self, inner: Tensor, outer: Tensor | None, basis: Basis, like: Tensor) -> Tensor:
         """`mix.inside` times the lifted update plus `mix.complement` times the other."""
         p = self.pipeline
-        total = outer if outer is None or p.mix.complement == 1 else outer * p.mix.complement
         if not p.inside or p.mix.inside == 0:
-            return torch.zeros_like(like) if total is None else total
-        if total is None:
+            if outer is None:
+                return torch.zeros_like(like)
+            return outer if p.mix.complement == 1 else outer * p.mix.complement
+        if outer is None:
             inner = inner if p.mix.inside == 1 else inner * p.mix.inside
             return lift(inner, basis, self.rows.size, self.cols.size, turned=self.turned)
-        return add_lift(total, inner, basis, p.mix.inside)
+        return add_lift(outer, inner, basis, p.mix.inside, own=p.mix.complement)
 
     def _refresh(self, source: Tensor, new: State, step: Step) -> Tensor | None:
         """A new basis; what is kept in coordinates is carried over. Returns what that lost, if it is to be fed back."""
@@ -357,10 +458,15 @@ def _given(weight: Tensor | None) -> Tensor:
     return weight
 
 
-def _without_round_off(residual: Tensor, whole: Tensor) -> Tensor:
-    """A residual that is only the round-off of `X - P X`, set to 0: a scale-free rule would blow it up to full size."""
-    floor = 64 * torch.finfo(whole.dtype).eps
-    return residual * (linalg.norm(residual) > floor * linalg.norm(whole))
+def _without_round_off(residual: Tensor, coords: Tensor) -> Tensor:
+    """A residual that is only the round-off of `X - P X`, set to 0: a scale-free rule would blow it up to full size.
+
+    The coordinates of X in an orthonormal basis have the norm of `P X`, which is that of X where the residual is small.
+    """
+    kept = linalg.norm(residual) > 64 * torch.finfo(residual.dtype).eps * linalg.norm(coords)
+    if residual.size(0) == 1 and kept.device.type == "cpu" and bool(kept):
+        return residual
+    return residual * kept
 
 
 def _settled(before: State, after: State, source: Tensor) -> State:

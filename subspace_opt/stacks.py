@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import groupby
+from math import gcd, lcm
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import lowbit
 from .algebra import State
 from .plan import state_key
 from .split import Split
@@ -83,7 +85,9 @@ def _in_passes(stack: Stack, options: Options) -> Iterator[Stack]:
     if not alone or not stack.split.elementwise or rows * cols <= PASS or options.rounding == "stochastic":
         yield stack
         return
-    run = max(1, PASS // cols)
+    # Codes are read and written by whole blocks.
+    whole = lcm(1, *(how.block // gcd(how.block, cols) for how in stack.split.codes.values()))
+    run = max(1, PASS // cols // whole) * whole
     for first in range(0, rows, run):
         yield Stack(stack.split, stack.phase, stack.refresh, [replace(piece, rows=(first, min(first + run, rows)))])
 
@@ -121,7 +125,7 @@ def _phases(item: Work, index: int, begun: set[tuple[str, int]]) -> list[Phase]:
     has = torch.zeros_like(moved)
     if item.count:
         for key in split.slots:
-            value = item.state[state_key(block, key)]
+            value = lowbit.whole(item.state[state_key(block, key)])
             has |= (value.unsqueeze(0) if block.count == 1 else value).reshape(block.count, -1).any(1)
     phases = [
         Phase.BEGUN if state else Phase.FIRST if gradient else Phase.WAITING
@@ -180,7 +184,7 @@ def scatter(stack: Stack, old: State, new: State, options: Options, memory: Memo
     for key, value in apart.items():
         if home is None:
             for piece, part in zip(stack.pieces, value.split(stack.sizes), strict=True):
-                piece.slot(key).copy_(part)
+                piece.put(key, part)
         elif where is None:
             home.slots[key].copy_(value)
         else:
@@ -198,9 +202,14 @@ def _located(stack: Stack, options: Options, memory: Memory) -> tuple[Home | Non
     first = stack.pieces[0]
     if not stack.split.slots or len(stack.pieces) == 1:
         return None, None
+    if stack.split.codes:
+        return None, None  # what is gathered is a copy all the same, and a home would have to keep whole blocks together
     if not all(piece.whole for piece in stack.pieces):
         return None, None
-    key = (id(stack.split), first.work.param.device, stack.dtype)
+    # Not the split itself, which a new plan makes anew: homes under an old one would be kept, and found by nobody. What else is of the
+    # same key does no harm, as a home is known by the views that it gave.
+    split = stack.split
+    key = (first.work.row.pipeline, split.rows, split.cols, split.turned, first.work.param.device, stack.dtype)
     homes = memory.homes.setdefault(key, [])
     for home in homes:
         if all(home.holds(piece) for piece in stack.pieces):

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from .work import Nonfinite, Work
 
+LARGE = 2**16  # entries from which a scalar product is quicker than a norm, its call included
+
 
 class NonFiniteGradient(FloatingPointError):  # noqa: N818  the gradient is what is wrong
     """A gradient holds NaN or infinity; nothing has been changed."""
@@ -80,13 +82,25 @@ def _transferred(grads: list[Tensor], *, norms: bool) -> list[float]:
     for device in {grad.device for grad in grads}:
         there = [i for i, grad in enumerate(grads) if grad.device == device]
         # Not the infinity norm: on a CPU it takes twenty times as long as the entry of largest magnitude.
-        found = torch._foreach_norm([grads[i] for i in there]) if norms else [grads[i].abs().amax() for i in there]
+        found = _norms([grads[i] for i in there]) if norms else [grads[i].abs().amax() for i in there]
         dtype = torch.float64 if any(f.dtype == torch.float64 for f in found) else torch.float32
         if len({f.dtype for f in found}) > 1:
             found = [f.to(dtype) for f in found]
         for i, size in zip(there, torch.stack(list(found)).tolist(), strict=True):
             out[i] = size
     return out
+
+
+def _norms(grads: list[Tensor]) -> list[Tensor]:
+    """Frobenius norms. On a CPU those of large gradients by a scalar product, which runs at the speed of memory."""
+    large = [g.numel() >= LARGE and g.device.type == "cpu" and g.dtype == torch.float32 and g.is_contiguous() for g in grads]
+    others = [g for g, is_large in zip(grads, large, strict=True) if not is_large]
+    found = iter(torch._foreach_norm(others) if others else [])
+    return [_by_product(g.view(-1)) if is_large else next(found) for g, is_large in zip(grads, large, strict=True)]
+
+
+def _by_product(flat: Tensor) -> Tensor:
+    return torch.dot(flat, flat).sqrt_()
 
 
 def largest(dtype: torch.dtype) -> float:

@@ -18,18 +18,19 @@ import torch
 from torch import Tensor
 
 from . import engine, sharding
-from .layout import Box, Layout, Message, Part, Share
+from .layout import BASIS, Box, Layout, Message, Part, Share
+from .layout import whole as all_of
 from .plan import COUNTERS, Row
 from .sharding import Exchange, ShardingError, Team
-from .stacks import Memory
+from .stacks import Memory, due
 from .survey import judged, largest, nonfinite, size_of
 from .update import update_weight
-from .work import Options, Work, allocate
+from .work import Options, Phase, Work, allocate
 
 FAILED, SILENT, HELD = 1, 2, 4  # what became of a part: a decomposition failed; there is no update; and the first one is not counted
 
 
-@dataclass
+@dataclass(eq=False)
 class Item:
     """A parameter of a team in one step."""
 
@@ -40,6 +41,7 @@ class Item:
     work: Work  # of that part; of no matrix, where there is none
     weight: Tensor  # this rank's shard
     grad: Tensor | None  # the same of the gradient
+    kept: dict[str, Any] = field(default_factory=dict)  # the state itself, while the work has a whole basis for one step
 
     @property
     def name(self) -> str:
@@ -231,7 +233,13 @@ def _step(team: Team, items: list[Item], options: Options, memory: Memory, failu
     for item in items:
         _allocate(team, item)
     errors: dict[str, Exception] = {}
-    buckets = list(_buckets([item for item in items if not item.share.local], options, team))
+    thin = [item for item in items if item.share.along is not None and item.work.count > 0 and not _refreshes(item)]
+    whole = [item for item in items if item.share.along is not None and item not in thin]
+    for item in whole:
+        _gather_basis(team, item)
+    for run in _runs(thin, options.batch_bytes * team.size):
+        _update_in_coordinates(team, run, options, memory)
+    buckets = list(_buckets([item for item in items if not item.share.local and item not in thin], options, team))
     if buckets:
         _send_gradients(team, buckets[0])
     local = [item.work for item in items if item.share.local and item.part is not None]
@@ -245,13 +253,16 @@ def _step(team: Team, items: list[Item], options: Options, memory: Memory, failu
         if number + 1 < len(buckets):
             _send_gradients(team, buckets[number + 1])
         here = _receive_gradients(team, bucket)
-        engine.compute(here, options, memory, errors)
+        # A basis that is whole for this step alone has no place in storage that is kept.
+        engine.compute(here, replace(options, stacking="never") if bucket.items[0].share.along is not None else options, memory, errors)
         engine.write_back(here)
         _send_updates(team, bucket, errors)
         if number:
             _receive_updates(team, buckets[number - 1], options, errors)
     if buckets:
         _receive_updates(team, buckets[-1], options, errors)
+    for item in whole:
+        _scatter_basis(team, item)
     works = [item.work for item in items]
     engine.close(works, memory)
     engine.report(works, errors, failures)
@@ -268,6 +279,9 @@ def _allocate(team: Team, item: Item) -> None:
         for key, (_, dtype) in item.share.row.state.items():
             counter = key in COUNTERS
             state[key] = torch.zeros(() if counter else (0,), dtype=dtype, device="cpu" if counter else item.weight.device)
+    if item.share.along is not None:
+        rows = item.share.state_box(BASIS, team.rank)
+        state[BASIS] = torch.zeros((0,) if rows is None else rows.shape, dtype=item.share.row.compute_dtype, device=item.weight.device)
     box = item.share.state_box("compensation", team.rank) if item.share.row.compensated else None
     if box is not None:
         state["compensation"] = torch.zeros(box.shape, dtype=item.share.row.entry.dtype, device=item.weight.device)
@@ -279,12 +293,14 @@ def _buckets(items: list[Item], options: Options, team: Team) -> Iterator[Bucket
     for item in items:
         row = item.share.row
         weighted = any(split.needs_weight for _, split in row.splits)
-        kinds[(item.share.resident, weighted, item.weight.dtype, row.compute_dtype, row.entry.shape, row.pipeline)].append(item)
+        kinds[
+            (item.share.resident, weighted, item.share.along is None, item.weight.dtype, row.compute_dtype, row.entry.shape, row.pipeline)
+        ].append(item)
     waiting: dict[Any, list[Item]] = {}
     held: dict[Any, int] = {}
     limit = options.batch_bytes * team.size
-    for (resident, weighted, dtype, compute, _, _), alike in kinds.items():
-        key = (resident, weighted, dtype, compute)
+    for (resident, weighted, apart, dtype, compute, _, _), alike in kinds.items():
+        key = (resident, weighted, apart, dtype, compute)
         for item in alike:
             size = item.share.row.entry.numel * compute.itemsize
             if held.get(key, 0) + size > limit and waiting.get(key):
@@ -406,6 +422,79 @@ def _apply(team: Team, item: Item, box: Box, weight: Tensor, update: Tensor, opt
         compensation=compensation,
         noise=noise,
     )
+
+
+# --------------------------------------------------------------------------------------------------------------- coordinates
+
+
+def _refreshes(item: Item) -> bool:
+    """Whether a basis that is cut as the weight is will be taken anew: the whole gradient travels then. Known to all ranks."""
+    split = item.share.row.splits[0][1]
+    return due(item.work, split, Phase.BEGUN)
+
+
+def _runs(items: Sequence[Item], limit: int) -> Iterator[list[Item]]:
+    """Items of one precision whose coordinates together stay within a number of bytes."""
+    run: list[Item] = []
+    size = 0
+    for item in sorted(items, key=lambda item: str(item.share.row.compute_dtype)):
+        dtype = item.share.row.compute_dtype
+        own = item.share.coordinates.numel * dtype.itemsize
+        if run and (size + own > limit or dtype != run[0].share.row.compute_dtype):
+            yield run
+            run, size = [], 0
+        run.append(item)
+        size += own
+    if run:
+        yield run
+
+
+def _update_in_coordinates(team: Team, items: list[Item], options: Options, memory: Memory) -> None:
+    """`C = sum_i G_i U_i` on the owner, its update there, and `W_i <- W_i - lr C' U_i'` on the shards."""
+    dtype, device = items[0].share.row.compute_dtype, items[0].weight.device
+
+    def project(message: Message) -> Tensor:
+        item = items[message.item]
+        g = _given(item).to(dtype)
+        basis: Tensor = item.work.state[BASIS]
+        return _turned(item, g if item.work.scale == 1.0 else g * item.work.scale) @ basis
+
+    sums: dict[int, Tensor] = {}
+    arrived = Exchange(team, [m for i, item in enumerate(items) for m in item.share.projected(i)], project, dtype, device)
+    for message, c in sorted(arrived.wait(), key=lambda pair: pair[0].source):  # in one order, whoever is the owner
+        sums[message.item] = sums[message.item] + c if message.item in sums else c
+    updates = {i: engine.update_coordinates(items[i].work, c.unsqueeze(0), options, memory)[0] for i, c in sums.items()}
+    leaving = [m for i, item in enumerate(items) for m in item.share.lifted(i)]
+    for message, c in Exchange(team, leaving, lambda message: updates[message.item], dtype, device).wait():
+        item = items[message.item]
+        _apply(team, item, item.share.boxes[team.rank], item.weight, _turned(item, c @ item.work.state[BASIS].mT), options)
+
+
+def _turned(item: Item, x: Tensor) -> Tensor:
+    """A shard as stored, in the working orientation, or back."""
+    return x.mT if item.share.along == 0 else x
+
+
+def _gather_basis(team: Team, item: Item) -> None:
+    """Have the whole basis on the owner for this step."""
+    state = item.work.state
+    held = [item.share.state_box(BASIS, rank) for rank in range(team.size)]
+    basis = sharding.moved(team, held, state[BASIS], _on_owner(team, item), state[BASIS].dtype, item.weight.device)
+    item.kept, item.work.state = state, {**state, BASIS: basis}
+
+
+def _scatter_basis(team: Team, item: Item) -> None:
+    """Give every rank its rows of the basis again."""
+    state = item.kept
+    held = [item.share.state_box(BASIS, rank) for rank in range(team.size)]
+    rows = sharding.moved(team, _on_owner(team, item), item.work.state[BASIS], held, state[BASIS].dtype, item.weight.device)
+    state[BASIS].copy_(rows.reshape(state[BASIS].shape))
+    item.work.state = state
+
+
+def _on_owner(team: Team, item: Item) -> list[Box | None]:
+    shape = item.share.row.state[BASIS][0]
+    return [all_of(shape) if rank in item.share.parts[0].owners else None for rank in range(team.size)]
 
 
 def _given(item: Item) -> Tensor:

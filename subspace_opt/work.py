@@ -8,11 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
+from math import prod
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from . import lowbit
 from .plan import COUNTERS, Row, state_key
 from .split import Split
 from .update import Rounding
@@ -98,6 +100,10 @@ class Piece:
         return self.work.row.splits[self.index][0]
 
     @property
+    def split(self) -> Split:
+        return self.work.row.splits[self.index][1]
+
+    @property
     def size(self) -> int:
         return self.stop - self.start
 
@@ -122,11 +128,30 @@ class Piece:
         self.work.silent |= {i // each for i in range(self.start, self.stop)}
 
     def slot(self, key: str) -> Tensor:
-        """The piece of a state tensor, with a leading stack dimension."""
+        """The piece of a state tensor, with a leading stack dimension; a copy where it is kept as codes."""
         value = self.stored(key)
+        if key in self.split.codes:
+            shape = self.split.slots[key].shape
+            rows = shape if self.rows is None else (self.rows[1] - self.rows[0], *shape[1:])
+            return lowbit.read(value, *self._entries(shape), self.work.row.compute_dtype).view(self.size, *rows)
         if self.rows is not None:
             value = value[..., slice(*self.rows), :]
         return value.unsqueeze(0) if self.block.count == 1 else value[self.start : self.stop]
+
+    def put(self, key: str, value: Tensor) -> None:
+        """Write the piece of a state tensor back to where, and as what, it is kept."""
+        if key in self.split.codes:
+            lowbit.write(self.stored(key), self._entries(self.split.slots[key].shape)[0], value.reshape(-1))
+        else:
+            self.slot(key).copy_(value)
+
+    def _entries(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """The first entry of the piece among those of the block's state tensor, and the first beyond."""
+        each = prod(shape)
+        if self.rows is None:
+            return self.start * each, self.stop * each
+        first, beyond = (self.start * each + row * (each // shape[0]) for row in self.rows)
+        return first, beyond
 
 
 class Phase(Enum):
@@ -159,4 +184,5 @@ def allocate(row: Row, param: Tensor, state: dict[str, Any]) -> None:
     """The parameter's state as the plan declares it, zeros, each tensor with a storage of its own."""
     for key, (shape, dtype) in row.state.items():
         device = torch.device("cpu") if key in COUNTERS else param.device
-        state[key] = torch.zeros(shape, dtype=dtype, device=device)
+        how = row.codes.get(key)
+        state[key] = torch.zeros(shape, dtype=dtype, device=device) if how is None else lowbit.zeros(shape, how, device)

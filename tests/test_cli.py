@@ -317,7 +317,7 @@ def test_verify_certifies(leave: Callable[..., Left]) -> None:
     assert left.status == 0, left.err
     assert left.out.startswith("muon on tiny: 133,440 parameters in float64, random gradients, 2 steps\none process and fsdp 2 on cpu\n")
     assert re.search(r"^model\.layers\.1 +[\d.e+-]+ +[\d.e+-]+ +[\d.e+-]+ *$", left.out, re.M)
-    rows = re.findall(r"^(\d) +([\d,]+) +([\d,]+) +([\d,]+) +([\d,]+) +[\d,]+ *$", left.out, re.M)
+    rows = re.findall(r"^(\d) +([\d,]+) +([\d,]+) +([\d,]+) +([\d,]+) +[\d,]+ +[\d,]+ *$", left.out, re.M)
     assert [rank for rank, *_ in rows] == ["0", "1"]
     assert all(held == planned and sent == expected for _, held, planned, sent, expected in rows)
     assert left.out.splitlines()[-1].startswith("equal: ")

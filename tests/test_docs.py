@@ -43,7 +43,9 @@ def test_sessions_run_as_written(page: str) -> None:
 
 
 def test_docstrings_run_as_written() -> None:
-    results = [doctest.testmod(module) for module in (subspace_opt.optimizer, subspace_opt.linalg, subspace_opt.spec)]
+    results = [
+        doctest.testmod(module) for module in (subspace_opt.optimizer, subspace_opt.in_backward, subspace_opt.linalg, subspace_opt.spec)
+    ]
     assert sum(r.attempted for r in results) > 0
     assert sum(r.failed for r in results) == 0
 
@@ -56,7 +58,7 @@ def test_readmes_python_runs() -> None:
         exec(compile(source, "README.md", "exec"), {"model": model, "__name__": "readme"})
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/quick-start.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/quick-start.md", "docs/memory.md"])
 def test_specs_in_pages_parse_and_plan(page: str) -> None:
     found = blocks(page, "yaml")
     assert found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import itertools
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from subspace_opt import SubspaceOptimizer, build, linalg, load_spec, polar
 from subspace_opt.lab.measure import peak_temporaries
+from subspace_opt.selectors.fft import Fft
 from subspace_opt.spec import preset_names
 from tests.common import PRESETS, copied, differences, give, optimizer, parameters, same, snapshot, train
 
@@ -91,6 +92,90 @@ def test_newton_schulz_rounds_no_worse_than_the_plain_form(shape: tuple[int, int
     ours = far(polar.newton_schulz(x, polynomials, dtype=dtype), exact)
     theirs = far(plain_newton_schulz(x.to(dtype), polynomials), exact)
     assert ours < (1.1 if dtype == torch.bfloat16 else 1.5) * theirs  # in float32 both are 1e-6
+
+
+class PlainCosmos:
+    """COSMOS (arXiv:2502.17410) as its equations stand, every product by itself: what its authors run, in the dtype of the gradients, with
+    Newton-Schulz in bfloat16 for float32."""
+
+    def __init__(self, rank: int, beta: float = 0.95, gamma: float = 0.2, scale: float = 0.2) -> None:
+        self.rank, self.beta, self.gamma, self.scale, self.t = rank, beta, gamma, scale, 0
+
+    def __call__(self, g: Tensor) -> Tensor:
+        b, self.t = self.beta, self.t + 1
+        if self.t == 1:
+            self.m, self.v = torch.zeros_like(g), torch.zeros_like(g[:, : self.rank])
+            self.s = g.new_zeros(self.rank, self.rank)
+            self.u = linalg.leading_right(g.unsqueeze(0), self.rank)[0]
+        else:
+            u = linalg.orthonormal((b * (self.u @ self.s) + (1 - b) * (g.T @ (g @ self.u))).unsqueeze(0))[0]
+            turn = self.u.T @ u
+            self.u, self.s = u, turn.T @ self.s @ turn
+        self.m = b * self.m + g
+        x = (g + b * self.m) / (1 + b * (1 - b**self.t) / (1 - b))
+        c, cg = x @ self.u, g @ self.u
+        self.s = b * self.s + (1 - b) * (cg.T @ cg)
+        self.v = b * self.v + (1 - b) * cg * cg
+        inside = (c / ((self.v / (1 - b**self.t)).sqrt() + 1e-8)) @ self.u.T
+        quick = torch.bfloat16 if g.dtype == torch.float32 else g.dtype
+        o = plain_newton_schulz((x - c @ self.u.T).to(quick), polar.schedule("keller", 5)).to(g.dtype)
+        size = g.numel() ** 0.5
+        update = inside + self.gamma * size * o / (o.norm() + 1e-8)
+        return self.scale * size * update / (update.norm() + 1e-8)
+
+
+@pytest.mark.parametrize("shape", [(96, 96), (320, 128), (128, 320)], ids=str)
+def test_cosmos_rounds_no_worse_than_its_plain_form(shape: tuple[int, int]) -> None:
+    """The update's error against float64, in float32 with products in bfloat16 in Newton-Schulz, over eight steps."""
+    spec = load_spec("cosmos", {"matrix.selector.rank": 16, "matrix.complement.dtype": "bfloat16"})
+    params = parameters({"w": shape})
+    opt = optimizer(spec, params, lr=1.0, weight_decay=0.0)
+    exact, plain = PlainCosmos(16), PlainCosmos(16)
+    ours = theirs = 0.0
+    for step in range(8):
+        u, _, vh = torch.linalg.svd(random(*shape, seed=step), full_matrices=False)
+        g = (u * torch.arange(1, min(shape) + 1) ** -0.7) @ vh + 0.1 * random(*shape, seed=100)
+        truth = exact(g)
+        with torch.no_grad():
+            params["w"].zero_()
+        params["w"].grad = g.float()
+        opt.step()
+        ours += far(-params["w"].detach(), truth)
+        theirs += far(plain(g.float()), truth)
+    assert ours < 1.05 * theirs
+    assert theirs < 8 * 0.2  # all three do the same
+
+
+@pytest.mark.parametrize("shape", [(512, 128), (128, 512), (128, 128)], ids=str)
+@pytest.mark.parametrize("smallest", [1e-1, 1e-3])
+def test_the_exact_polar_factor_is_as_exact_as_by_svd(shape: tuple[int, int], smallest: float) -> None:
+    x = spread_out(*shape, smallest).unsqueeze(0)
+    u, _, vh = torch.linalg.svd(x, full_matrices=False)
+    by_svd = torch.linalg.svd(x.float(), full_matrices=False)
+    assert far(polar.polar(x.float()), u @ vh) <= max(far(by_svd[0] @ by_svd[2], u @ vh), 1e-6)
+    assert bool((polar.polar(torch.zeros(1, *shape)) == 0).all())
+    low = random(1, shape[0], 3, dtype=torch.float32) @ random(1, 3, shape[1], seed=1, dtype=torch.float32)
+    values = torch.linalg.svdvals(polar.polar(low))[0]
+    assert float((values[:3] - 1).abs().max()) < 1e-4 > float(values[3:].max())  # round-off is not taken for a direction
+
+
+@pytest.mark.skipif(not linalg.cpu_has_bfloat16(), reason="this CPU ranks in float32 anyway")
+@pytest.mark.parametrize("ranking", ["l1", "l2"])
+@pytest.mark.parametrize("kind", ["noise", "strong", "decaying"])
+def test_atoms_that_bfloat16_cannot_tell_apart_are_weighed_in_full(kind: str, ranking: Literal["l1", "l2"]) -> None:
+    table = linalg.dct_table(512, "dct2").float()
+    selector = Fft(rank=128, ranking=ranking)
+    for seed in range(5):
+        x = random(1, 300, 512, seed=seed, dtype=torch.float32)
+        if kind == "strong":
+            x = x + 3 * random(1, 300, 8, seed=seed + 50, dtype=torch.float32) @ random(1, 8, 512, seed=seed + 90, dtype=torch.float32)
+        if kind == "decaying":
+            x = x * torch.logspace(0, -3, 512)
+        full = selector._weights(x @ table).topk(128).indices.sort().values
+        assert torch.equal(selector._chosen_roughly(x, table, 128).sort().values, full)
+    spoiled = random(1, 300, 512, dtype=torch.float32)
+    spoiled[0, 3, 4] = float("nan")
+    assert selector._chosen_roughly(spoiled, table, 128).shape == (1, 128)
 
 
 # The range into which five steps bring singular values in [0.01, 1], and where 1e-3 ends at least.

@@ -84,13 +84,14 @@ VIEWS: dict[str, tuple[dict[str, Any], tuple[int, ...], frozenset[str]]] = {
     "vector": ({}, (13,), frozenset()),
     "number": ({}, (), frozenset()),
 }
-PIPELINES = ["cosmos", "soap", "muon", "adamw", "galore"]
+PIPELINES = ["cosmos", "soap", "muon", "adamw", "galore", "trion"]
 
 
 @cache
 def row_of(view: str, spec: str, name: str = "w", compensated: bool = False) -> Row:
     route, shape, modules = VIEWS[view]
-    loaded = load_spec(spec)
+    # A rank so small that some selectors need to send coordinates alone.
+    loaded = load_spec(spec, {"matrix.selector.rank": 2} if spec in ("cosmos", "galore", "trion") else None)
     pipeline = next((use for use in loaded.pipelines if use in ("matrix", "all")), "")
     data = {"pipelines": {pipeline: loaded.model_dump(mode="json", exclude_unset=True)["pipelines"][pipeline]}}
     spec_ = load_spec({**data, "routes": [{"use": pipeline, **(route if len(shape) > 1 else {})}]})
@@ -172,7 +173,16 @@ def test_all_ranks_at_once_are_each_rank(share: Share, frozen: bool) -> None:
     """The planner's sums, which thousands of ranks need, against the messages one by one."""
     ranks = len(share.boxes)
     assert meshes.held([share, share], ranks) == [2 * share.bytes_held(rank) for rank in range(ranks)]
-    assert meshes.sent([share, share], ranks) == [2 * share.bytes_sent(rank) for rank in range(ranks)]
+    for refresh in (False, True):
+        assert meshes.sent([share, share], ranks, refresh) == [2 * share.bytes_sent(rank, refresh) for rank in range(ranks)]
+
+
+def test_where_coordinates_are_enough_no_gradient_travels() -> None:
+    row = row_of("matrix", "galore")
+    (share,) = Layout(2).add([row], [shards((12, 8), (2,), (Cut(1),))], [(Cut(1),)])
+    assert share.along == 1
+    assert meshes.sent([share], 2) == [12 * 2 * 4] * 2  # coordinates of 12 x 2 in float32: there, and back
+    assert meshes.sent([share], 2, refresh=True) > [12 * 4 * 4] * 2
 
 
 # --- owners

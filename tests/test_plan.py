@@ -164,6 +164,7 @@ def test_explain_tells_of_every_parameter_where_it_goes_and_why() -> None:
         "lr_scale": 0.5,
         "weight_decay": 0.125,
         "state_bytes": 7 * 4 * 4 + 4,
+        "stored": {},
         "adamw_bytes": 2 * 7 * 4 * 4 + 4,
         "why": "routes.3: min_dims 2",
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import itertools
+import json
 import os
 import pickle
 import subprocess
@@ -560,3 +561,20 @@ def test_reading_the_state_of_a_fresh_optimizer_changes_nothing(preset: str, fla
     train(opt, params, range(7))
     train(other, twins, range(7))
     assert same(snapshot(opt, params), snapshot(other, twins))
+
+
+def test_a_checkpoint_from_before_a_field_was_added_to_specs_is_read() -> None:
+    params = [nn.Parameter(torch.randn(6, 5))]
+    optimizer = SubspaceOptimizer(params, "galore", overrides={"matrix.selector.rank": 2})
+    params[0].grad = torch.randn(6, 5)
+    optimizer.step()
+    saved = optimizer.state_dict()
+    spec = json.loads(saved["param_groups"][0]["spec"])
+    for pipeline in spec["pipelines"].values():
+        del pipeline["state_dtype"]
+    saved["param_groups"][0]["spec"] = json.dumps(spec)
+    optimizer.load_state_dict(saved)
+    spec["pipelines"]["matrix"]["selector"]["rank"] = 3
+    saved["param_groups"][0]["spec"] = json.dumps(spec)
+    with pytest.raises(CheckpointError, match=r"selector\.rank is 3 there and 2 here"):
+        optimizer.load_state_dict(saved)

@@ -158,7 +158,7 @@ def bad_gradients(policy: str) -> list[str]:
         text = ""
     after = whole_weights(model)
     assert "square.weight" in text or text == ""
-    return sorted(name for name in before if torch.equal(before[name], after[name])) + [f"skipped {optimizer.skipped}"]
+    return [*sorted(name for name in before if torch.equal(before[name], after[name])), f"skipped {optimizer.skipped}"]
 
 
 @pytest.mark.slow
@@ -222,10 +222,20 @@ def test_a_decomposition_that_fails_on_its_owner_is_known_to_all() -> None:
 # --------------------------------------------------------------------------------------------------------------- bytes and messages
 
 
-def counted_bytes(preset: str, kind: str) -> tuple[int, int, int]:
-    """Bytes that this rank sends in a step: counted, by the formula; and those of reductions."""
+def counted_bytes(preset: str, kind: str, refresh: bool) -> tuple[int, int, int, int]:
+    """Bytes that this rank sends in a step: counted, by the formula; those of reductions; matrices of which coordinates alone travel."""
     mesh = mesh_of(kind, dist.get_world_size())
-    model, optimizer = trained(preset, kind, mesh, steps=2, dtype=torch.float32)
+    never = {
+        f"{name}.selector.every": 10**6 for name in subspace_opt.load_spec(preset).pipelines if preset == "galore" and name == "matrix"
+    }
+    model = place(make_zoo(torch.float32), kind, mesh)
+    group = dist.group.WORLD if kind == "ddp" else None
+    optimizer = subspace_opt.build(preset, model, lr=1e-2, overrides={**shortened(preset), **never}, process_group=group)
+    for step in range(4):
+        give(model, step)
+        optimizer.step()
+    for group in optimizer.param_groups:  # bases at the step that is counted: of all, or of none
+        group["refresh"] = refresh
     sent = [0, 0]
     exchange, reduce = dist.all_to_all_single, dist.all_reduce
 
@@ -239,23 +249,28 @@ def counted_bytes(preset: str, kind: str) -> tuple[int, int, int]:
 
     dist.all_to_all_single, dist.all_reduce = all_to_all, all_reduce
     try:
-        give(model, 2)
+        give(model, 4)
         optimizer.step()
     finally:
         dist.all_to_all_single, dist.all_reduce = exchange, reduce
-    return sent[0], sum(share.bytes_sent(team.rank) for team, share in optimizer._shares().values()), sent[1]
+    shares = list(optimizer._shares().values())
+    formula = sum(share.bytes_sent(team.rank, refresh) for team, share in shares)
+    return sent[0], formula, sent[1], sum(share.along is not None for _, share in shares)
 
 
 @pytest.mark.slow
 def test_bytes_sent_are_those_of_the_formula() -> None:
     for kind in ("fsdp", "ddp"):
         for preset in ("cosmos", "muon", "galore", "soap", "adamw"):
-            ranks = run_ranks(2, counted_bytes, preset, kind)
-            for sent, formula, reductions in ranks:
+            between, at = run_ranks(2, counted_bytes, preset, kind, False), run_ranks(2, counted_bytes, preset, kind, True)
+            for sent, formula, reductions, _ in between + at:
                 assert sent == formula
                 assert reductions < 2000
             if preset == "adamw":
-                assert (sum(rank[0] for rank in ranks) == 0) == (kind == "fsdp")  # entry by entry: nothing travels between shards
+                assert (sum(rank[0] for rank in between) == 0) == (kind == "fsdp")  # entry by entry: nothing travels between shards
+            if preset == "galore" and kind == "fsdp":
+                assert between[0][3] > 0
+                assert sum(rank[0] for rank in between) < sum(rank[0] for rank in at)
 
 
 def whole_experts() -> tuple[int, float]:

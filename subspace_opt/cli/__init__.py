@@ -18,12 +18,13 @@ from .. import __version__
 from ..checkpoint import CheckpointError
 from ..document import DocumentError
 from ..lab import LabError
+from ..lowbit import LowBitError
 from ..meshes import MeshError
 from ..registry import RegistryError
 from ..spec import SpecError
 from . import fidelity, memory, plugins, ranks, specs, training
 
-BAD_INPUT = (SpecError, DocumentError, RegistryError, CheckpointError, LabError, MeshError)
+BAD_INPUT = (SpecError, DocumentError, RegistryError, CheckpointError, LabError, LowBitError, MeshError)
 
 app = typer.Typer(
     name="subspace-opt",

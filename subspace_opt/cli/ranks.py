@@ -54,6 +54,7 @@ def ranks_to_dict(placed: Placed) -> dict[str, Any]:
         "ranks": placed.mesh.ranks,
         "state_bytes": list(placed.bytes_held),
         "sent_bytes": list(placed.bytes_sent),
+        "sent_bytes_at_refresh": list(placed.bytes_sent_at_refresh),
     }
 
 
@@ -62,7 +63,10 @@ def show_ranks(placed: Placed, out: Console) -> None:
     numbers = ("smallest", "mean", "largest", "total / ranks")
     lines = make_table(f"{placed.mesh}, a rank", *numbers, right=numbers)
     total = placed.plan.total_bytes / placed.mesh.ranks
-    for name, each, even in (("state", placed.bytes_held, readable_bytes(round(total))), ("sent a step", placed.bytes_sent, "")):
+    own = [("state", placed.bytes_held, readable_bytes(round(total))), ("sent a step", placed.bytes_sent, "")]
+    if placed.bytes_sent_at_refresh != placed.bytes_sent:
+        own.append(("with a refresh of all bases", placed.bytes_sent_at_refresh, ""))
+    for name, each, even in own:
         mean = round(sum(each) / len(each))
         lines.add_row(name, readable_bytes(min(each)), readable_bytes(mean), readable_bytes(max(each)), even)
     out.print()
@@ -173,12 +177,12 @@ def show_certificate(certificate: Certificate, out: Console) -> None:
         told = f"{len(certificate.full)} matrices are as small as the rank, which leaves nothing to the complement: set a smaller one"
         out.print(f"{told}, such as --set matrix.selector.rank=16", soft_wrap=True)
     out.print()
-    columns = ("state held", "planned", "sent a step", "planned", "in sums")
+    columns = ("state held", "planned", "sent first", "planned", "sent later", "planned")
     ranks = make_table("rank", *columns, right=columns)
     for rank in _shown(certificate):
         style = None if rank.holds else "red"
-        least = "" if rank.sent == rank.sent_least else f"{rank.sent_least:,} to "
-        sizes = (f"{rank.held:,}", f"{rank.planned:,}", f"{least}{rank.sent:,}", f"{rank.expected:,}", f"{rank.agreed:,}")
+        later = f"{rank.sent_least:,}" + (f" to {rank.sent_most:,}" if rank.sent_most != rank.sent_least else "")
+        sizes = (*(f"{size:,}" for size in (rank.held, rank.planned, rank.sent_first, rank.expected_first)), later, f"{rank.expected:,}")
         ranks.add_row(str(rank.rank), *sizes, style=style)
     out.print(ranks)
     if len(certificate.ranks) > SHOWN:

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from ..lab import Result
 from ..lab.report import readable_bytes
-from ..plan import Plan, Row, adamw_bytes
+from ..plan import Plan, Row, adamw_bytes, said
 
 if TYPE_CHECKING:
     from ..testing.parity import Parity
@@ -175,10 +175,12 @@ def show_explained(plan: Plan, title: str, out: Console) -> None:
 
 def _explained(plan: Plan) -> Table:
     numbers = ("rank", "lr x", "decay", "state bytes")
-    table = make_table("parameter", "shape", "pipeline", *numbers, "why", right=numbers)
+    stored = any(row.stored for row in plan)
+    table = make_table("parameter", "shape", "pipeline", *numbers, *(["stored"] if stored else []), "why", right=numbers)
     for row in plan:
         rates = (f"{row.lr_scale:g}", f"{row.decay:g}")
-        table.add_row(escape(row.entry.name), _seen(row), _pipeline(row), _rank(row), *rates, f"{row.state_bytes:,}", _cause(row))
+        how = [said(row)] if stored else []
+        table.add_row(escape(row.entry.name), _seen(row), _pipeline(row), _rank(row), *rates, f"{row.state_bytes:,}", *how, _cause(row))
     return table
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 def measured_bytes(optimizer: Optimizer) -> int:
@@ -27,7 +28,9 @@ def planned_bytes(optimizer: Optimizer) -> int | None:
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
+    if is_traceable_wrapper_subclass(value):  # one that holds others, such as codes with their scales
+        yield from _tensors([getattr(value, name) for name in value.__tensor_flatten__()[0]])
+    elif isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict | list | tuple):
         for item in value.values() if isinstance(value, dict) else value:

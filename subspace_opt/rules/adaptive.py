@@ -49,7 +49,7 @@ class Adam(Rule):
         second = self.on_refresh_sq or self.on_refresh
         if second == "project":
             second = "project_abs"  # it must stay positive
-        slots = {"exp_avg": Slot((rows, cols), self.on_refresh), "exp_avg_sq": Slot((rows, cols), second)}
+        slots = {"exp_avg": Slot((rows, cols), self.on_refresh), "exp_avg_sq": Slot((rows, cols), second, holds="unsigned")}
         return slots if self.beta1 else {"exp_avg_sq": slots["exp_avg_sq"]}
 
     @property

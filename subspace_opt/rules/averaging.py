@@ -36,7 +36,8 @@ class Ema(Rule):
         out = x.lerp(m, self.beta) if self.nesterov else m
         if self.debias:
             clock = step.age if self.on_refresh == "reset" else step.t
-            out = out / (1 - self.beta ** (clock + 1 if self.nesterov else clock))
+            weights = 1 - self.beta ** (clock + 1 if self.nesterov else clock)
+            out = out.div_(weights) if self.nesterov else out / weights  # looked ahead it is a tensor of its own
         return out, {"exp_avg": m}
 
 
@@ -83,7 +84,7 @@ class HeavyBall(Rule):
         if self.debias:
             clock = step.age if self.on_refresh == "reset" else step.t
             weights = (1 - self.beta**clock) / (1 - self.beta)
-            out = out / (1 + self.beta * weights if self.nesterov else weights)
+            out = out.div_(1 + self.beta * weights) if self.nesterov else out / weights  # looked ahead it is a tensor of its own
         return out, kept
 
 
@@ -92,6 +93,7 @@ class Identity(Rule):
     """`X`: the signal is the update; as a complement, plain SGD on what the subspace leaves."""
 
     uses_grad: ClassVar[bool] = False
+    passes: ClassVar[bool] = True
     elementwise: ClassVar[bool] = True
     kind: Literal["identity", "sgd"] = "identity"
 

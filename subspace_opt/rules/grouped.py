@@ -40,9 +40,9 @@ class SubsetNorm(Rule):
 
     def slots(self, rows: Dim, cols: Dim) -> dict[str, Slot]:
         if self.subsets == "lines":
-            return {"exp_avg_sq": Slot((rows if rows.size >= cols.size else cols,))}
+            return {"exp_avg_sq": Slot((rows if rows.size >= cols.size else cols,), holds="unsigned")}
         entries = rows.size * cols.size
-        return {"exp_avg_sq": Slot((Dim("subsets", entries // self.subset_size(entries)),))}
+        return {"exp_avg_sq": Slot((Dim("subsets", entries // self.subset_size(entries)),), holds="unsigned")}
 
     def subset_size(self, entries: int) -> int:
         """Entries of a subset: the largest divisor of their number that is at most the size asked for."""

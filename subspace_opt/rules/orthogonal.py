@@ -100,5 +100,6 @@ class Muon(Orthogonalize):
         o = self.orthogonalized(x)
         if self.norm == "rms":
             size = linalg.norm(o) + self.norm_eps
-            o = o * torch.where(size > 0, math.sqrt(x.size(-2) * x.size(-1)) / size, torch.zeros_like(size))
+            factor = torch.where(size > 0, math.sqrt(x.size(-2) * x.size(-1)) / size, torch.zeros_like(size))
+            o = o.mul_(factor) if o is not x else o * factor
         return o, {}

@@ -25,9 +25,12 @@ class RmsNormalize(Rule):
     eps: float = Field(1e-8, ge=0.0, description="Added to the Frobenius norm.")
 
     def apply(self, x: Tensor, grad: Tensor, state: State, step: Step) -> tuple[Tensor, State]:
+        return x * self.measured(x), {}
+
+    def measured(self, x: Tensor) -> Tensor:
         size = linalg.norm(x) + self.eps
         factor = self.scale * math.sqrt(x.size(-2) * x.size(-1)) / size
-        return x * torch.where(size > 0, factor, torch.zeros_like(size)), {}  # with eps 0, too: 0 stays 0
+        return torch.where(size > 0, factor, torch.zeros_like(size))  # with eps 0, too: 0 stays 0
 
 
 @register
@@ -75,7 +78,7 @@ class NormGrowth(Rule):
     eps: float = Field(1e-8, ge=0.0, description="Added to the norm of the update before.")
 
     def slots(self, rows: Dim, cols: Dim) -> dict[str, Slot]:
-        return {"norm": Slot(())}
+        return {"norm": Slot((), holds="unsigned")}
 
     def apply(self, x: Tensor, grad: Tensor, state: State, step: Step) -> tuple[Tensor, State]:
         size, before = linalg.norm(x), state["norm"][:, None, None]

@@ -30,10 +30,10 @@ class Soap(Rule):
     cov_beta: float = Field(0.95, ge=0.0, lt=1.0, description="Part of the covariance kept at each update, where one is kept.")
 
     def slots(self, rows: Dim, cols: Dim) -> dict[str, Slot]:
-        slots = {"exp_avg_sq": Slot((rows, cols))}
+        slots = {"exp_avg_sq": Slot((rows, cols), holds="unsigned")}
         if not cols.eigen:
             slots["covariance"] = Slot((cols, cols), "project")
-            slots["rotation"] = Slot((cols, Dim("eigen", cols.size)), "project")
+            slots["rotation"] = Slot((cols, Dim("eigen", cols.size)), "project", holds="basis")
         return slots
 
     @property

@@ -1,0 +1,180 @@
+"""An optimizer that updates every parameter as soon as its gradient is there, so that the gradients of a model never exist together.
+
+The update is the ordinary one, parameter by parameter: nothing of it depends on another parameter's gradient. What does, such as clipping
+by the norm of all gradients, cannot be done this way.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn, overload
+
+import torch
+from torch import Tensor, nn
+
+from .optimizer import Params, SpecLike, SubspaceOptimizer, named_parameters
+from .plan import Row
+from .survey import NonFiniteGradient
+
+Place = tuple[dict[str, Any], Tensor, Row]
+
+
+class BackwardOptimizer(SubspaceOptimizer):
+    """A `SubspaceOptimizer` whose updates are made during `backward()`; `step()` ends the iteration. Made by `step_in_backward`."""
+
+    def __init__(self, params: Params, spec: SpecLike = "cosmos", **options: Any) -> None:
+        self._hooks: dict[int, tuple[Tensor, Any]] = {}  # by id, and with the parameter, so that no id is used again
+        self._places: dict[int, Place] | None = None  # group and plan of every parameter, while an iteration runs
+        self._updated: set[int] = set()  # parameters that had their update in this iteration
+        self._refreshing: list[bool] = []  # by group: whether this iteration takes the refresh that was asked for
+        self._listening = True
+        self._lock = threading.Lock()  # gradients on several devices come from several threads
+        super().__init__(params, spec, **options)
+
+    # ------------------------------------------------------------------------------------------------------------- gradients
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; its parameters are updated during `backward()` as well."""
+        super().add_param_group(param_group)
+        self._places = None
+        self._listen()
+
+    def _listen(self) -> None:
+        """Hear of the gradients of all parameters that can have one."""
+        if not self._listening:
+            return
+        for p in (p for group in self.param_groups for p in group["params"] if p.requires_grad and id(p) not in self._hooks):
+            hooks = (getattr(p, "_post_accumulate_grad_hooks", None) or {}).values()
+            if any(isinstance(getattr(hook, "__self__", None), BackwardOptimizer) for hook in hooks):
+                raise ValueError(
+                    f"a parameter of shape {tuple(p.shape)} is updated by another optimizer of step_in_backward already, and both would "
+                    "update it; call the other's stop() first"
+                )
+            self._hooks[id(p)] = (p, p.register_post_accumulate_grad_hook(self._on_gradient))
+
+    def stop(self) -> None:
+        """Hear of no gradient any more: from now on `step()` makes the updates, as an ordinary optimizer's."""
+        self._listening = False
+        for _, hook in self._hooks.values():
+            hook.remove()
+        self._hooks.clear()
+
+    def _on_gradient(self, p: Tensor) -> None:
+        """The gradient of `p` is complete: use it, and free it."""
+        with self._lock, torch.no_grad():
+            place = self._iteration().get(id(p))
+            if place is None:  # it was taken out of its group
+                return
+            name = place[2].entry.name
+            if id(p) in self._updated:
+                _refuse_second(name)
+            try:
+                work, items = self._ready([place])
+            except NonFiniteGradient as error:
+                raise NonFiniteGradient(
+                    f"the gradient of {name} holds NaN or infinity; it was not used, but {len(self._updated)} parameters whose gradients "
+                    "came before it in this backward() have been updated. Go on from a checkpoint, or build with nonfinite='skip' to leave "
+                    "such parameters alone for the step"
+                ) from error
+            self._updated.add(id(p))
+            self._update(work, items)
+            p.grad = None
+
+    def _iteration(self) -> dict[int, Place]:
+        """Group and plan of every parameter, looked up once an iteration."""
+        if self._places is None:
+            self._places = {id(place[1]): place for place in self._planned_parameters()}
+            self._refreshing = [group["refresh"] for group in self.param_groups]
+        return self._places
+
+    # ------------------------------------------------------------------------------------------------------------------ step
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """End the iteration, whose updates `backward()` has made. Gradients that were set by hand are used now."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        places = self._iteration()
+        for key in self._updated & places.keys():
+            if places[key][1].grad is not None:
+                _refuse_second(places[key][2].entry.name)
+        # What ranks share is asked for on all of them, whether this one has a gradient or not.
+        shared = self._shares()
+        left = [place for key, place in places.items() if key not in self._updated and (place[1].grad is not None or key in shared)]
+        work, items = self._ready(left)
+        for group, taken in zip(self.param_groups, self._refreshing, strict=True):
+            group["refresh"] = group["refresh"] and not taken  # one asked for since is for the next iteration
+        self._places, self._updated = None, set()
+        self._listen()  # what was frozen may not be any more
+        self._update(work, items)
+        return loss
+
+    # ----------------------------------------------------------------------------------------------------------------- copies
+
+    def __getstate__(self) -> NoReturn:
+        raise TypeError(
+            "an optimizer of step_in_backward hangs on the gradients of its own parameters and cannot be copied or pickled; make another "
+            "for the copy of the model, and give it this one's state_dict()"
+        )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._places = None
+
+
+def _refuse_second(name: str) -> NoReturn:
+    raise RuntimeError(
+        f"'{name}' got a second gradient before step(); the first has been used and freed, so gradients cannot be accumulated over several "
+        "backward() calls. Call step() after each, or sum the losses before one backward(), or accumulate with the ordinary optimizer "
+        "(subspace_opt.build)"
+    )
+
+
+def step_in_backward(
+    model: nn.Module | Params,
+    spec: SpecLike = "cosmos",
+    *,
+    lr: float | Tensor | None = None,
+    weight_decay: float | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> BackwardOptimizer:
+    """An optimizer that updates every parameter during `backward()`, as soon as its gradient is there, and then frees the gradient.
+
+    Loops and schedulers stay as they are: `step()` ends the iteration. Weights are those of `build`, with
+    `stacking="never"` to the bit: matrices of several parameters cannot be multiplied together here. The rates that hold are those at the
+    time of `backward()`.
+
+    - Gradients cannot be accumulated over several `backward()` calls: a second gradient before `step()` is an error.
+    - `clip_grad_norm_` and `GradScaler` come too late, when there is no gradient left; the first then does nothing, and returns 0. The rule
+      `rms_clip` bounds each matrix by itself.
+    - With `nonfinite="raise"` parameters whose gradients came earlier have been updated when the error comes.
+
+    Example:
+        >>> import torch, subspace_opt
+        >>> model = torch.nn.Sequential(torch.nn.Embedding(100, 16), torch.nn.Linear(16, 100))
+        >>> optimizer = subspace_opt.step_in_backward(model, "cosmos", lr=2e-3, overrides={"matrix.selector.rank": 8})
+        >>> model(torch.arange(100)).square().mean().backward()
+        >>> optimizer.step()
+
+    See `SubspaceOptimizer` for the options.
+
+    Raises:
+        ValueError: a model in DistributedDataParallel, whose gradients are averaged only later; a parameter of another such optimizer.
+    """
+    if isinstance(model, nn.Module) and any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()):
+        raise ValueError(
+            "the gradients of a model in DistributedDataParallel are averaged after they would have been used here; use the ordinary "
+            "optimizer (subspace_opt.build)"
+        )
+    params, known = named_parameters(model)
+    return BackwardOptimizer(params, spec, lr=lr, weight_decay=weight_decay, overrides=overrides, **{**known, **options})

@@ -1,0 +1,169 @@
+"""Slots kept as codes of 8 or 4 bits with a scale for each block: torchao's tensors, imported where a plan has one and nowhere else.
+
+8 bits: dynamic codes in blocks of 256 (arXiv:2110.02861); 4 bits: blocks of 128 (arXiv:2309.01507). A slot is kept so where one matrix has
+enough entries to gain by it and whole blocks of them: then no block reaches into the next matrix of a stack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+StateDtype = Literal["fp32", "bf16", "8bit", "4bit"]
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+BITS: dict[str, Literal[4, 8]] = {"8bit": 8, "4bit": 4}
+BLOCKS: dict[Literal[4, 8], int] = {8: 256, 4: 128}
+LEAST = 4096  # entries below which the table of codes and the scales are not worth it, as in bitsandbytes and torchao
+RUN = {"cpu": 2**17}  # entries that are coded together: torchao makes several temporaries of 8 bytes an entry
+RUN_ELSEWHERE = 2**24
+BITS_OF: dict[str, Literal[4, 8]] = {"OptimState8bit": 8, "OptimState4bit": 4}
+REMEDY = "pip install 'subspace-opt[lowbit]'"
+
+
+class LowBitError(ImportError):
+    """A slot of 8 or 4 bits is asked for, and torchao cannot be imported."""
+
+
+class Codes(NamedTuple):
+    """How the entries of a slot are kept: `bits` an entry, a float32 scale a block, and the table of what the codes stand for."""
+
+    bits: Literal[4, 8]
+    signed: bool
+
+    def __str__(self) -> str:
+        return f"{'signed' if self.signed else 'unsigned'} codes of {self.bits} bits"
+
+    @property
+    def block(self) -> int:
+        """Entries that share a scale."""
+        return BLOCKS[self.bits]
+
+    def nbytes(self, entries: int) -> int:
+        """Codes, scales, table."""
+        return entries * self.bits // 8 + entries // self.block * 4 + 4 * (1 << self.bits)
+
+
+def codes(wanted: StateDtype | None, entries: int, *, signed: bool) -> Codes | None:
+    """The codes for a slot of `entries` a matrix; None where it is kept in a dtype."""
+    if wanted not in BITS or why_not(wanted, entries):
+        return None
+    return Codes(BITS[wanted], signed)
+
+
+def why_not(wanted: StateDtype, entries: int) -> str | None:
+    """What keeps a slot of `entries` a matrix from being kept as codes."""
+    if wanted not in BITS:
+        return None
+    if entries < LEAST:
+        return f"fewer than {LEAST:,} entries"
+    block = BLOCKS[BITS[wanted]]
+    return f"{entries:,} entries, no multiple of {block}" if entries % block else None
+
+
+def torchao_types() -> dict[Literal[4, 8], Any]:
+    """The tensor classes by bits; importing them also tells `torch.load` that they are safe.
+
+    Raises:
+        LowBitError: torchao is not installed, or does not work with this torch.
+    """
+    try:
+        from torchao.optim.subclass_4bit import OptimState4bit
+        from torchao.optim.subclass_8bit import OptimState8bit
+    except ImportError as error:
+        raise LowBitError(f"`state_dtype` 8bit and 4bit need torchao, which cannot be imported ({error}). Run: {REMEDY}") from error
+    return {8: OptimState8bit, 4: OptimState4bit}
+
+
+def zeros(shape: tuple[int, ...], how: Codes, device: torch.device) -> Tensor:
+    """A slot of zeros as codes."""
+    made: Tensor = torchao_types()[how.bits].zeros(shape, signed=how.signed, block_size=how.block, device=device, dtype=torch.float32)
+    return made
+
+
+def coded(value: Tensor, how: Codes) -> Tensor:
+    """Numbers as codes; those that were read from codes come back as the same, to the bit."""
+    made = zeros(tuple(value.shape), how, value.device)
+    flat = value.reshape(-1)
+    write(made, 0, flat)
+    astray = (read(made, 0, flat.numel(), flat.dtype) != flat).view(-1, how.block).any(-1)
+    if astray.any():
+        _with_lowest(made, flat.view(-1, how.block), astray)
+    return made
+
+
+def _with_lowest(made: Any, numbers: Tensor, astray: Tensor) -> None:
+    """Scale blocks anew whose largest magnitude is that of the table's lowest entry, which is less than 1 where its highest is 1.
+
+    The scale is then not the largest magnitude but that divided by the entry, up to a rounding, which is found by trying.
+    """
+    from torchao.optim.quant_utils import quantize_4bit_with_qmap, quantize_8bit_with_qmap
+
+    bits = BITS_OF[type(made).__name__]
+    quantize = {8: quantize_8bit_with_qmap, 4: quantize_4bit_with_qmap}[bits]
+    first = numbers.abs().amax(-1) / made.qmap.min().abs()
+    for step in (0, 1, -1, 2, -2):
+        scale = first.clone()
+        for _ in range(abs(step)):
+            scale = torch.nextafter(scale, torch.full_like(scale, torch.inf if step > 0 else -torch.inf))
+        entries = quantize((numbers / scale.unsqueeze(-1)).view(-1), made.qmap).view(numbers.shape)
+        right = astray & (made.qmap[entries.int()] * scale.unsqueeze(-1) == numbers).all(-1)
+        packed = entries if bits == 8 else (entries[:, ::2] << 4) | entries[:, 1::2]
+        made.codes.view(numbers.size(0), -1)[right] = packed[right]
+        made.scale[right] = scale[right]
+        astray = astray & ~right
+
+
+def found(value: Any) -> Codes | None:
+    """How a tensor is kept; None for one of numbers."""
+    if not hasattr(value, "codes"):
+        return None
+    kept = next((bits for bits, cls in torchao_types().items() if isinstance(value, cls)), None)
+    return None if kept is None or value.block_size != BLOCKS[kept] else Codes(kept, bool(value.signed))
+
+
+def whole(value: Tensor) -> Tensor:
+    """All entries as numbers, whatever they are kept as."""
+    return value if found(value) is None else read(value, 0, value.numel(), torch.float32).view(value.shape)
+
+
+def read(value: Tensor, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+    """Entries `start` to `stop` of what is kept as codes, flat; both are multiples of the block."""
+    out = torch.empty(stop - start, dtype=dtype, device=value.device)
+    for a, b in _runs(value, start, stop):
+        out[a - start : b - start] = _part(value, a, b).dequantize()
+    return out
+
+
+def write(value: Tensor, start: int, entries: Tensor) -> None:
+    """Code flat `entries` into place, from `start` on."""
+    for a, b in _runs(value, start, start + entries.numel()):
+        _part(value, a, b).copy_(entries[a - start : b - start].to(torch.float32))
+
+
+def copied(value: Any, device: torch.device) -> Tensor:
+    """The same codes in storages of their own, on a device."""
+    entries, scale, table = (part.detach().to(device, copy=True) for part in (value.codes, value.scale, value.qmap))
+    made: Tensor = _like(value, entries, scale, table, tuple(value.shape))
+    return made
+
+
+def _runs(value: Tensor, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    run = RUN.get(value.device.type, RUN_ELSEWHERE)
+    yield from ((a, min(a + run, stop)) for a in range(start, stop, run))
+
+
+def _part(value: Any, start: int, stop: int) -> Any:
+    """A view of some entries."""
+    per_byte = value.numel() // value.codes.numel()
+    entries = value.codes.view(-1)[start // per_byte : stop // per_byte]
+    scale = value.scale[start // value.block_size : stop // value.block_size]
+    return _like(value, entries, scale, value.qmap, (stop - start,))
+
+
+def _like(value: Any, entries: Tensor, scale: Tensor, table: Tensor, shape: tuple[int, ...]) -> Any:
+    shaped = (shape,) if isinstance(value, torchao_types()[4]) else ()  # codes of 8 bits have the shape of the slot
+    return type(value)(entries, scale, table, value.signed, *shaped, dtype=torch.float32)

@@ -1,0 +1,171 @@
+"""Does a step hold what `batch_bytes` allows and no more, and does a long and eventful run hold what a short one does?"""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+from common import copied, give, optimizer, parameters, small
+from torch import Tensor, nn
+
+from subspace_opt import SubspaceOptimizer, load_spec, step_in_backward
+from subspace_opt.lab.measure import peak_temporaries
+
+MATRICES, SIDE = 32, 64
+ALL_OF_THEM = MATRICES * SIDE * SIDE * 4
+
+# Temporaries of the size of a stack that live at the same time in a step of these, at most. SOAP's are four squares of the same size.
+AT_ONCE = {"cosmos": 12, "galore": 8, "muon": 8, "soap": 24, "trion": 12, "ldadam": 12, "adam-snsm": 12}
+
+
+def peak(preset: str, batch_bytes: int, **options: Any) -> int:
+    """Bytes that the third step of many equal matrices holds beside weights, gradients and state."""
+    params = parameters({f"w{i}": (SIDE, SIDE) for i in range(MATRICES)})
+    opt = optimizer(small(preset, rank=16), params, stacking="always", batch_bytes=batch_bytes, **options)
+    for step in range(3):
+        give(params, step)
+        if step < 2:
+            opt.step()
+    return peak_temporaries(opt.step, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("preset", AT_ONCE)
+@pytest.mark.parametrize("parts", [4, 8, 32])
+def test_temporaries_of_stacks_keep_to_batch_bytes(preset: str, parts: int) -> None:
+    """Cut into so many parts, the stack of all matrices needs so much less."""
+    held = peak(preset, ALL_OF_THEM // parts)
+    assert held <= AT_ONCE[preset] * ALL_OF_THEM // parts
+    assert held < peak(preset, ALL_OF_THEM)
+
+
+@pytest.mark.parametrize("word", ["bf16", "8bit", "4bit"])
+@pytest.mark.parametrize("preset", ["muon", "cosmos"])
+def test_state_in_fewer_bits_is_not_unfolded_all_at_once(preset: str, word: Any) -> None:
+    """What is read from codes, and torchao's own temporaries, belong to one stack."""
+    parts = 16
+    assert peak(preset, ALL_OF_THEM // parts, state_dtype=word) <= 2 * AT_ONCE[preset] * ALL_OF_THEM // parts
+
+
+@pytest.mark.parametrize("word", ["bf16", "8bit", "4bit"])
+def test_a_large_matrix_is_coded_in_runs(word: Any) -> None:
+    """Codes are found by way of several numbers of 8 bytes an entry, which a whole embedding of them would not be affordable."""
+    params = parameters({"embedding": (8192, 256)})
+    opt = optimizer("adamw", params, state_dtype=word)
+    for step in range(2):
+        give(params, step)
+        if not step:
+            opt.step()
+    own = params["embedding"].numel() * 4
+    assert peak_temporaries(opt.step, torch.device("cpu")) < own
+
+
+# ------------------------------------------------------------------------------------------------------------------- a long run
+
+
+def living() -> tuple[int, int]:
+    """Tensors that Python knows, and the bytes of their storages, each once."""
+    gc.collect()
+    tensors = [o for o in gc.get_objects() if issubclass(type(o), Tensor)]
+    inner = [getattr(t, name) for t in tensors if hasattr(t, "codes") for name in ("codes", "scale", "qmap")]
+    plain = [t for t in (*tensors, *inner) if not hasattr(t, "codes") and t.device.type == "cpu"]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in plain}
+    return len(tensors), sum(storages.values())
+
+
+SHAPES = {**{f"w{i}": (16, 24) for i in range(4)}, "wide": (32, 64), "experts": (2, 16, 16), "coded": (64, 96), "bias": (48,), "number": ()}
+PERIOD = 50
+
+
+def event(opt: SubspaceOptimizer, params: dict[str, nn.Parameter], step: int, reload: bool) -> tuple[str, ...]:
+    """What happens before a step, and whose gradients are missing in it; the same in every period."""
+    at = step % PERIOD
+    if at in (10, 20):
+        params["w1"].requires_grad_(at == 20)
+    elif at == 15:
+        opt.refresh_bases()
+    elif at == 25:
+        for group in opt.param_groups:
+            group["lr"] = 1e-4 * (1 + step // PERIOD % 3)
+    elif at == 30:
+        opt.explain()
+    elif at == 35 and reload:
+        opt.load_state_dict(opt.state_dict())
+    elif at == 45:
+        opt.zero_grad()
+    return ("w2", "wide") if at in (5, 6, 40) else ("w1",) if 10 <= at < 20 else ()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["cosmos", "galore"])
+@pytest.mark.parametrize(("reload", "options"), [(True, {}), (False, {}), (True, {"state_dtype": "8bit"})], ids=str)
+def test_memory_does_not_grow_over_a_thousand_eventful_steps(preset: str, reload: bool, options: dict[str, Any]) -> None:
+    """Nothing is kept of parameters that froze, states that were replaced, bases that were refreshed."""
+    params = parameters(SHAPES)
+    opt = optimizer(small(preset, rank=8), params, stacking="always", **options)
+    seen = []
+    for step in range(1000):
+        give(params, step % 7, missing=event(opt, params, step, reload))
+        opt.step()
+        if step % PERIOD == PERIOD - 1:
+            seen.append((*living(), len(opt._memory.tables), sum(map(len, opt._memory.homes.values())), len(opt._memory.counts)))
+    assert all(p.isfinite().all() for p in params.values())
+    late = seen[3:]
+    # Stacks may be cut otherwise from period to period; but their number, and bytes, are bounded by what there was.
+    assert {line[1] for line in late} == {late[0][1]}
+    assert max(line[0] for line in late[-3:]) <= max(line[0] for line in late[:3])
+    assert max(line[3] for line in late[-3:]) <= max(line[3] for line in late[:3])
+    assert {(line[2], line[4]) for line in late} == {(late[0][2], late[0][4])}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["cosmos", "galore"])
+def test_nor_do_updates_in_backward(preset: str) -> None:
+    model = nn.Sequential(nn.Embedding(30, 32), nn.Linear(32, 48), nn.Linear(48, 30))
+    opt = step_in_backward(model, load_spec(preset, {"matrix.selector.rank": 8}), lr=1e-4)
+    words = torch.arange(30)
+    seen = []
+    for step in range(500):
+        model[1].weight.requires_grad_(not 10 <= step % PERIOD < 20)
+        if step % PERIOD == 15:
+            opt.refresh_bases()
+        if step % PERIOD == 35:
+            opt.load_state_dict(opt.state_dict())
+        nn.functional.cross_entropy(model(words), words.flip(0)).backward()
+        opt.step()
+        if step % PERIOD == PERIOD - 1:
+            seen.append((*living(), len(opt._hooks), len(model[1].weight._post_accumulate_grad_hooks)))
+    assert len(set(seen[2:])) == 1
+
+
+def test_a_replaced_state_is_let_go() -> None:
+    """One reload of a large state holds one state, not two."""
+    params = parameters({f"w{i}": (256, 256) for i in range(4)})
+    opt = optimizer(small("muon"), params, stacking="always")
+    for step in range(2):
+        give(params, step)
+        opt.step()
+    _, before = living()
+    twin = optimizer(small("muon"), copied(params))
+    twin.load_state_dict(opt.state_dict())
+    del twin
+    for step in range(3):
+        opt.load_state_dict(opt.state_dict())
+        give(params, step)
+        opt.step()
+    assert living()[1] == before
+
+
+def test_a_new_plan_finds_the_state_where_it_is() -> None:
+    """Plans are made anew when a parameter freezes or one asks for an explanation; stacked state stays in the tensors it has."""
+    params = parameters({f"w{i}": (16, 24) for i in range(4)})
+    opt = optimizer(small("cosmos"), params, stacking="always")
+    held = []
+    for step in range(8):
+        give(params, step)
+        opt.step()
+        opt.explain()
+        held.append((living()[1], [home.slots["selector.basis"].data_ptr() for homes in opt._memory.homes.values() for home in homes]))
+    assert len(held[1][1]) == 1
+    assert all(line == held[1] for line in held[1:])

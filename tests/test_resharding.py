@@ -1,0 +1,332 @@
+"""Checkpoints of shared parameters: saved on some ranks, loaded on others, as if nothing had happened; to the bit on the same number."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from ranks import differences, gradient, make_zoo, mesh_of, place, run_ranks, whole_weights
+from test_sharding import build
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+import subspace_opt
+
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+
+
+def steps(model: nn.Module, optimizer: subspace_opt.SubspaceOptimizer, first: int, last: int) -> None:
+    for step in range(first, last):
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                whole = gradient(name, p.shape, step, p.dtype)
+                p.grad = distribute_tensor(whole, p.device_mesh, p.placements) if isinstance(p, DTensor) else whole
+        optimizer.step()
+
+
+def made(preset: str, kind: str | None, dtype: torch.dtype) -> tuple[nn.Module, subspace_opt.SubspaceOptimizer]:
+    model = make_zoo(dtype)
+    if kind is not None:
+        place(model, kind, mesh_of(kind, dist.get_world_size()))
+    return model, build(preset, model, kind)
+
+
+def set_weights(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            whole = weights[name]
+            p.copy_(distribute_tensor(whole, p.device_mesh, p.placements) if isinstance(p, DTensor) else whole)
+
+
+# ---------------------------------------------------------------------------------------------------- to the bit, on the same ranks
+
+
+def cut_points(kind: str, presets: list[str], dtype: torch.dtype) -> list[str]:
+    """Where a run that was cut and resumed differs from one that was not, in any bit of weight or state."""
+    wrong = []
+    for preset in presets:
+        model, optimizer = made(preset, kind, dtype)
+        saved = {}
+        for step in range(9):
+            steps(model, optimizer, step, step + 1)
+            saved[step + 1] = whole_weights(model), optimizer.state_dict()
+            saved[step + 1] = saved[step + 1][0], _copied(saved[step + 1][1])
+        end = whole_weights(model)
+        for cut in (1, 3, 4, 5, 8):  # bases are refreshed every fourth update
+            torch.manual_seed(cut + dist.get_rank())
+            other, resumed = made(preset, kind, dtype)
+            set_weights(other, saved[cut][0])
+            resumed.load_state_dict(saved[cut][1])
+            steps(other, resumed, cut, 9)
+            wrong += [f"{preset} cut at {cut}: {name}" for name, w in whole_weights(other).items() if not torch.equal(w, end[name])]
+            mine, theirs = resumed.state_dict()["state"], optimizer.state_dict()["state"]
+            for i, slots in theirs.items():
+                for key, value in slots.items():
+                    a, b = (v.full_tensor() if isinstance(v, DTensor) else v for v in (value, mine[i][key]))
+                    if not torch.equal(a, b):
+                        wrong.append(f"{preset} cut at {cut}: slot {key} of parameter {i}")
+    return wrong
+
+
+def _copied(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Tensors of their own: the optimizer goes on writing to its."""
+    state = {
+        i: {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in slots.items()}
+        for i, slots in state_dict["state"].items()
+    }
+    return {**state_dict, "state": state}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["fsdp", "ddp", "tp"])
+def test_a_resumed_run_is_the_same_to_the_bit(kind: str, dtype: torch.dtype) -> None:
+    presets = ["cosmos", "muon", "galore", "soap", "adamw", "frugal", "trion", "golore"]
+    assert run_ranks(2, cut_points, kind, presets, dtype) == [[]] * 2
+
+
+# ------------------------------------------------------------------------------------------------- from any number of ranks to any other
+
+
+def save(folder: str, kind: str | None, presets: list[str], flat: bool) -> None:
+    for preset in presets:
+        model, optimizer = made(preset, kind, torch.float64)
+        steps(model, optimizer, 0, 5)
+        options = FLAT if flat else StateDictOptions()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            state = get_optimizer_state_dict(model, optimizer, options=options)
+            dcp.save({"optimizer": state, "weights": whole_weights(model)}, checkpoint_id=f"{folder}/{preset}")
+
+
+def load(folder: str, kind: str | None, presets: list[str], flat: bool) -> list[str]:
+    wrong = []
+    for preset in presets:
+        model, optimizer = made(preset, kind, torch.float64)
+        options = FLAT if flat else StateDictOptions()
+        before = whole_weights(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            state = get_optimizer_state_dict(model, optimizer, options=options)  # of a fresh optimizer: by a step of zero gradients
+            wrong += [f"{preset}: {name} moved" for name, w in whole_weights(model).items() if not torch.equal(w, before[name])]
+            weights = {name: torch.zeros_like(w) for name, w in before.items()}
+            dcp.load({"optimizer": state, "weights": weights}, checkpoint_id=f"{folder}/{preset}")
+            set_optimizer_state_dict(model, optimizer, state, options=options)
+        set_weights(model, weights)
+        steps(model, optimizer, 5, 10)
+        alone = make_zoo(torch.float64)
+        own = build(preset, alone, None)
+        steps(alone, own, 0, 10)
+        gaps = differences(whole_weights(alone), whole_weights(model))
+        wrong += [f"{preset}: {name} differs by {gap:.1e}" for name, gap in gaps if not gap < 1e-9]
+    return wrong
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("flat", "before", "after"), [(True, "fsdp", "fsdp"), (False, "fsdp", "fsdp"), (True, "tp", "fsdp+tp")])
+def test_saved_on_four_ranks_and_loaded_on_others(tmp_path: Path, flat: bool, before: str, after: str) -> None:
+    presets = ["cosmos", "muon", "galore", "soap", "adamw", "sumo"]
+    run_ranks(4, save, str(tmp_path), before, presets, flat)
+    for world in (2, 1, 3) if before == after else (4,):
+        assert run_ranks(world, load, str(tmp_path), after, presets, flat) == [[]] * world
+
+
+@pytest.mark.slow
+def test_saved_on_one_process_and_loaded_on_several_and_back(tmp_path: Path) -> None:
+    presets = ["cosmos", "galore", "adamw"]
+    for before, after, world in ((None, "fsdp", 1), ("ddp", "fsdp", 2), ("fsdp", "ddp", 2)):
+        folder = tmp_path / f"{before}-{after}"
+        run_ranks(world, save, str(folder), before, presets, True)
+        assert run_ranks(2, load, str(folder), after, presets, True) == [[]] * 2
+
+
+def full_state(presets: list[str]) -> list[str]:
+    """A full state dictionary, gathered on every rank, loads into an optimizer of ordinary parameters, and back."""
+    wrong = []
+    options = StateDictOptions(full_state_dict=True)
+    for preset in presets:
+        model, optimizer = made(preset, "fsdp", torch.float64)
+        steps(model, optimizer, 0, 5)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            full = get_optimizer_state_dict(model, optimizer, options=options)
+        weights = whole_weights(model)
+        for kind in (None, "fsdp"):
+            other, resumed = made(preset, kind, torch.float64)
+            set_weights(other, weights)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                set_optimizer_state_dict(other, resumed, full, options=options)
+            steps(other, resumed, 5, 8)
+            alone = make_zoo(torch.float64)
+            own = build(preset, alone, None)
+            steps(alone, own, 0, 8)
+            gaps = differences(whole_weights(alone), whole_weights(other))
+            wrong += [f"{preset} to {kind}: {name} differs by {gap:.1e}" for name, gap in gaps if not gap < 1e-9]
+    return wrong
+
+
+@pytest.mark.slow
+def test_a_full_state_dictionary_goes_anywhere() -> None:
+    assert run_ranks(2, full_state, ["cosmos", "muon", "galore", "soap", "adamw"]) == [[]] * 2
+
+
+# ------------------------------------------------------------------------------------------------------------ training, as users do it
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(12)
+        self.up, self.down = nn.Linear(12, 22), nn.Linear(22, 12, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(torch.tanh(self.up(self.norm(x))))
+
+
+class Small(nn.Module):
+    """A model with what FSDP2 and tensor parallelism are told to cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.blocks, self.head = nn.Embedding(31, 12), nn.ModuleList(Block() for _ in range(2)), nn.Linear(12, 31)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(x)
+        for block in self.blocks:
+            x = block(x)
+        logits: torch.Tensor = self.head(x)
+        return logits
+
+
+def wrapped(kind: str) -> nn.Module:
+    """As users write it."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    torch.manual_seed(3)
+    model = Small().double()
+    world = dist.get_world_size()
+    if kind == "ddp":
+        return nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+    if kind == "hsdp":
+        mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
+    elif kind in ("tp", "fsdp+tp"):
+        sides = (world,) if kind == "tp" else (2, world // 2)
+        mesh = init_device_mesh("cpu", sides, mesh_dim_names=("tp",) if kind == "tp" else ("dp", "tp"))
+        for block in model.blocks:
+            parallelize_module(block, mesh["tp"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
+        if kind == "tp":
+            return model
+        mesh = mesh["dp"]
+    else:
+        mesh = init_device_mesh("cpu", (world,))
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def train(kind: str, presets: list[str]) -> list[str]:
+    """Real gradients, through the wrapper's own hooks."""
+    warnings.simplefilter("ignore")
+    draws = torch.Generator().manual_seed(5)
+    x, y = (torch.randint(0, 31, (12, 8, 6), generator=draws) for _ in range(2))
+    wrong = []
+    for preset in presets:
+        torch.manual_seed(3)
+        alone = Small().double()
+        models = [alone, wrapped(kind)]
+        for model in models:
+            optimizer = subspace_opt.build(preset, model, lr=1e-3, overrides={"matrix.selector.rank": 3} if preset == "cosmos" else {})
+            schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 0.5, 1.0, 6)
+            for i in range(12):
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(model(x[i]).flatten(0, 1), y[i].flatten()).backward()
+                optimizer.step()
+                schedule.step()
+        ranked = models[1].module if kind == "ddp" else models[1]
+        gaps = differences(whole_weights(alone), whole_weights(ranked))
+        wrong += [f"{preset}: {name} differs by {gap:.1e}" for name, gap in gaps if not gap < 1e-9]
+    return wrong
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "world"), [("fsdp", 2), ("fsdp", 4), ("hsdp", 4), ("ddp", 2), ("tp", 2), ("fsdp+tp", 4)])
+def test_training_as_users_write_it(kind: str, world: int) -> None:
+    assert run_ranks(world, train, kind, ["cosmos", "muon", "galore", "adamw", "trion"]) == [[]] * world
+
+
+def backward_steps(kind: str, preset: str) -> list[str]:
+    """Updates made while the gradients arrive, against the ordinary optimizer on one process."""
+    warnings.simplefilter("ignore")
+    draws = torch.Generator().manual_seed(5)
+    x, y = (torch.randint(0, 31, (8, 8, 6), generator=draws) for _ in range(2))
+    torch.manual_seed(3)
+    alone = Small().double()
+    own = subspace_opt.build(preset, alone, lr=1e-3)
+    model = wrapped(kind)
+    optimizer = subspace_opt.step_in_backward(model, preset, lr=1e-3)
+    for i in range(8):
+        for one, opt in ((alone, own), (model, optimizer)):
+            opt.zero_grad()
+            nn.functional.cross_entropy(one(x[i]).flatten(0, 1), y[i].flatten()).backward()
+            if one is model:
+                assert all(p.grad is None for p in model.parameters())
+            opt.step()
+    gaps = differences(whole_weights(alone), whole_weights(model))
+    return [f"{preset}: {name} differs by {gap:.1e}" for name, gap in gaps if not gap < 1e-9]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["fsdp", "tp"])
+def test_updates_in_backward_of_shards(kind: str) -> None:
+    for preset in ("muon", "galore", "adamw"):
+        assert run_ranks(2, backward_steps, kind, preset) == [[]] * 2
+
+
+def few_bits(kind: str) -> list[str]:
+    """State in 8 bits and in bfloat16 on ranks: near one process, resumed to the bit, bytes as planned."""
+    from subspace_opt.lab.measure import measured_bytes
+
+    mesh = mesh_of(kind, dist.get_world_size())
+    wrong = []
+    for preset, dtypes in (
+        ("muon", {"exp_avg": "8bit"}),
+        ("adamw", {"exp_avg": "bf16", "exp_avg_sq": "8bit"}),
+        ("galore", {"exp_avg_sq": "4bit"}),
+    ):
+        runs = []
+        for where in (None, mesh):
+            torch.manual_seed(1)
+            model = nn.Sequential(nn.Linear(128, 128, bias=False), nn.Linear(128, 256, bias=False))
+            if where is not None:
+                place(model, kind, where)
+            optimizer = subspace_opt.build(preset, model, lr=1e-3, state_dtype=dtypes)
+            steps(model, optimizer, 0, 6)
+            runs.append((model, optimizer))
+        (alone, _), (model, optimizer) = runs
+        gaps = differences(whole_weights(alone), whole_weights(model))
+        wrong += [f"{preset}: {name} differs by {gap:.1e}" for name, gap in gaps if not gap < 3e-3]
+        planned = sum(share.bytes_held(team.rank) for team, share in optimizer._shares().values())
+        if planned != measured_bytes(optimizer):
+            wrong.append(f"{preset}: {planned} bytes planned, {measured_bytes(optimizer)} held")
+        saved, weights = _copied(optimizer.state_dict()), whole_weights(model)
+        steps(model, optimizer, 6, 9)
+        end = whole_weights(model)
+        set_weights(model, weights)
+        optimizer.load_state_dict(saved)
+        steps(model, optimizer, 6, 9)
+        wrong += [f"{preset} resumed: {name}" for name, w in whole_weights(model).items() if not torch.equal(w, end[name])]
+    return wrong
+
+
+@pytest.mark.slow
+def test_state_in_few_bits_on_ranks() -> None:
+    assert run_ranks(2, few_bits, "fsdp") == [[]] * 2
