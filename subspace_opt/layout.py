@@ -10,10 +10,11 @@ Every rank finds the same layout from names, shapes and placements alone, so not
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from math import prod
+from operator import sub
 from typing import NamedTuple
 
 from .plan import COUNTERS, Row, state_key
@@ -33,7 +34,7 @@ class Box(NamedTuple):
 
     @property
     def numel(self) -> int:
-        return prod(self.shape)
+        return prod(map(sub, self.stop, self.start))
 
     def common(self, other: Box) -> Box | None:
         """What two boxes share; None if that is nothing."""
@@ -42,7 +43,7 @@ class Box(NamedTuple):
         return Box(start, stop) if all(a < b for a, b in zip(start, stop, strict=True)) else None
 
     def holds(self, other: Box) -> bool:
-        return all(a <= c and d <= b for a, b, c, d in zip(self.start, self.stop, other.start, other.stop, strict=True))
+        return self == other or all(a <= c and d <= b for a, b, c, d in zip(self.start, self.stop, other.start, other.stop, strict=True))
 
     def within(self, frame: Box) -> tuple[slice, ...]:
         """Slices that cut this box out of a tensor that holds `frame`."""
@@ -63,6 +64,11 @@ class Cut(NamedTuple):
 
 def shards(shape: Sequence[int], mesh: Sequence[int], cuts: Sequence[Cut | None]) -> tuple[Box, ...]:
     """The box of each rank of a mesh, in row-major order of its coordinates: every cut makes chunks of ceil(size / ranks)."""
+    return _shards(tuple(shape), tuple(mesh), tuple(cuts))
+
+
+@lru_cache(maxsize=256)  # a model has hundreds of parameters and a dozen shapes
+def _shards(shape: tuple[int, ...], mesh: tuple[int, ...], cuts: tuple[Cut | None, ...]) -> tuple[Box, ...]:
     order = [i for i, cut in enumerate(cuts) if cut is not None and not cut.strided]
     order += [i for i, cut in reversed(list(enumerate(cuts))) if cut is not None and cut.strided]
     boxes = []
@@ -93,9 +99,31 @@ class Part:
 
     box: Box
     owners: tuple[int, ...]
-    row: Row  # the plan of the box alone
-    state: dict[str, Box]  # of each slot, where the part's lies in that of the parameter
-    matrices: tuple[Box, ...]  # its experts or heads, or itself
+    of: Row  # the parameter
+    splits: dict[tuple[int, int, int], Split] = field(default_factory=dict, repr=False, compare=False)  # of the layout
+
+    # Made when asked for: a rank needs those of its own part, and on thousands of ranks there are thousands of parts.
+    @cached_property
+    def row(self) -> Row:
+        """The plan of the box alone."""
+        return _row_of(self.of, self.box, self.splits)
+
+    @cached_property
+    def state(self) -> dict[str, Box]:
+        """Of each slot, where the part's lies in that of the parameter."""
+        return _state_boxes(self.of, self.box)
+
+    @property
+    def state_bytes(self) -> int:
+        """What each owner keeps of it, counters left out."""
+        return sum(box.numel * self.of.state[key][1].itemsize for key, box in self.state.items())
+
+    @cached_property
+    def matrices(self) -> tuple[Box, ...]:
+        """Its experts or heads, or itself."""
+        axis, length, count = _run_axis(self.of)
+        number = self.box.shape[axis] // length if count > 1 and not is_elementwise(self.of) else 1
+        return tuple(chunk(self.box, axis, number, i) for i in range(number)) if number > 1 else (self.box,)
 
 
 class Message(NamedTuple):
@@ -123,13 +151,17 @@ class Share:
         return all(self.boxes[owner].holds(part.box) for part in self.parts for owner in part.owners)
 
     @cached_property
+    def _parts_of(self) -> dict[int, Part]:
+        return {owner: part for part in reversed(self.parts) for owner in part.owners}
+
+    @cached_property
     def local(self) -> bool:
         """Whether nothing travels: every rank updates its own shard."""
         return self.resident and not any(True for _ in self.outgoing(0))
 
     def part_of(self, rank: int) -> Part | None:
         """What a rank computes."""
-        return next((part for part in self.parts if rank in part.owners), None)
+        return self._parts_of.get(rank)
 
     def state_box(self, key: str, rank: int) -> Box | None:
         """Where a rank's part of a slot lies in that of the parameter; None if it has none."""
@@ -151,7 +183,7 @@ class Share:
     def projected(self, item: int) -> Iterator[Message]:
         """Coordinates of the shards, to be summed on the owner; their box is that of coordinates."""
         owner = self.parts[0].owners[0]
-        for _, holders in _distinct(self.boxes):
+        for _, holders in distinct(self.boxes):
             yield Message(owner if owner in holders else holders[owner % len(holders)], owner, item, self.coordinates)
 
     def lifted(self, item: int) -> Iterator[Message]:
@@ -164,7 +196,7 @@ class Share:
         """Gradients from the shards to the owners."""
         if self.resident:
             return
-        for part, (box, holders) in itertools.product(self.parts, _distinct(self.boxes)):
+        for part, (box, holders) in itertools.product(self.parts, distinct(self.boxes)):
             both = part.box.common(box)
             if both is not None:
                 for owner in part.owners:
@@ -204,26 +236,27 @@ class Share:
         weights = 2 if any(split.needs_weight for _, split in self.row.splits) else 1
         inbound = sum(m.box.numel * grad * weights for m in self.incoming(0) if m.source == rank != m.target)
         if self.along is not None:
-            inbound += self._basis_sent(rank) * self.row.compute_dtype.itemsize
+            inbound += self.basis_sent.get(rank, 0) * self.row.compute_dtype.itemsize
         return inbound + sum(m.box.numel * there for m in self.outgoing(0) if m.source == rank != m.target)
 
-    def _basis_sent(self, rank: int) -> int:
-        """Entries of a basis that a rank sends at a refresh: its rows to the owner, or those of the others from the owner."""
+    @cached_property
+    def basis_sent(self) -> dict[int, int]:
+        """Entries of a basis that ranks send at a refresh: their rows to the owner, and those of all others from the owner."""
         owner = self.parts[0].owners[0]
-        rows = [self.state_box(BASIS, other) for other in range(len(self.boxes))]
-        if rank == owner:
-            return sum(box.numel for other, box in enumerate(rows) if box is not None and other != owner)
-        first = [box for box, holders in _distinct([box or whole((0,)) for box in rows]) if holders[0] == rank and rows[owner] != box]
-        return sum(box.numel for box in first)
+        rows = [self.state_box(BASIS, rank) for rank in range(len(self.boxes))]
+        out = {holders[0]: box.numel for box, holders in distinct(tuple(box or whole((0,)) for box in rows)) if rows[owner] != box}
+        out[owner] = sum(box.numel for rank, box in enumerate(rows) if box is not None and rank != owner)
+        return out
 
 
-def _distinct(boxes: Sequence[Box]) -> list[tuple[Box, list[int]]]:
+@lru_cache(maxsize=256)
+def distinct(boxes: tuple[Box, ...]) -> tuple[tuple[Box, tuple[int, ...]], ...]:
     """Every box that is not empty, once, with the ranks that hold it."""
     held: dict[Box, list[int]] = {}
     for rank, box in enumerate(boxes):
         if box.numel:
             held.setdefault(box, []).append(rank)
-    return list(held.items())
+    return tuple((box, tuple(ranks)) for box, ranks in held.items())
 
 
 @dataclass
@@ -244,8 +277,7 @@ class Layout:
         for i in sorted(range(len(rows)), key=lambda i: (-_bytes(rows[i]), rows[i].entry.name)):
             share = Share(rows[i], boxes[i], tuple(self._parts(rows[i], boxes[i])), cuts[i])
             share = shares[i] = replace(share, along=_along(share))
-            for rank in range(self.ranks):
-                self.loads[rank] += _owned(share, rank)
+            add_state(self.loads, share)
         return [shares[i] for i in range(len(rows))]
 
     def _parts(self, row: Row, boxes: tuple[Box, ...]) -> Iterator[Part]:
@@ -258,17 +290,19 @@ class Layout:
                 if all(_viewed(row, piece) for piece in pieces if piece.numel):
                     yield from (self._part(row, piece, (rank,)) for rank, piece in enumerate(pieces) if piece.numel)
                     return
-        elif is_elementwise(row) and all(_viewed(row, box) for box in boxes if box.numel):
-            yield from (self._part(row, box, tuple(holders)) for box, holders in _distinct(boxes))
+        elif is_elementwise(row) and all(_viewed(row, box) for box, _ in distinct(boxes)):
+            yield from (self._part(row, box, holders) for box, holders in distinct(boxes))
             return
         runs = list(_runs(row, self._cuts_of(row, boxes)))
         # Where a rank has all of a run, the run is its own: nothing has to travel to it.
         least = sorted(range(self.ranks), key=lambda rank: (self.loads[rank], rank))
         free = iter(least)
         taken: set[int] = set()
+        place = {rank: i for i, rank in enumerate(least)}
+        held = distinct(boxes)
         for box in runs:
-            holders = [rank for rank in least if boxes[rank].holds(box) and rank not in taken]
-            owner = holders[0] if holders else next(rank for rank in free if rank not in taken)
+            holders = [rank for whose, ranks in held if whose.holds(box) for rank in ranks if rank not in taken]
+            owner = min(holders, key=place.__getitem__) if holders else next(rank for rank in free if rank not in taken)
             taken.add(owner)
             yield self._part(row, box, (owner,))
 
@@ -286,10 +320,7 @@ class Layout:
         return [min(each, count - first) for first in range(0, count, each)]
 
     def _part(self, row: Row, box: Box, owners: tuple[int, ...]) -> Part:
-        axis, length, count = _run_axis(row)
-        number = box.shape[axis] // length if count > 1 and not is_elementwise(row) else 1
-        matrices = tuple(chunk(box, axis, number, i) for i in range(number)) if number > 1 else (box,)
-        return Part(box, owners, _row_of(row, box, self.splits), _state_boxes(row, box), matrices)
+        return Part(box, owners, row, self.splits)
 
 
 BASIS = "selector.basis"
@@ -307,9 +338,16 @@ def _along(share: Share) -> int | None:
     held = [box for box in share.boxes if box.numel]
     if any(box.shape[1 - along] != row.entry.shape[1 - along] for box in held):
         return None
-    plain = sum(share.bytes_sent(rank) for rank in range(len(share.boxes)))
-    thin = replace(share, along=along)
-    return along if sum(thin.bytes_sent(rank) for rank in range(len(share.boxes))) < plain else None
+    if row.entry.frozen:
+        return None
+    plain = _size(share.incoming(0)) * row.entry.dtype.itemsize + _size(share.outgoing(0)) * row.compute_dtype.itemsize
+    thin = _size(itertools.chain(share.projected(0), share.lifted(0))) * row.compute_dtype.itemsize
+    return along if thin < plain else None
+
+
+def _size(messages: Iterable[Message]) -> int:
+    """Entries that leave a rank."""
+    return sum(message.box.numel for message in messages if message.source != message.target)
 
 
 def _bytes(row: Row) -> int:
@@ -317,12 +355,22 @@ def _bytes(row: Row) -> int:
     return sum(prod(shape) * dtype.itemsize for shape, dtype in row.state.values())
 
 
-def _owned(share: Share, rank: int) -> int:
-    return sum(
-        box.numel * dtype.itemsize
-        for key, (_, dtype) in share.row.state.items()
-        if key not in COUNTERS and (box := share.state_box(key, rank)) is not None
-    )
+def add_state(loads: list[int], share: Share) -> None:
+    """Add what each rank keeps of a share, counters left out and codes counted as what they stand for."""
+    # These lie with the weights and not with the owner.
+    scattered = [key for key in ("compensation", BASIS) if key in share.row.state and not share.resident]
+    scattered = [key for key in scattered if key != BASIS or share.along is not None]
+    # Entry by entry there is a number for each of the box; thousands of parts are counted without their boxes of state.
+    entry = sum(dtype.itemsize for key, (_, dtype) in share.row.state.items() if key not in COUNTERS) if is_elementwise(share.row) else None
+    for part in share.parts:
+        own = part.state_bytes if entry is None else part.box.numel * entry
+        own -= sum(part.state[key].numel * share.row.state[key][1].itemsize for key in scattered)
+        for owner in part.owners:
+            loads[owner] += own
+    for key in scattered:
+        for rank in range(len(share.boxes)):
+            box = share.state_box(key, rank)
+            loads[rank] += 0 if box is None else box.numel * share.row.state[key][1].itemsize
 
 
 def is_elementwise(row: Row) -> bool:

@@ -56,13 +56,14 @@ ARROWS: dict[str, set[str]] = {
         "update",
         "work",
     },
+    "meshes": {"layout", "plan"},
     "in_backward": {"optimizer", "plan", "survey"},
     "public": {"algebra", "checkpoint", "in_backward", "lowbit", "optimizer", "survey", "plan", "registry", "spec"},
     "manifest": {"checkpoint"},
     "ranks": {"manifest"},
     "content": {"checkpoint", "manifest", "optimizer"},
     "snapshots": {"content", "manifest", "public", "ranks"},
-    "lab": {"lab", "public"},
+    "lab": {"lab", "layout", "meshes", "public"},
     "scaffold": {"presets", "public", "registry"},
 }
 ON_TOP = {"testing": set(), "cli": {"testing"}}  # may import whatever they test or show; nothing else imports them

@@ -78,7 +78,7 @@ def plugin(tmp_path: Path) -> Iterator[Path]:
 
 # --- help
 
-COMMANDS = ["list", "show", "validate", "schema", "explain", "plan", "train", "demo", "parity", "new-plugin"]
+COMMANDS = ["list", "show", "validate", "schema", "explain", "plan", "verify", "train", "demo", "parity", "new-plugin"]
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -279,6 +279,54 @@ def test_a_parameter_belongs_to_a_layer(name: str, layer: str, rest: str) -> Non
 def test_layers_keep_their_order() -> None:
     names = [layer.name for layer in layers(build("muon", meta_model("tiny")).plan)]
     assert names == ["model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "lm_head"]
+
+
+# --- several ranks
+
+
+def test_plan_tells_what_ranks_hold_and_send(run: Run) -> None:
+    told = json.loads(run("plan", "cosmos", "--model", "tiny", "--ranks", "4", "--mesh", "fsdp+tp", "--json"))
+    ranks = told["on_ranks"]
+    assert (ranks["mesh"], ranks["shape"], ranks["ranks"]) == ("fsdp+tp", [2, 2], 4)
+    assert len(ranks["state_bytes"]) == len(ranks["sent_bytes"]) == 4
+    assert sum(ranks["state_bytes"]) > told["state_bytes"]  # what tensor parallelism leaves alone is held twice
+    assert "on_ranks" not in json.loads(run("plan", "cosmos", "--model", "tiny", "--json"))
+    text = run("plan", "cosmos", "--model", "tiny", "--ranks", "4", "--mesh", "tp", width=80)
+    assert re.search(r"^tp 4, a rank +smallest +mean +largest +total / ranks", text, re.M)
+    assert re.search(r"^sent a step +[\d.]+ KiB", text, re.M)
+    assert re.search(r"^7 parameters are cut by no dimension of the mesh", text, re.M)
+    assert max(len(line.rstrip()) for line in text.splitlines()[:-1]) <= 80
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["plan", "muon", "--mesh", "tp"], "say how many there are: --ranks 8"),
+        (["plan", "muon", "--ranks", "4", "--shape", "2by2"], "--shape '2by2': give whole numbers with x between them, such as 2x4"),
+        (["verify", "muon", "--ranks", "4", "--mesh", "hsdp", "--shape", "3x2"], "shape 3x2 does not fit mesh hsdp of 4 ranks"),
+    ],
+)
+def test_a_mesh_that_is_none_is_bad_input(options: list[str], told: str, leave: Callable[..., Left]) -> None:
+    left = leave(*options)
+    assert left.status == 2
+    assert told in left.err
+
+
+def test_verify_certifies(leave: Callable[..., Left]) -> None:
+    left = leave("verify", "muon", "--ranks", "2", "--steps", "2", width=80)
+    assert left.status == 0, left.err
+    assert left.out.startswith("muon on tiny: 133,440 parameters in float64, random gradients, 2 steps\none process and fsdp 2 on cpu\n")
+    assert re.search(r"^model\.layers\.1 +[\d.e+-]+ +[\d.e+-]+ +[\d.e+-]+ *$", left.out, re.M)
+    rows = re.findall(r"^(\d) +([\d,]+) +([\d,]+) +([\d,]+) +([\d,]+) +[\d,]+ +[\d,]+ *$", left.out, re.M)
+    assert [rank for rank, *_ in rows] == ["0", "1"]
+    assert all(held == planned and sent == expected for _, held, planned, sent, expected in rows)
+    assert left.out.splitlines()[-1].startswith("equal: ")
+
+
+def test_verify_leaves_with_1_when_ranks_do_not_end(leave: Callable[..., Left]) -> None:
+    left = leave("verify", "muon", "--ranks", "2", "--time-limit", "1")
+    assert left.status == 1
+    assert left.err.startswith("Error: not done after 1 seconds (--time-limit): ranks 0, 1\nrank 0 had not begun")
 
 
 # --- train

@@ -19,11 +19,12 @@ from ..checkpoint import CheckpointError
 from ..document import DocumentError
 from ..lab import LabError
 from ..lowbit import LowBitError
+from ..meshes import MeshError
 from ..registry import RegistryError
 from ..spec import SpecError
-from . import fidelity, memory, plugins, specs, training
+from . import fidelity, memory, plugins, ranks, specs, training
 
-BAD_INPUT = (SpecError, DocumentError, RegistryError, CheckpointError, LabError, LowBitError)
+BAD_INPUT = (SpecError, DocumentError, RegistryError, CheckpointError, LabError, LowBitError, MeshError)
 
 app = typer.Typer(
     name="subspace-opt",
@@ -42,6 +43,7 @@ for name, command, example in (
     ("schema", specs.schema, "schema > spec.schema.json"),
     ("explain", memory.explain, "explain galore --model 130m"),
     ("plan", memory.plan, "plan cosmos --model 70b --dtype bfloat16"),
+    ("verify", ranks.verify, "verify cosmos --ranks 4 --mesh fsdp"),
     ("train", training.train, "train cosmos --model mini --steps 500 --out runs/cosmos"),
     ("demo", training.demo, "demo --steps 50 --out runs/demo"),
     ("parity", fidelity.parity, "parity --json"),

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict
+from typing import Annotated
 
 import torch
+import typer
 
 from ..lab import meta_model
+from ..meshes import MeshError, MeshKind, place
 from ..optimizer import build
 from ..plan import Plan
 from ..spec import load_spec
 from .options import AsJson, Dtype, ModelName, Overrides, Plugins, SpecName, Vocabulary, overrides, print_json
+from .ranks import MeshShape, ranks_to_dict, read_mesh, show_ranks
 from .tables import console, layers, show_explained, show_plan
 
 
@@ -40,6 +44,9 @@ def plan(
     model: ModelName = "60m",
     vocab: Vocabulary = None,
     dtype: Dtype = "float32",
+    ranks: Annotated[int | None, typer.Option(min=1, help="Tell what each of so many ranks holds and sends, too.")] = None,
+    mesh: Annotated[MeshKind | None, typer.Option(help="How the ranks share the model; fsdp if not told.")] = None,
+    shape: MeshShape = None,
     set_: Overrides = [],  # noqa: B006
     plugin: Plugins = [],  # noqa: B006
     as_json: AsJson = False,
@@ -48,12 +55,19 @@ def plan(
 
     To the byte what a run allocates, beside what AdamW would. The model's weights are never made: 70b takes seconds.
     """
+    if ranks is None and (mesh or shape):
+        raise MeshError("--mesh and --shape tell how ranks share the model; say how many there are: --ranks 8")
+    grid = None if ranks is None else read_mesh(mesh or "fsdp", ranks, shape)
     planned, title = _planned(spec, set_, model, vocab, dtype)
+    placed = None if grid is None else place(planned, grid)
     if as_json:
         totals = {key: value for key, value in planned.to_dict().items() if key != "parameters"}
-        print_json({"model": model, "dtype": dtype, **totals, "layers": [asdict(layer) for layer in layers(planned)]})
+        own = {} if placed is None else {"on_ranks": ranks_to_dict(placed)}
+        print_json({"model": model, "dtype": dtype, **totals, **own, "layers": [asdict(layer) for layer in layers(planned)]})
     else:
         show_plan(planned, title, console())
+        if placed is not None:
+            show_ranks(placed, console())
 
 
 def _planned(spec: str, changed: Iterable[str], model: str, vocab: int | None, dtype: str) -> tuple[Plan, str]:

@@ -32,7 +32,7 @@ def console(*, stderr: bool = False) -> Console:
     return Console(stderr=stderr, highlight=False, width=PIPE_WIDTH if free else None)
 
 
-def _table(*columns: str, right: Collection[str] = (), fold: str = "") -> Table:
+def make_table(*columns: str, right: Collection[str] = (), fold: str = "") -> Table:
     """Columns two spaces apart; only `fold` gives way where there is too little room."""
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
     for column in columns:
@@ -45,7 +45,7 @@ def _table(*columns: str, right: Collection[str] = (), fold: str = "") -> Table:
 
 def show_parity(measured: Sequence[Parity], out: Console) -> None:
     """A line for each trajectory; what is left out of one, below."""
-    table = _table("preset", "file", "tolerance", "error", "", right=("tolerance", "error"))
+    table = make_table("preset", "file", "tolerance", "error", "", right=("tolerance", "error"))
     for row in measured:
         error = f"{row.error:.1e}" if row.compared else "-"
         verdict = "" if row.holds else "exceeded"
@@ -65,18 +65,18 @@ def show_parity(measured: Sequence[Parity], out: Console) -> None:
 
 def show_catalogue(catalogue: Mapping[str, Any], out: Console) -> None:
     """Presets, kinds, plugins: a table each."""
-    presets = _table("preset", "source", fold="source")
+    presets = make_table("preset", "source", fold="source")
     for preset in catalogue["presets"]:
         words = escape(", ".join(preset["source"])) if preset["error"] is None else _failed(preset["error"])
         presets.add_row(preset["name"], words + _origin(preset["package"]))
     out.print(presets)
     for family in ("selectors", "rules"):
-        kinds = _table(family.removesuffix("s"), "what it does", fold="what it does")
+        kinds = make_table(family.removesuffix("s"), "what it does", fold="what it does")
         for kind in catalogue[family]:
             kinds.add_row(", ".join(kind["names"]), escape(kind["doc"]) + _origin(kind["plugin"]))
         out.print()
         out.print(kinds)
-    plugins = _table("plugin", "from", "gives", fold="gives")
+    plugins = make_table("plugin", "from", "gives", fold="gives")
     for plugin in catalogue["plugins"]:
         gives = ", ".join(plugin["gives"]) or "nothing"
         words = gives if plugin["error"] is None else _failed(f"failed to import: {plugin['error']}")
@@ -126,7 +126,7 @@ def layers(plan: Plan) -> list[Layer]:
 def show_plan(plan: Plan, title: str, out: Console) -> None:
     """Bytes of state by layer and in total, beside AdamW's. Neighbours that cost the same share a row."""
     numbers = ("layers", "parameters each", "state each", "AdamW's each", "ratio")
-    table = _table("layer", *numbers, right=numbers, fold="layer")
+    table = make_table("layer", *numbers, right=numbers, fold="layer")
     for alike in _alike(layers(plan)):
         first = alike[0]
         ratio = f"{first.state_bytes / first.adamw_bytes:.2f}" if first.adamw_bytes else "-"
@@ -150,7 +150,7 @@ def _span(names: Sequence[str]) -> str:
 
 def _show_total(plan: Plan, out: Console) -> None:
     ours, theirs, tables = plan.total_bytes, plan.adamw_bytes, sum(plan.constants.values())
-    table = _table("total", "bytes", "", " ", right=("bytes", ""), fold=" ")
+    table = make_table("total", "bytes", "", " ", right=("bytes", ""), fold=" ")
     table.add_row("state", f"{ours:,}", readable_bytes(ours), f"{ours / theirs:.2f} of AdamW's" if theirs else "")
     table.add_row("AdamW's", f"{theirs:,}", readable_bytes(theirs))
     if tables:
@@ -165,7 +165,7 @@ def show_explained(plan: Plan, title: str, out: Console) -> None:
     fits = out.measure(full, options=out.options.update(width=10_000)).maximum <= out.width
     out.print(title, end="\n\n", markup=False, soft_wrap=True)
     out.print(full if fits else _explained_by_layer(plan))
-    routes = _table("why", "pipeline", "lr x", "decay", right=("lr x", "decay"), fold="why")
+    routes = make_table("why", "pipeline", "lr x", "decay", right=("lr x", "decay"), fold="why")
     for route in dict.fromkeys((row.why, row.pipeline, f"{row.lr_scale:g}", f"{row.decay:g}") for row in plan):
         routes.add_row(*map(escape, route))
     out.print()
@@ -176,7 +176,7 @@ def show_explained(plan: Plan, title: str, out: Console) -> None:
 def _explained(plan: Plan) -> Table:
     numbers = ("rank", "lr x", "decay", "state bytes")
     stored = any(row.stored for row in plan)
-    table = _table("parameter", "shape", "pipeline", *numbers, *(["stored"] if stored else []), "why", right=numbers)
+    table = make_table("parameter", "shape", "pipeline", *numbers, *(["stored"] if stored else []), "why", right=numbers)
     for row in plan:
         rates = (f"{row.lr_scale:g}", f"{row.decay:g}")
         how = [said(row)] if stored else []
@@ -186,7 +186,7 @@ def _explained(plan: Plan) -> Table:
 
 def _explained_by_layer(plan: Plan) -> Table:
     """For a narrow terminal: a layer's name stands once above its parameters, lr and decay only below the table."""
-    table = _table(
+    table = make_table(
         "parameter",
         "shape",
         "pipeline",
@@ -235,7 +235,7 @@ def _seen(row: Row) -> str:
 def show_results(results: Sequence[Result], out: Console) -> None:
     """One row a run, in the order they ran; the best validation loss stands out."""
     numbers = ("lr", "loss", "bits/byte", "state", "step() ms", "update ms", "tokens/s")
-    table = _table("run", *numbers, right=numbers, fold="run")
+    table = make_table("run", *numbers, right=numbers, fold="run")
     best = min((r.validation_loss for r in results if not math.isnan(r.validation_loss)), default=math.nan)
     for r in results:
         losses = (f"{r.validation_loss:.4f}", f"{r.bits_per_byte:.3f}")

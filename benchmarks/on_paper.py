@@ -1,0 +1,171 @@
+"""Optimizers on many GPUs, on paper: what a rank holds and sends, and its part of a step, by the planner's own formulas.
+
+    python benchmarks/on_paper.py                                        # all: minutes
+    python benchmarks/on_paper.py --models 7b --gpus 8,256               # some
+    python benchmarks/on_paper.py --write docs/distributed.md            # into the page
+
+No GPU and no process group: layouts are those that the optimizer makes (`subspace_opt.meshes`), bytes are exact. Times are not
+measured but follow from bytes and operations by the rates below; nothing is taken to overlap.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from subspace_opt import Entry, Plan, build, load_spec, make_plan
+from subspace_opt.lab import meta_model
+from subspace_opt.lab.report import readable_bytes
+from subspace_opt.layout import is_elementwise
+from subspace_opt.meshes import Mesh, Placed, make_mesh, place
+from subspace_opt.plan import Row
+from subspace_opt.rules.orthogonal import Orthogonalize
+
+# Rates that a large GPU reaches, not those of its data sheet.
+QUICK = 400e12  # operations a second of products in bfloat16: training, Newton-Schulz
+PLAIN = 40e12  # the same in float32: all other products, QR
+MEMORY = 2.5e12  # bytes a second of the GPU's own memory
+WITHIN, BETWEEN = 400e9, 50e9  # bytes a second that a GPU sends: within a machine of 8, between machines
+TOKENS = 16_384  # of a GPU in a step
+
+GROUP = {"7b": 256, "70b": 256, "moe-400b": 128}  # ranks of a group of HSDP; one expert at least for each
+SPECS = {"adamw": {}, "muon": {}, "soap": {}, "cosmos": {}, "galore": {"matrix.selector.rank": 1024}}
+
+
+def mixture() -> list[Entry]:
+    """A mixture of experts of 397B parameters, 8 of 128 experts a token: 80 layers of width 6144, experts stacked."""
+    width, inner, experts, layers, vocabulary = 6144, 2048, 128, 80, 128_000
+    shapes: dict[str, tuple[int, ...]] = {}
+    for i in range(layers):
+        at = f"model.layers.{i}"
+        shapes |= {f"{at}.self_attn.{name}.weight": (width, width) for name in ("q_proj", "o_proj")}
+        shapes |= {f"{at}.self_attn.{name}.weight": (1024, width) for name in ("k_proj", "v_proj")}
+        shapes |= {f"{at}.mlp.router.weight": (experts, width)}
+        shapes |= {f"{at}.mlp.experts.{name}": (experts, inner, width) for name in ("gate", "up")}
+        shapes |= {f"{at}.mlp.experts.down": (experts, width, inner)}
+        shapes |= {f"{at}.{name}.weight": (width,) for name in ("input_norm", "post_attention_norm")}
+    kinds = {"model.embed_tokens.weight": "embedding", "lm_head.weight": "head"}
+    ends = [Entry(name, (vocabulary, width), torch.bfloat16, frozenset({kind})) for name, kind in kinds.items()]
+    return [*ends, *(Entry(name, shape, torch.bfloat16) for name, shape in shapes.items())]
+
+
+def plan_of(model: str, spec: str) -> Plan:
+    if model == "moe-400b":
+        return make_plan(load_spec(spec, SPECS[spec]), mixture())
+    return build(spec, meta_model(model).to(torch.bfloat16), overrides=SPECS[spec]).plan
+
+
+def mesh_of(model: str, gpus: int) -> Mesh:
+    group = GROUP[model]
+    return make_mesh("fsdp", gpus) if gpus <= group else make_mesh("hsdp", gpus, (gpus // group, group))
+
+
+def active(plan: Plan) -> float:
+    """Parameters that a token passes; of 128 experts, 8."""
+    return sum(row.entry.numel * (8 / 128 if ".experts." in row.entry.name else 1) for row in plan)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One optimizer for one model on so many GPUs."""
+
+    model: str
+    mesh: Mesh
+    spec: str
+    held: tuple[int, int]  # mean and most of a rank
+    sent: tuple[int, int]
+    idle: int  # ranks that own no matrix
+    step: float  # seconds of forward and backward
+    compute: float  # of the optimizer, on the rank that has most to do
+    traffic: float
+
+    @property
+    def part(self) -> float:
+        """The optimizer's part of a step."""
+        return (self.compute + self.traffic) / (self.step + self.compute + self.traffic)
+
+    def __str__(self) -> str:
+        sizes = [" / ".join(map(readable_bytes, pair)) for pair in (self.held, self.sent)]
+        times = [f"{self.step:.2f}", f"{1e3 * self.compute:.0f}", f"{1e3 * self.traffic:.0f}", f"{self.part:.1%}"]
+        return "| " + " | ".join([self.model, str(self.mesh), self.spec, *sizes, str(self.idle), *times]) + " |"
+
+
+HEAD = """\
+| model | mesh | optimizer | state of a rank, mean / most | sent a step, mean / most | idle | step s | compute ms | traffic ms | part |
+| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"""
+
+
+def line(model: str, gpus: int, spec: str) -> Line:
+    plan, mesh = plan_of(model, spec), mesh_of(model, gpus)
+    found = place(plan, mesh)
+    seconds = computing(found)
+    most = max(found.bytes_sent)
+    return Line(
+        model,
+        mesh,
+        spec,
+        (sum(found.bytes_held) // gpus, max(found.bytes_held)),
+        (sum(found.bytes_sent) // gpus, most),
+        sum(second == 0 for second in seconds) if any(seconds) else 0,
+        6 * active(plan) * TOKENS / QUICK,
+        max(second + 2 * held / MEMORY for second, held in zip(seconds, found.bytes_held, strict=True)),
+        most / (WITHIN if gpus <= 8 else BETWEEN),
+    )
+
+
+def computing(found: Placed) -> list[float]:
+    """Seconds of products and decompositions of each rank, in an average step."""
+    out = [0.0] * found.mesh.ranks
+    for share in found.shares:
+        if share is not None and not is_elementwise(share.row):
+            for part in share.parts:
+                own = seconds_of(part.row)
+                for owner in part.owners:
+                    out[owner] += own
+    return out
+
+
+def seconds_of(row: Row) -> float:
+    total = 0.0
+    for block, split in row.splits:
+        quick = sum(
+            rule.flops(rows, cols) for _, rule, rows, cols in split.places() if isinstance(rule, Orthogonalize) and rule.method != "svd"
+        )
+        between, refresh = split.flops
+        every = split.pipeline.selector.every if split.opens else 1
+        total += block.count * (quick / QUICK + (between - quick + refresh / every) / PLAIN)
+    return total
+
+
+def lines(models: Sequence[str], gpus: Sequence[int], specs: Sequence[str]) -> Iterator[Line]:
+    for model in models:
+        for number in gpus:
+            for spec in specs:
+                yield line(model, number, spec)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default=",".join(GROUP), help="7b, 70b, moe-400b")
+    parser.add_argument("--gpus", default="8,256,4096", help="numbers of GPUs")
+    parser.add_argument("--specs", default=",".join(SPECS), help="presets")
+    parser.add_argument("--write", type=Path, help="the page whose table is to be replaced")
+    own = parser.parse_args()
+    table = [HEAD]
+    print(HEAD)
+    for one in lines(own.models.split(","), [int(number) for number in own.gpus.split(",")], own.specs.split(",")):
+        table.append(str(one))
+        print(one, flush=True)
+    if own.write:
+        text = own.write.read_text(encoding="utf-8")
+        marked = r"(<!-- on paper -->\n).*?(\n<!-- end -->)"
+        own.write.write_text(re.sub(marked, lambda m: m[1] + "\n".join(table) + m[2], text, flags=re.DOTALL), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

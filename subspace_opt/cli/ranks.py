@@ -1,0 +1,200 @@
+"""Several ranks: what `plan` tells of them, and `verify`, a certificate."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from ..lab.report import readable_bytes
+from ..meshes import Mesh, MeshError, MeshKind, Placed, make_mesh
+from ..spec import load_spec
+from .options import AsJson, Overrides, Plugins, SpecName, overrides, print_json
+from .tables import console, make_table, split_name
+from .training import RunError
+
+if TYPE_CHECKING:
+    from ..lab.certificate import Certificate
+
+MeshName = Annotated[MeshKind, typer.Option("--mesh", help="How the ranks share the model.")]
+MeshShape = Annotated[
+    str | None, typer.Option("--shape", metavar="2x4", help="Shape of a mesh of two dimensions; tensor parallelism has the last.")
+]
+SHOWN = 16  # ranks in a table; of more, those that disagree
+
+
+def read_mesh(kind: str, ranks: int, shape: str | None) -> Mesh:
+    """The mesh that options tell of.
+
+    Raises:
+        MeshError: a shape that is none, or does not fit.
+    """
+    if shape is None:
+        return make_mesh(kind, ranks)
+    numbers = shape.lower().split("x")
+    if not all(number.isdecimal() for number in numbers):
+        raise MeshError(f"--shape '{shape}': give whole numbers with x between them, such as 2x4")
+    return make_mesh(kind, ranks, [int(number) for number in numbers])
+
+
+# -------------------------------------------------------------------------------------------------------------- plan
+
+
+def ranks_to_dict(placed: Placed) -> dict[str, Any]:
+    """Bytes of every rank."""
+    return {
+        "mesh": placed.mesh.kind,
+        "shape": list(placed.mesh.shape),
+        "ranks": placed.mesh.ranks,
+        "state_bytes": list(placed.bytes_held),
+        "sent_bytes": list(placed.bytes_sent),
+        "sent_bytes_at_refresh": list(placed.bytes_sent_at_refresh),
+    }
+
+
+def show_ranks(placed: Placed, out: Console) -> None:
+    """What a rank holds and sends: the least, the mean, the most."""
+    numbers = ("smallest", "mean", "largest", "total / ranks")
+    lines = make_table(f"{placed.mesh}, a rank", *numbers, right=numbers)
+    total = placed.plan.total_bytes / placed.mesh.ranks
+    own = [("state", placed.bytes_held, readable_bytes(round(total))), ("sent a step", placed.bytes_sent, "")]
+    if placed.bytes_sent_at_refresh != placed.bytes_sent:
+        own.append(("with a refresh of all bases", placed.bytes_sent_at_refresh, ""))
+    for name, each, even in own:
+        mean = round(sum(each) / len(each))
+        lines.add_row(name, readable_bytes(min(each)), readable_bytes(mean), readable_bytes(max(each)), even)
+    out.print()
+    out.print(lines)
+    alone = [row for row, share in zip(placed.plan.rows, placed.shares, strict=True) if share is None]
+    if alone:
+        size = readable_bytes(sum(row.state_bytes for row in alone))
+        out.print(f"{len(alone)} parameters are cut by no dimension of the mesh: every rank has all of their state, {size}", soft_wrap=True)
+
+
+# ------------------------------------------------------------------------------------------------------------ verify
+
+
+def verify(
+    spec: SpecName,
+    ranks: Annotated[int | None, typer.Option(min=1, help="Ranks; 4, or as many as torchrun has started.")] = None,
+    mesh: MeshName = "fsdp",
+    shape: MeshShape = None,
+    model: Annotated[str, typer.Option("--model", metavar="NAME", help="A size, or the path of a Hugging Face config.")] = "tiny",
+    vocab: Annotated[int | None, typer.Option(min=1, help="Vocabulary; a size has 256, a config its own.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Updates.")] = 20,
+    dtype: Annotated[Literal["float64", "float32", "bfloat16"], typer.Option(help="Dtype of the parameters.")] = "float64",
+    train: Annotated[bool, typer.Option("--train", help="Gradients of the model on random tokens, instead of random ones.")] = False,
+    time_limit: Annotated[float, typer.Option(min=1, help="Seconds after which to give up.")] = 600,
+    set_: Overrides = [],  # noqa: B006
+    plugin: Plugins = [],  # noqa: B006
+    as_json: AsJson = False,
+) -> None:
+    """Certify that several ranks do what one process does.
+
+    Both run the same spec on the same gradients. Then weights, bytes of state and bytes sent are compared, the latter two with the plan.
+    Leaves with status 1 if anything differs.
+
+    The ranks are processes of this machine; under torchrun (torchrun --nproc-per-node 8 -m subspace_opt.cli verify cosmos) those that it
+    has started, on their GPUs.
+    """
+    from ..lab.certificate import CertificateError, Trial, certify, certify_here, given_ranks  # PyTorch's distributed part takes a while
+    from ..lab.model import SIZES
+
+    load_spec(spec, overrides(set_))  # before ranks are started: a mistake is told at once
+    started = given_ranks()
+    if started is not None and ranks not in (None, started):
+        raise MeshError(f"--ranks {ranks}: torchrun has started {started}; leave --ranks out")
+    number = started or ranks or 4
+    trial = Trial(
+        spec,
+        mesh,
+        number,
+        read_mesh(mesh, number, shape).shape,
+        model,
+        vocab or (256 if model in SIZES else None),
+        steps,
+        dtype,
+        train,
+        overrides=overrides(set_),
+        plugins=tuple(str(Path(path).resolve()) for path in plugin),
+    )
+    try:
+        certificate = certify_here(trial, time_limit=time_limit) if started else certify([trial], time_limit=time_limit)[0]
+    except CertificateError as error:
+        raise RunError(str(error)) from error
+    if not started or _is_first():
+        if as_json:
+            print_json(certificate.to_dict())
+        else:
+            show_certificate(certificate, console())
+    if not certificate.holds:
+        raise RunError(verdict(certificate))
+
+
+def _is_first() -> bool:
+    return os.environ["RANK"] == "0"
+
+
+def verdict(certificate: Certificate) -> str:
+    """What holds and what does not, in a sentence."""
+    worst, wrong = certificate.largest, [rank for rank in certificate.ranks if not rank.holds]
+    told = []
+    if not certificate.weights_hold:
+        told.append(f"'{worst.name}' differs by {worst.part:.1e} of the way that it has gone (tolerance {certificate.tolerance:g})")
+    if wrong:
+        told.append(f"bytes of rank {', '.join(str(rank.rank) for rank in wrong[:SHOWN])} are not those of the plan")
+    if not told:
+        return f"equal: weights within {certificate.tolerance:g} of the way that they have gone, state and traffic to the byte"
+    return "; ".join(told)
+
+
+def show_certificate(certificate: Certificate, out: Console) -> None:
+    """Weights by layer, bytes by rank, the verdict."""
+    trial = certificate.trial
+    gradients = "its own gradients" if trial.train else "random gradients"
+    size = f"{certificate.parameters:,} parameters in {trial.dtype}"
+    out.print(
+        f"{certificate.spec_name} on {trial.model}: {size}, {gradients}, {trial.steps} steps\n"
+        f"one process and {trial.grid} on {certificate.device}",
+        end="\n\n",
+        markup=False,
+        soft_wrap=True,
+    )
+    numbers = ("largest difference", "way gone", "part")
+    layers = make_table("layer", *numbers, right=numbers, fold="layer")
+    for name, found in groupby(certificate.differences, key=lambda each: split_name(each.name)[0]):
+        worst = max(found, key=lambda each: each.part)
+        wrong = "red" if worst.part > certificate.tolerance else None
+        layers.add_row(escape(name), f"{worst.largest:.1e}", f"{worst.way:.1e}", f"{worst.part:.1e}", style=wrong)
+    out.print(layers)
+    if certificate.full:
+        told = f"{len(certificate.full)} matrices are as small as the rank, which leaves nothing to the complement: set a smaller one"
+        out.print(f"{told}, such as --set matrix.selector.rank=16", soft_wrap=True)
+    out.print()
+    columns = ("state held", "planned", "sent first", "planned", "sent later", "planned")
+    ranks = make_table("rank", *columns, right=columns)
+    for rank in _shown(certificate):
+        style = None if rank.holds else "red"
+        later = f"{rank.sent_least:,}" + (f" to {rank.sent_most:,}" if rank.sent_most != rank.sent_least else "")
+        sizes = (*(f"{size:,}" for size in (rank.held, rank.planned, rank.sent_first, rank.expected_first)), later, f"{rank.expected:,}")
+        ranks.add_row(str(rank.rank), *sizes, style=style)
+    out.print(ranks)
+    if len(certificate.ranks) > SHOWN:
+        agree = sum(rank.holds for rank in certificate.ranks)
+        out.print(f"{agree} of {len(certificate.ranks)} ranks agree with the plan to the byte; --json has all of them", soft_wrap=True)
+    out.print(f"one process holds {certificate.one_process_bytes:,} bytes of state", end="\n\n", soft_wrap=True)
+    if certificate.holds:
+        out.print(verdict(certificate), soft_wrap=True)
+
+
+def _shown(certificate: Certificate) -> Sequence[Any]:
+    if len(certificate.ranks) <= SHOWN:
+        return certificate.ranks
+    wrong = [rank for rank in certificate.ranks if not rank.holds]
+    return (wrong or certificate.ranks)[:SHOWN]
