@@ -56,8 +56,11 @@ Side = Tensor | tuple[Tensor | int, ...] | None
 
 
 class Basis(NamedTuple):
-    """Orthonormal columns on each side. `gate` `(B,)`, if given, is 0 for matrices whose subspace is {0} for now. `atoms` int64 `(B, r)`, if
-    given, says which columns of one orthonormal table the right basis has: then what is kept in coordinates is moved and not multiplied."""
+    """Orthonormal columns on each side. `gate` `(B,)`, if given, is 0 for matrices whose subspace is {0} for now.
+
+    `atoms` int64 `(B, r)`, if given, says which columns of one orthonormal table the right basis has: then what is kept in coordinates is
+    moved and not multiplied.
+    """
 
     left: Side = None
     right: Side = None
