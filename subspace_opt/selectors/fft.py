@@ -67,7 +67,8 @@ class Fft(LowRank):
         """The norms `(B, n)` by which columns are ranked."""
         if self.ranking == "l1":
             return s.abs().sum(-2, dtype=torch.promote_types(s.dtype, torch.float32))  # several times as fast as the norm of order 1
-        return torch.linalg.vector_norm(s, dim=-2, dtype=torch.promote_types(s.dtype, torch.float32))
+        norms: Tensor = torch.linalg.vector_norm(s, dim=-2, dtype=torch.promote_types(s.dtype, torch.float32))
+        return norms
 
     def _chosen_roughly(self, x: Tensor, table: Tensor, rank: int) -> Tensor:
         """The same columns for one matrix: those that bfloat16 cannot tell from the last that is chosen are weighed again in full."""
