@@ -6,6 +6,7 @@ message on stderr, a bug keeps its traceback. Results go to stdout and progress 
 
 from __future__ import annotations
 
+import logging
 import sys
 import warnings
 from collections.abc import Sequence
@@ -67,6 +68,8 @@ def _top(
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command and leave with its exit status."""
+    for package in ("torchao", "torch.utils._pytree"):  # transformers imports torchao, which tells of kernels that nobody here asked for
+        logging.getLogger(package).setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
