@@ -59,10 +59,7 @@ ARROWS: dict[str, set[str]] = {
     "meshes": {"layout", "plan"},
     "in_backward": {"optimizer", "plan", "survey"},
     "public": {"algebra", "checkpoint", "in_backward", "lowbit", "optimizer", "survey", "plan", "registry", "spec"},
-    "manifest": {"checkpoint"},
-    "ranks": {"manifest"},
-    "content": {"checkpoint", "manifest", "optimizer"},
-    "snapshots": {"content", "manifest", "public", "ranks"},
+    "snapshots": {"checkpoint", "optimizer", "public", "snapshots"},
     "lab": {"lab", "layout", "meshes", "public"},
     "scaffold": {"presets", "public", "registry"},
 }

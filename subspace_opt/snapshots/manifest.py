@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import MOST, CheckpointError
+from ..checkpoint import MOST, CheckpointError
 
 FORMAT = 1
 MANIFEST = "manifest.json"

@@ -26,7 +26,8 @@ from torch import nn
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import set_model_state_dict
 
-from . import __version__, manifest
+from .. import __version__
+from . import manifest
 from .content import MODEL, Content, arranged, check_model, check_optimizer, packed_rest, room
 from .manifest import Manifest, SnapshotError
 from .ranks import Ranks

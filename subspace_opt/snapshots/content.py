@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from .checkpoint import MOST, distinct, equal, matched
+from ..checkpoint import MOST, distinct, equal, matched
+from ..optimizer import SubspaceOptimizer
 from .manifest import SnapshotError
-from .optimizer import SubspaceOptimizer
 
 MODEL = "model."
 STATE = "optimizer.state."
