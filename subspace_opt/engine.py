@@ -16,7 +16,7 @@ from . import linalg
 from .algebra import Constants, State, Step
 from .layout import Box
 from .plan import Row
-from .split import Split
+from .split import Product, Split
 from .stacks import Memory, counted, gather, refreshed, scatter, stacks
 from .update import generator, update_weight
 from .views import Block
@@ -146,9 +146,9 @@ def _advance(stack: Stack, options: Options, memory: Memory, errors: dict[str, E
     old = gather(stack, options, memory)
     weight = _joined([p.of(p.work.weights) for p in pieces], stack.dtype) if split.needs_weight else None
     step = _step(stack, options, memory.tables)
-    sound = options.nonfinite != "propagate"
+    sound, factored = options.nonfinite != "propagate", _takes_products(stack)
     try:
-        update, factor, new = _run(split, grad, weight, old, step, sound)
+        update, factor, new = _run(split, grad, weight, old, step, sound, factored)
     except torch.linalg.LinAlgError as error:
         if len(pieces) > 1:  # one by one, to learn whose fault it is and to spare the others
             for piece in pieces:
@@ -165,11 +165,13 @@ def _advance(stack: Stack, options: Options, memory: Memory, errors: dict[str, E
             return
         try:
             kept = _without_refresh(split, old) if step.refresh else old
-            update, factor, new = _run(split, grad, weight, kept, step._replace(refresh=False), sound)
+            update, factor, new = _run(split, grad, weight, kept, step._replace(refresh=False), sound, factored)
         except torch.linalg.LinAlgError:  # it was not the basis but a rule
             pieces[0].be_silent()
             return
-    if update is not None:
+    if isinstance(update, Product):
+        _add_product(pieces[0], update, split, factor)
+    elif update is not None:
         _update(stack, update, options, factor)  # before the state is written: the update may be part of it
     else:
         for piece in pieces:
@@ -181,13 +183,19 @@ def _advance(stack: Stack, options: Options, memory: Memory, errors: dict[str, E
                 piece.work.state["refreshed"].fill_(step.t)
 
 
-def _run(split: Split, grad: Tensor, weight: Tensor | None, old: State, step: Step, sound: bool) -> tuple[Tensor | None, float, State]:
+def _run(
+    split: Split, grad: Tensor, weight: Tensor | None, old: State, step: Step, sound: bool, factored: bool
+) -> tuple[Tensor | Product | None, float, State]:
     """Update, a number to multiply it by, and new state; no update yet where the first gradient only sets the basis."""
     if step.first and split.primes:
         return None, 1.0, split.prime(grad, weight, old, step)
-    update, factor, new = split.direction(grad, weight, old, step)
+    update, factor, new = split.direction(grad, weight, old, step, factored=factored)
     # A QR returns NaN where other decompositions raise.
-    if sound and (step.refresh or split.decomposes) and not linalg.all_finite(update):
+    if (
+        sound
+        and (step.refresh or split.decomposes)
+        and not all(linalg.all_finite(part) for part in (update if isinstance(update, Product) else (update,)))
+    ):
         raise torch.linalg.LinAlgError("the update holds NaN or infinity although the gradient does not")
     return update, factor, new
 
@@ -340,6 +348,22 @@ def rounding_noise(row: Row, box: Box, count: int, options: Options, like: Tenso
 
 def _decay(piece: Piece, split: Split) -> float:
     return 0.0 if split.pipeline.decay == "coupled" else piece.work.weight_decay
+
+
+def _takes_products(stack: Stack) -> bool:
+    """Whether an update may come as two factors, to be multiplied into the weight: one whole matrix in the dtype of computation."""
+    piece = stack.pieces[0]
+    work = piece.work
+    alone = len(stack.pieces) == 1 and piece.size == 1 and piece.rows is None and work.outbox is None
+    return alone and stack.split.factored and work.param.dtype == stack.dtype and not isinstance(work.lr, Tensor)
+
+
+def _add_product(piece: Piece, update: Product, split: Split, factor: float) -> None:
+    """`W <- (1 - lr wd) W - lr factor A B` (times 1 - lr wd, where decay comes after), in one pass over W."""
+    assert not isinstance(piece.work.lr, Tensor)
+    kept = 1 - piece.work.lr * _decay(piece, split)
+    alpha = -piece.work.lr * factor * (kept if split.pipeline.decay == "after" else 1.0)
+    piece.of(piece.work.weights)[0].addmm_(update.left[0], update.right[0], beta=kept, alpha=alpha)
 
 
 def _updated_together(stack: Stack, update: Tensor, options: Options, factor: float) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import BeforeValidator, Field, field_validator, model_validator
@@ -35,6 +35,13 @@ def _listed(value: Any) -> Any:
 
 
 Rules = Annotated[tuple[Rule, ...], BeforeValidator(_listed)]
+
+
+class Product(NamedTuple):
+    """Matrices that are not multiplied out: `left right`, `(B, m, r)` and `(B, r, n)`."""
+
+    left: Tensor
+    right: Tensor
 
 
 class Mix(Model):
@@ -301,10 +308,24 @@ class Split:
             state: one tensor `(B, *dims)` for each of `slots`.
         """
         direction, factor, new = self.direction(grad, weight, state, step)
+        assert isinstance(direction, Tensor)  # factors come only where they are asked for
         return direction if factor == 1.0 else direction * factor, new
 
-    def direction(self, grad: Tensor, weight: Tensor | None, state: State, step: Step) -> tuple[Tensor, float, State]:
-        """`apply` without the last multiplications by numbers, which the update of the weight can take along, and their product."""
+    @cached_property
+    def factored(self) -> bool:
+        """Whether the update may be had as a product that is not multiplied out: nothing but numbers follows the lift."""
+        p = self.pipeline
+        moment = Step(t=torch.ones(()), age=torch.ones(()))
+        numbers = all(rule.multiplier(self.rows.size, self.cols.size, moment) is not None for rule in p.finish)
+        return self.opens and not self.leaves and bool(p.inside) and p.mix.inside > 0 and numbers
+
+    def direction(
+        self, grad: Tensor, weight: Tensor | None, state: State, step: Step, *, factored: bool = False
+    ) -> tuple[Tensor | Product, float, State]:
+        """`apply` without the last multiplications by numbers, which the update of the weight can take along, and their product.
+
+        With `factored` the update of a pipeline that is so may come as its two factors.
+        """
         p, new = self.pipeline, dict(state)
         grad, weight = self._turn(grad), None if weight is None else self._turn(weight)
         source = g = grad if p.feedback is None else grad + state["feedback.error"]
@@ -315,7 +336,11 @@ class Split:
             update = self._run("complement", p.complement, x, g, new, step)
             update = update if p.mix.complement == 1 else update * p.mix.complement
         else:
-            update = self._split(x, g, {"gradient": source, "momentum": x, "weight": weight}, new, step)
+            own = self._split(x, g, {"gradient": source, "momentum": x, "weight": weight}, new, step, factored=factored and self.factored)
+            if isinstance(own, Product):
+                turned = Product(own.right.mT, own.left.mT) if self.turned else own
+                return turned, self._numbers(step), new
+            update = own
         update, g = self._turn(update), self._turn(g)
         finish = _keyed("finish", p.finish)
         factor = 1.0
@@ -336,8 +361,12 @@ class Split:
         """`direction` in coordinates, of a pipeline that is `in_coordinates`, at an update without a refresh: lifted, it is the same."""
         p, new = self.pipeline, dict(state)
         inner = self._run("inside", p.inside, c, c, new, step)
+        return inner, p.mix.inside * self._numbers(step), new
+
+    def _numbers(self, step: Step) -> float:
+        """What rules in `finish` multiply by, all of which only multiply."""
         rows, cols = (self.cols.size, self.rows.size) if self.turned else (self.rows.size, self.cols.size)
-        return inner, p.mix.inside * prod(rule.multiplier(rows, cols, step) or 0.0 for rule in p.finish), new
+        return prod(rule.multiplier(rows, cols, step) or 0.0 for rule in self.pipeline.finish)
 
     def prime(self, grad: Tensor, weight: Tensor | None, state: State, step: Step) -> State:
         """The state after a first gradient that only sets the basis."""
@@ -350,7 +379,9 @@ class Split:
         self._refresh(x, new, step)
         return new
 
-    def _split(self, x: Tensor, g: Tensor, sources: dict[str, Tensor | None], new: State, step: Step) -> Tensor:
+    def _split(
+        self, x: Tensor, g: Tensor, sources: dict[str, Tensor | None], new: State, step: Step, *, factored: bool
+    ) -> Tensor | Product:
         """Select, project, the rules inside, those outside, lift, mix; then feedback and what the selector learns."""
         p, selector = self.pipeline, self.pipeline.selector
         source = _given(sources[selector.source])
@@ -360,7 +391,10 @@ class Split:
         c = project(x, basis)
         cg = c if g is x else project(g, basis)
         inner = self._run("inside", p.inside, c, cg, new, step)
-        if self.leaves and p.inside and p.mix.inside > 0 and all(rule.passes for rule in p.complement):
+        update: Tensor | Product
+        if factored and basis.left is None and basis.gate is None and isinstance(basis.right, Tensor) and basis.right.is_floating_point():
+            update = Product(inner if p.mix.inside == 1 else inner * p.mix.inside, basis.right.mT)
+        elif self.leaves and p.inside and p.mix.inside > 0 and all(rule.passes for rule in p.complement):
             # X less its part in the subspace, and in its place the update: one lift does both.
             change = (c if p.mix.complement == 1 else c * p.mix.complement).sub(inner, alpha=p.mix.inside)
             update = add_lift(x, change, basis, -1.0, own=p.mix.complement)
