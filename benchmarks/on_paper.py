@@ -163,8 +163,8 @@ def main() -> None:
         print(one, flush=True)
     if own.write:
         text = own.write.read_text(encoding="utf-8")
-        marked = r"(<!-- on paper -->\n).*?(\n<!-- end -->)"
-        own.write.write_text(re.sub(marked, lambda m: m[1] + "\n".join(table) + m[2], text, flags=re.DOTALL), encoding="utf-8")
+        marked = r"(<!-- on paper -->\n).*?(<!-- end -->)"
+        own.write.write_text(re.sub(marked, lambda m: m[1] + "\n".join(table) + "\n" + m[2], text, flags=re.DOTALL), encoding="utf-8")
 
 
 if __name__ == "__main__":

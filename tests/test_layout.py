@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import cache
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -281,3 +282,14 @@ def test_thousands_of_ranks_are_planned() -> None:
     found = place(build("cosmos", meta_model("350m")).plan, make_mesh("fsdp", 1024))
     assert sum(found.bytes_held) >= found.plan.total_bytes
     assert min(found.bytes_sent) > 0
+
+
+@pytest.mark.parametrize(("gpus", "spec"), [(8, "cosmos"), (256, "soap")])
+def test_the_page_tells_what_the_planner_computes(gpus: int, spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = Path(__file__).parents[1]
+    monkeypatch.syspath_prepend(root / "benchmarks")
+    import on_paper
+
+    page = (root / "docs" / "distributed.md").read_text(encoding="utf-8")
+    assert f"{on_paper.line('7b', gpus, spec)}\n" in page
+    assert page.count("| 70b | ") == page.count("| moe-400b | ") == 15
