@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from math import prod
 from operator import sub
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from .plan import COUNTERS, Row, state_key
 from .split import Split
@@ -126,6 +126,9 @@ class Part:
         return tuple(chunk(self.box, axis, number, i) for i in range(number)) if number > 1 else (self.box,)
 
 
+Way = Literal["incoming", "outgoing", "projected", "lifted"]
+
+
 class Message(NamedTuple):
     """A box of item `item` that rank `source` sends to rank `target`."""
 
@@ -209,6 +212,26 @@ class Share:
                 both = None if self.resident and rank in part.owners else part.box.common(box)
                 if both is not None:
                     yield Message(part.owners[0], rank, item, both)
+
+    @cached_property
+    def _told(self) -> dict[tuple[Way, int], tuple[tuple[Message, ...], bool]]:
+        return {}
+
+    def messages(self, way: Way, rank: int) -> tuple[tuple[Message, ...], bool]:
+        """Of one kind, the messages that a rank sends or receives, as of item 0, and whether any rank sends one to another.
+
+        They are kept: on thousands of ranks it takes long to go through those of all.
+        """
+        key = (way, rank)
+        if key not in self._told:
+            every = {"incoming": self.incoming, "outgoing": self.outgoing, "projected": self.projected, "lifted": self.lifted}[way]
+            travels, own = False, []
+            for message in every(0):
+                travels = travels or message.source != message.target
+                if rank in (message.source, message.target):
+                    own.append(message)
+            self._told[key] = tuple(own), travels
+        return self._told[key]
 
     def bytes_held(self, rank: int) -> int:
         """State that a rank keeps once the parameter has had a gradient."""

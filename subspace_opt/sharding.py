@@ -152,17 +152,29 @@ def local_grad(param: Tensor, name: str) -> Tensor | None:
 
 
 class Exchange:
-    """Boxes on their way between the ranks of a team: one all-to-all, begun at once. All ranks give the same messages."""
+    """Boxes on their way between the ranks of a team: one all-to-all, begun at once."""
 
     def __init__(
-        self, team: Team, messages: Sequence[Message], fetch: Callable[[Message], Tensor], dtype: torch.dtype, device: torch.device
-    ):
-        """`fetch`: the tensor of a message that this rank sends, of the message's shape and `dtype`."""
+        self,
+        team: Team,
+        messages: Sequence[Message],
+        travels: bool,
+        fetch: Callable[[Message], Tensor],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """Begin.
+
+        Args:
+            messages: Those that this rank sends and receives, and perhaps others.
+            travels: Whether any rank sends to another, as all ranks know.
+            fetch: The tensor of a message that this rank sends, of the message's shape and `dtype`.
+        """
         self._own = [(message, fetch(message)) for message in messages if message.source == message.target == team.rank]
         moving = [message for message in messages if message.source != message.target]
         self._work: Any = None
         self._arriving: list[Message] = []
-        if not moving:
+        if not travels:
             return
         leaving = _by_place(team, [m for m in moving if m.source == team.rank], lambda m: m.target)
         arriving = _by_place(team, [m for m in moving if m.target == team.rank], lambda m: m.source)
@@ -289,7 +301,8 @@ def moved(
         return shaped[message.box.within(own)]
 
     out = torch.zeros(mine.shape if mine is not None else (0,), dtype=dtype, device=device)
-    for message, tensor in Exchange(team, messages, fetch, dtype, device).wait():
+    travels = any(message.source != message.target for message in messages)
+    for message, tensor in Exchange(team, messages, travels, fetch, dtype, device).wait():
         assert mine is not None
         out[message.box.within(mine)] = tensor
     return out

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import engine, sharding
-from .layout import BASIS, Box, Layout, Message, Part, Share
+from .layout import BASIS, Box, Layout, Message, Part, Share, Way
 from .layout import whole as all_of
 from .plan import COUNTERS, Row
 from .sharding import Exchange, ShardingError, Team
@@ -312,8 +312,14 @@ def _buckets(items: list[Item], options: Options, team: Team) -> Iterator[Bucket
         yield Bucket(rest)
 
 
+def _messages(team: Team, items: Sequence[Item], way: Way) -> tuple[list[Message], bool]:
+    """Those of this rank, numbered by item, and whether any rank has one for another."""
+    told = [item.share.messages(way, team.rank) for item in items]
+    return [m._replace(item=i) for i, (own, _) in enumerate(told) for m in own], any(travels for _, travels in told)
+
+
 def _send_gradients(team: Team, bucket: Bucket) -> None:
-    messages = [m for i, item in enumerate(bucket.items) for m in item.share.incoming(i)]
+    messages, travels = _messages(team, bucket.items, "incoming")
     first = bucket.items[0]
 
     def gradient(message: Message) -> Tensor:
@@ -324,9 +330,9 @@ def _send_gradients(team: Team, bucket: Bucket) -> None:
         item = bucket.items[message.item]
         return item.weight[message.box.within(item.share.boxes[team.rank])]
 
-    bucket.gradients = Exchange(team, messages, gradient, first.weight.dtype, first.weight.device)
+    bucket.gradients = Exchange(team, messages, travels, gradient, first.weight.dtype, first.weight.device)
     if any(split.needs_weight for _, split in first.share.row.splits):
-        bucket.weights = Exchange(team, messages, weight, first.weight.dtype, first.weight.device)
+        bucket.weights = Exchange(team, messages, travels, weight, first.weight.dtype, first.weight.device)
 
 
 def _receive_gradients(team: Team, bucket: Bucket) -> list[Work]:
@@ -353,7 +359,7 @@ def _receive_gradients(team: Team, bucket: Bucket) -> list[Work]:
 
 
 def _send_updates(team: Team, bucket: Bucket, errors: dict[str, Exception]) -> None:
-    messages = [m for i, item in enumerate(bucket.items) for m in item.share.outgoing(i)]
+    messages, travels = _messages(team, bucket.items, "outgoing")
     first = bucket.items[0]
 
     def update(message: Message) -> Tensor:
@@ -364,7 +370,7 @@ def _send_updates(team: Team, bucket: Bucket, errors: dict[str, Exception]) -> N
         return bucket.outboxes[message.item][message.box.within(item.part.box)]
 
     dtype = first.weight.dtype if bucket.resident else first.share.row.compute_dtype
-    bucket.updates = Exchange(team, messages, update, dtype, first.weight.device)
+    bucket.updates = Exchange(team, messages, travels, update, dtype, first.weight.device)
     for item in bucket.items:  # their place is taken until the exchange is over by the buffers of the exchange alone
         item.work.outbox = None
     if any(item.fallible for item in bucket.items):
@@ -460,12 +466,12 @@ def _update_in_coordinates(team: Team, items: list[Item], options: Options, memo
         return _turned(item, g if item.work.scale == 1.0 else g * item.work.scale) @ basis
 
     sums: dict[int, Tensor] = {}
-    arrived = Exchange(team, [m for i, item in enumerate(items) for m in item.share.projected(i)], project, dtype, device)
+    arrived = Exchange(team, *_messages(team, items, "projected"), project, dtype, device)
     for message, c in sorted(arrived.wait(), key=lambda pair: pair[0].source):  # in one order, whoever is the owner
         sums[message.item] = sums[message.item] + c if message.item in sums else c
     updates = {i: engine.update_coordinates(items[i].work, c.unsqueeze(0), options, memory)[0] for i, c in sums.items()}
-    leaving = [m for i, item in enumerate(items) for m in item.share.lifted(i)]
-    for message, c in Exchange(team, leaving, lambda message: updates[message.item], dtype, device).wait():
+    leaving = _messages(team, items, "lifted")
+    for message, c in Exchange(team, *leaving, lambda message: updates[message.item], dtype, device).wait():
         item = items[message.item]
         _apply(team, item, item.share.boxes[team.rank], item.weight, _turned(item, c @ item.work.state[BASIS].mT), options)
 
