@@ -126,7 +126,7 @@ class Part:
         return tuple(chunk(self.box, axis, number, i) for i in range(number)) if number > 1 else (self.box,)
 
 
-Way = Literal["incoming", "outgoing", "projected", "lifted"]
+Way = Literal["incoming", "outgoing", "copies", "projected", "lifted"]
 
 
 class Message(NamedTuple):
@@ -187,7 +187,7 @@ class Share:
         """Coordinates of the shards, to be summed on the owner; their box is that of coordinates."""
         owner = self.parts[0].owners[0]
         for _, holders in distinct(self.boxes):
-            yield Message(owner if owner in holders else holders[owner % len(holders)], owner, item, self.coordinates)
+            yield Message(self._near(owner, holders), owner, item, self.coordinates)
 
     def lifted(self, item: int) -> Iterator[Message]:
         """Updated coordinates from the owner to all that hold a shard."""
@@ -203,15 +203,35 @@ class Share:
             both = part.box.common(box)
             if both is not None:
                 for owner in part.owners:
-                    yield Message(owner if owner in holders else holders[owner % len(holders)], owner, item, both)
+                    yield Message(self._near(owner, holders), owner, item, both)
 
     def outgoing(self, item: int) -> Iterator[Message]:
-        """Updates, or new weights where owners have them, from the owners to all that hold a shard of the part."""
+        """Updates from the owners to their own copy of the shards; or new weights, where owners have them, to all that hold a shard."""
         for part in self.parts:
-            for rank, box in enumerate(self.boxes):
-                both = None if self.resident and rank in part.owners else part.box.common(box)
+            if self.resident:
+                for rank, box in enumerate(self.boxes):
+                    both = None if rank in part.owners else part.box.common(box)
+                    if both is not None:
+                        yield Message(part.owners[0], rank, item, both)
+                continue
+            for box, holders in distinct(self.boxes):
+                both = part.box.common(box)
                 if both is not None:
-                    yield Message(part.owners[0], rank, item, both)
+                    yield Message(part.owners[0], self._near(part.owners[0], holders), item, both)
+
+    def copies(self, item: int) -> Iterator[Message]:
+        """Updates from the shards that have them to the copies of these shards: an owner need not send to each copy."""
+        if self.resident:
+            return
+        for part, (box, holders) in itertools.product(self.parts, distinct(self.boxes)):
+            both = part.box.common(box)
+            if both is not None:
+                near = self._near(part.owners[0], holders)
+                yield from (Message(near, rank, item, both) for rank in holders if rank != near)
+
+    def _near(self, owner: int, holders: tuple[int, ...]) -> int:
+        """Of the ranks that hold a shard, the one that stands among copies where the owner does."""
+        return holders[copy_of(self.boxes)[owner] % len(holders)]
 
     @cached_property
     def _told(self) -> dict[tuple[Way, int], tuple[tuple[Message, ...], bool]]:
@@ -224,9 +244,8 @@ class Share:
         """
         key = (way, rank)
         if key not in self._told:
-            every = {"incoming": self.incoming, "outgoing": self.outgoing, "projected": self.projected, "lifted": self.lifted}[way]
             travels, own = False, []
-            for message in every(0):
+            for message in getattr(self, way)(0):
                 travels = travels or message.source != message.target
                 if rank in (message.source, message.target):
                     own.append(message)
@@ -260,7 +279,8 @@ class Share:
         inbound = sum(m.box.numel * grad * weights for m in self.incoming(0) if m.source == rank != m.target)
         if self.along is not None:
             inbound += self.basis_sent.get(rank, 0) * self.row.compute_dtype.itemsize
-        return inbound + sum(m.box.numel * there for m in self.outgoing(0) if m.source == rank != m.target)
+        outbound = itertools.chain(self.outgoing(0), self.copies(0))
+        return inbound + sum(m.box.numel * there for m in outbound if m.source == rank != m.target)
 
     @cached_property
     def basis_sent(self) -> dict[int, int]:
@@ -270,6 +290,16 @@ class Share:
         out = {holders[0]: box.numel for box, holders in distinct(tuple(box or whole((0,)) for box in rows)) if rows[owner] != box}
         out[owner] = sum(box.numel for rank, box in enumerate(rows) if box is not None and rank != owner)
         return out
+
+
+@lru_cache(maxsize=256)
+def copy_of(boxes: tuple[Box, ...]) -> tuple[int, ...]:
+    """For every rank, which of the copies of its shard it holds; ranks without one are counted in turn."""
+    out = list(range(len(boxes)))
+    for _, holders in distinct(boxes):
+        for copy, rank in enumerate(holders):
+            out[rank] = copy
+    return tuple(out)
 
 
 @lru_cache(maxsize=256)

@@ -21,7 +21,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from .layout import Box, Cut, Layout, Share, add_state, distinct, shards, whole
+from .layout import Box, Cut, Layout, Share, add_state, copy_of, distinct, shards, whole
 from .plan import COUNTERS, Entry, Plan
 
 MeshKind = Literal["fsdp", "hsdp", "ddp", "tp", "fsdp+tp"]
@@ -233,6 +233,7 @@ class Overlap:
         self.holders = torch.tensor([rank for _, ranks in boxes for rank in ranks])  # box after box
         self.count = torch.tensor([len(ranks) for _, ranks in boxes])
         self.first = self.count.cumsum(0) - self.count
+        self.copy_of = torch.tensor(copy_of(share.boxes))
         self.box_of = torch.full((ranks,), -1)
         self.box_of[self.holders] = torch.arange(len(boxes)).repeat_interleave(self.count)
 
@@ -248,7 +249,7 @@ def _common(parts: Sequence[Box], boxes: Sequence[Box]) -> Tensor:
 
 
 def _add_sent(total: Tensor, share: Share, overlap: Overlap) -> None:
-    """`Share.incoming` and `outgoing`, summed by source."""
+    """`Share.incoming`, `outgoing` and `copies`, summed by source."""
     row, common = share.row, overlap.common
     owner = torch.tensor([part.owners[0] for part in share.parts])
     everyone = (common * overlap.count).sum(1)  # entries that all holders of a part have of it
@@ -258,7 +259,9 @@ def _add_sent(total: Tensor, share: Share, overlap: Overlap) -> None:
         return
     assert all(len(part.owners) == 1 for part in share.parts)
     at_home = overlap.box_of[owner][:, None] == torch.arange(common.size(1))  # the box that the owner itself holds
-    source = overlap.holders[overlap.first + owner[:, None] % overlap.count]
+    source = overlap.holders[overlap.first + overlap.copy_of[owner][:, None] % overlap.count]  # what `Share._near` finds
     size = row.entry.dtype.itemsize * (2 if any(split.needs_weight for _, split in row.splits) else 1)
     total.index_add_(0, source.flatten(), common.masked_fill(at_home, 0).flatten() * size)
-    total.index_add_(0, owner, (everyone - (common * at_home).sum(1)) * row.compute_dtype.itemsize)
+    there = row.compute_dtype.itemsize
+    total.index_add_(0, owner, common.masked_fill(at_home, 0).sum(1) * there)
+    total.index_add_(0, source.flatten(), (common * (overlap.count - 1)).flatten() * there)

@@ -398,7 +398,17 @@ def _receive_updates(team: Team, bucket: Bucket, options: Options, errors: dict[
                 errors.setdefault(item.name, RuntimeError(f"on rank {team.members[part.owners[0]]}"))
             item.work.held |= any(code & HELD for code in codes)
     assert bucket.updates is not None
-    for message, tensor in bucket.updates.wait():
+    arrived = list(bucket.updates.wait())
+    messages, travels = _messages(team, bucket.items, "copies")
+    if travels:
+        here = {(message.item, message.box): tensor for message, tensor in arrived}
+        first = bucket.items[0]
+
+        def update(message: Message) -> Tensor:
+            return here[message.item, message.box]
+
+        arrived += Exchange(team, messages, travels, update, first.share.row.compute_dtype, first.weight.device).wait()
+    for message, tensor in arrived:
         item = bucket.items[message.item]
         own = item.share.boxes[team.rank]
         if bucket.resident:

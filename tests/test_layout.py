@@ -160,6 +160,10 @@ def test_messages_bring_each_part_all_of_itself(share: Share) -> None:
         part = share.part_of(message.source)
         assert part is not None
         assert part.box.holds(message.box)
+    had = {(message.target, message.box) for message in leaving}
+    for message in share.copies(0):
+        assert (message.source, message.box) in had  # a rank hands on what it was sent
+        leaving.append(message)
     for rank, box in enumerate(share.boxes):
         got = [m.box for m in leaving if m.target == rank]
         own = share.part_of(rank)
