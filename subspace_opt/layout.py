@@ -303,6 +303,16 @@ def copy_of(boxes: tuple[Box, ...]) -> tuple[int, ...]:
 
 
 @lru_cache(maxsize=256)
+def turns(boxes: tuple[Box, ...]) -> tuple[tuple[int, int], ...]:
+    """In which order ranks that keep the same become owners: copies in turn, so that the traffic of all of them is used."""
+    out = [(len(boxes), rank) for rank in range(len(boxes))]
+    for shard, (_, holders) in enumerate(distinct(boxes)):
+        for copy, rank in enumerate(holders):
+            out[rank] = (shard, copy)
+    return tuple(out)
+
+
+@lru_cache(maxsize=256)
 def distinct(boxes: tuple[Box, ...]) -> tuple[tuple[Box, tuple[int, ...]], ...]:
     """Every box that is not empty, once, with the ranks that hold it."""
     held: dict[Box, list[int]] = {}
@@ -348,7 +358,8 @@ class Layout:
             return
         runs = list(_runs(row, self._cuts_of(row, boxes)))
         # Where a rank has all of a run, the run is its own: nothing has to travel to it.
-        least = sorted(range(self.ranks), key=lambda rank: (self.loads[rank], rank))
+        turn = turns(boxes)
+        least = sorted(range(self.ranks), key=lambda rank: (self.loads[rank], turn[rank]))
         free = iter(least)
         taken: set[int] = set()
         place = {rank: i for i, rank in enumerate(least)}

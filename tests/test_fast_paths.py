@@ -459,3 +459,19 @@ def test_rows_in_passes_are_the_whole_matrix(preset: str, dtype: torch.dtype, mo
         train(opt, own, range(5))
         runs.append(snapshot(opt, own))
     assert same(*runs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", list(polar.SCHEDULES))
+def test_an_iteration_stays_in_range_where_one_direction_rules(name: str, dtype: torch.dtype) -> None:
+    """One large singular value and a tail, as the momentum of a layer has: applied together, polynomials must not throw it out of range."""
+    polynomials = polar.schedule(name, 5, 1.02 if name in ("polar_express", "cans") else 1.0)
+    draws = torch.Generator().manual_seed(1)
+    for k, n in ((12, 20), (12, 36), (64, 256)):
+        for tail in (torch.linspace(0.16, 0.002, k - 1), torch.linspace(0.3, 0.01, k - 1)):
+            for _ in range(5):
+                left = torch.linalg.qr(torch.randn(k, k, generator=draws))[0]
+                right = torch.linalg.qr(torch.randn(n, k, generator=draws))[0]
+                x = (left * torch.cat([torch.ones(1), tail])) @ right.mT
+                y = polar.newton_schulz(x[None], polynomials, dtype=dtype)
+                assert torch.linalg.matrix_norm(y.float(), 2).item() < 1.35

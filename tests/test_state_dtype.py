@@ -236,6 +236,7 @@ CHILD = """
 import sys, torch
 from common import copied, optimizer, parameters, train
 from test_state_dtype import LARGE, kept, made
+torch.set_num_threads(int(sys.argv[3]))
 params = parameters(LARGE)
 opt = made("cosmos", params, "8bit")
 saved = torch.load(sys.argv[1], weights_only=True)
@@ -255,7 +256,7 @@ def test_another_process_goes_on_to_the_bit(tmp_path: Path) -> None:
     torch.save({"params": {n: p.detach() for n, p in params.items()}, "optimizer": opt.state_dict()}, tmp_path / "cut")
     train(opt, params, range(3, 6))
     here = Path(__file__).parent
-    command = [sys.executable, "-c", CHILD, str(tmp_path / "cut"), str(tmp_path / "end")]
+    command = [sys.executable, "-c", CHILD, str(tmp_path / "cut"), str(tmp_path / "end"), str(torch.get_num_threads())]
     done = subprocess.run(
         command, capture_output=True, text=True, cwd=here.parent, env={**os.environ, "PYTHONPATH": f"{here.parent}:{here}"}
     )
@@ -290,10 +291,24 @@ def test_codes_of_another_kind_are_refused() -> None:
     for each in (opt, plain, four):
         train(each, params, range(1))
     saved = opt.state_dict()
-    for other, words in ((plain, "numbers"), (four, "signed codes of 4 bits")):
-        mixed = {**saved, "state": other.state_dict()["state"]}
-        with pytest.raises(CheckpointError, match=f"'w': slot 'momentum.*' is kept as {words}, here as signed codes of 8 bits"):
-            opt.load_state_dict(mixed)
+    with pytest.raises(CheckpointError, match=r"'w': slot 'momentum.*' is kept as signed codes of 4 bits, here as signed codes of 8 bits"):
+        opt.load_state_dict({**saved, "state": four.state_dict()["state"]})
+    with pytest.raises(CheckpointError, match=r"'w': slot 'momentum.*' is kept as signed codes of 8 bits, here as numbers"):
+        plain.load_state_dict({**plain.state_dict(), "state": saved["state"]})
+
+
+def test_numbers_are_coded_when_they_are_loaded() -> None:
+    """As ranks save them that share a parameter."""
+    params = parameters({"w": (96, 64)})
+    opt = made("muon", params, "8bit")
+    train(opt, params, range(2))
+    saved = opt.state_dict()
+    numbers = {i: {key: lowbit.whole(v) if isinstance(v, Tensor) else v for key, v in slots.items()} for i, slots in saved["state"].items()}
+    before = {name: (lowbit.found(value), lowbit.whole(value).clone()) for name, value in flat(opt) if isinstance(value, Tensor)}
+    opt.load_state_dict({**saved, "state": numbers})
+    for name, value in flat(opt):
+        assert lowbit.found(value) == before[name][0]
+        assert torch.equal(lowbit.whole(value), before[name][1])
 
 
 @pytest.mark.parametrize("word", ["8bit", "4bit"])
