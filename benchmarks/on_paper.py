@@ -21,8 +21,8 @@ import torch
 from subspace_opt import Entry, Plan, build, load_spec, make_plan
 from subspace_opt.lab import meta_model
 from subspace_opt.lab.report import readable_bytes
-from subspace_opt.layout import is_elementwise
 from subspace_opt.meshes import Mesh, Placed, make_mesh, place
+from subspace_opt.parts import is_elementwise
 from subspace_opt.plan import Row
 from subspace_opt.rules.orthogonal import Orthogonalize
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import linalg
 from .algebra import Constants, State, Step
-from .layout import Box
+from .boxes import Box
 from .plan import Row
 from .split import Product, Split
 from .stacks import Memory, counted, gather, refreshed, scatter, stacks

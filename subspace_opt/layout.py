@@ -1,4 +1,4 @@
-"""Where the parts of a model lie and who computes them, on several ranks: boxes, parts, owners, messages. Pure; no torch.distributed.
+"""Where the parts of a model lie and who computes them, on several ranks: shares, owners, messages. Pure; no torch.distributed.
 
     a rank's shard of a parameter      a box of it
     a part                             the matrices that one rank computes, a box of the parameter too
@@ -12,119 +12,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from math import prod
-from operator import sub
 from typing import Literal, NamedTuple
 
-from .plan import COUNTERS, Row, state_key
+from .boxes import Box, Cut, chunk, copy_of, distinct, turns, whole
+from .parts import Part, cut_runs, is_elementwise, run_axis, view_of
+from .plan import COUNTERS, Row
 from .split import Split
-from .views import View
-
-
-class Box(NamedTuple):
-    """A range of indices in each dimension of a tensor."""
-
-    start: tuple[int, ...]
-    stop: tuple[int, ...]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(b - a for a, b in zip(self.start, self.stop, strict=True))
-
-    @property
-    def numel(self) -> int:
-        return prod(map(sub, self.stop, self.start))
-
-    def common(self, other: Box) -> Box | None:
-        """What two boxes share; None if that is nothing."""
-        start = tuple(map(max, self.start, other.start))
-        stop = tuple(map(min, self.stop, other.stop))
-        return Box(start, stop) if all(a < b for a, b in zip(start, stop, strict=True)) else None
-
-    def holds(self, other: Box) -> bool:
-        return self == other or all(a <= c and d <= b for a, b, c, d in zip(self.start, self.stop, other.start, other.stop, strict=True))
-
-    def within(self, frame: Box) -> tuple[slice, ...]:
-        """Slices that cut this box out of a tensor that holds `frame`."""
-        return tuple(slice(a - o, b - o) for a, b, o in zip(self.start, self.stop, frame.start, strict=True))
-
-
-def whole(shape: Sequence[int]) -> Box:
-    """All of a tensor."""
-    return Box((0,) * len(shape), tuple(shape))
-
-
-class Cut(NamedTuple):
-    """How one dimension of a mesh cuts a tensor; `strided`: after the dimensions to its right have cut (FSDP2 over tensor parallel)."""
-
-    dim: int
-    strided: bool = False
-
-
-def shards(shape: Sequence[int], mesh: Sequence[int], cuts: Sequence[Cut | None]) -> tuple[Box, ...]:
-    """The box of each rank of a mesh, in row-major order of its coordinates: every cut makes chunks of ceil(size / ranks)."""
-    return _shards(tuple(shape), tuple(mesh), tuple(cuts))
-
-
-@lru_cache(maxsize=256)  # a model has hundreds of parameters and a dozen shapes
-def _shards(shape: tuple[int, ...], mesh: tuple[int, ...], cuts: tuple[Cut | None, ...]) -> tuple[Box, ...]:
-    order = [i for i, cut in enumerate(cuts) if cut is not None and not cut.strided]
-    order += [i for i, cut in reversed(list(enumerate(cuts))) if cut is not None and cut.strided]
-    boxes = []
-    for at in itertools.product(*map(range, mesh)):
-        box = whole(shape)
-        for axis in order:
-            cut = cuts[axis]
-            assert cut is not None
-            box = chunk(box, cut.dim, mesh[axis], at[axis])
-        boxes.append(box)
-    return tuple(boxes)
-
-
-def chunk(box: Box, dim: int, number: int, index: int) -> Box:
-    """The `index`-th of `number` chunks of a box along one dimension, as `torch.chunk` makes them; the last may be empty."""
-    first, last = box.start[dim], box.stop[dim]
-    size = -(-(last - first) // number)
-    low, high = min(first + index * size, last), min(first + (index + 1) * size, last)
-    return Box((*box.start[:dim], low, *box.start[dim + 1 :]), (*box.stop[:dim], high, *box.stop[dim + 1 :]))
-
-
-# ------------------------------------------------------------------------------------------------------------------------ parts
-
-
-@dataclass(frozen=True)
-class Part:
-    """A box of a parameter that `owners` compute (several only where each of them holds it anyway), and whose state they keep."""
-
-    box: Box
-    owners: tuple[int, ...]
-    of: Row  # the parameter
-    splits: dict[tuple[int, int, int], Split] = field(default_factory=dict, repr=False, compare=False)  # of the layout
-
-    # Made when asked for: a rank needs those of its own part, and on thousands of ranks there are thousands of parts.
-    @cached_property
-    def row(self) -> Row:
-        """The plan of the box alone."""
-        return _row_of(self.of, self.box, self.splits)
-
-    @cached_property
-    def state(self) -> dict[str, Box]:
-        """Of each slot, where the part's lies in that of the parameter."""
-        return _state_boxes(self.of, self.box)
-
-    @property
-    def state_bytes(self) -> int:
-        """What each owner keeps of it, counters left out."""
-        return sum(box.numel * self.of.state[key][1].itemsize for key, box in self.state.items())
-
-    @cached_property
-    def matrices(self) -> tuple[Box, ...]:
-        """Its experts or heads, or itself."""
-        axis, length, count = _run_axis(self.of)
-        number = self.box.shape[axis] // length if count > 1 and not is_elementwise(self.of) else 1
-        return tuple(chunk(self.box, axis, number, i) for i in range(number)) if number > 1 else (self.box,)
-
 
 Way = Literal["incoming", "outgoing", "copies", "projected", "lifted"]
 
@@ -186,7 +81,7 @@ class Share:
     def projected(self, item: int) -> Iterator[Message]:
         """Coordinates of the shards, to be summed on the owner; their box is that of coordinates."""
         owner = self.parts[0].owners[0]
-        for _, holders in distinct(self.boxes):
+        for _, holders in self._distinct:
             yield Message(self._near(owner, holders), owner, item, self.coordinates)
 
     def lifted(self, item: int) -> Iterator[Message]:
@@ -199,7 +94,7 @@ class Share:
         """Gradients from the shards to the owners."""
         if self.resident:
             return
-        for part, (box, holders) in itertools.product(self.parts, distinct(self.boxes)):
+        for part, (box, holders) in itertools.product(self.parts, self._distinct):
             both = part.box.common(box)
             if both is not None:
                 for owner in part.owners:
@@ -214,7 +109,7 @@ class Share:
                     if both is not None:
                         yield Message(part.owners[0], rank, item, both)
                 continue
-            for box, holders in distinct(self.boxes):
+            for box, holders in self._distinct:
                 both = part.box.common(box)
                 if both is not None:
                     yield Message(part.owners[0], self._near(part.owners[0], holders), item, both)
@@ -223,15 +118,24 @@ class Share:
         """Updates from the shards that have them to the copies of these shards: an owner need not send to each copy."""
         if self.resident:
             return
-        for part, (box, holders) in itertools.product(self.parts, distinct(self.boxes)):
+        for part, (box, holders) in itertools.product(self.parts, self._distinct):
             both = part.box.common(box)
             if both is not None:
                 near = self._near(part.owners[0], holders)
                 yield from (Message(near, rank, item, both) for rank in holders if rank != near)
 
+    @cached_property
+    def copy_of(self) -> tuple[int, ...]:
+        """`copy_of` these boxes; found once, since to look it up among thousands of boxes takes as long as to find it."""
+        return copy_of(self.boxes)
+
+    @cached_property
+    def _distinct(self) -> tuple[tuple[Box, tuple[int, ...]], ...]:
+        return distinct(self.boxes)
+
     def _near(self, owner: int, holders: tuple[int, ...]) -> int:
         """Of the ranks that hold a shard, the one that stands among copies where the owner does."""
-        return holders[copy_of(self.boxes)[owner] % len(holders)]
+        return holders[self.copy_of[owner] % len(holders)]
 
     @cached_property
     def _told(self) -> dict[tuple[Way, int], tuple[tuple[Message, ...], bool]]:
@@ -292,36 +196,6 @@ class Share:
         return out
 
 
-@lru_cache(maxsize=256)
-def copy_of(boxes: tuple[Box, ...]) -> tuple[int, ...]:
-    """For every rank, which of the copies of its shard it holds; ranks without one are counted in turn."""
-    out = list(range(len(boxes)))
-    for _, holders in distinct(boxes):
-        for copy, rank in enumerate(holders):
-            out[rank] = copy
-    return tuple(out)
-
-
-@lru_cache(maxsize=256)
-def turns(boxes: tuple[Box, ...]) -> tuple[tuple[int, int], ...]:
-    """In which order ranks that keep the same become owners: copies in turn, so that the traffic of all of them is used."""
-    out = [(len(boxes), rank) for rank in range(len(boxes))]
-    for shard, (_, holders) in enumerate(distinct(boxes)):
-        for copy, rank in enumerate(holders):
-            out[rank] = (shard, copy)
-    return tuple(out)
-
-
-@lru_cache(maxsize=256)
-def distinct(boxes: tuple[Box, ...]) -> tuple[tuple[Box, tuple[int, ...]], ...]:
-    """Every box that is not empty, once, with the ranks that hold it."""
-    held: dict[Box, list[int]] = {}
-    for rank, box in enumerate(boxes):
-        if box.numel:
-            held.setdefault(box, []).append(rank)
-    return tuple((box, tuple(ranks)) for box, ranks in held.items())
-
-
 @dataclass
 class Layout:
     """Shares of one team of ranks. `loads`: bytes of state that each rank owns so far, by which the next owner is chosen."""
@@ -350,13 +224,13 @@ class Layout:
             along = max(range(len(row.entry.shape)), key=lambda d: row.entry.shape[d], default=None)
             if along is not None:
                 pieces = [chunk(whole(row.entry.shape), along, self.ranks, i) for i in range(self.ranks)]
-                if all(_viewed(row, piece) for piece in pieces if piece.numel):
+                if all(view_of(row, piece) for piece in pieces if piece.numel):
                     yield from (self._part(row, piece, (rank,)) for rank, piece in enumerate(pieces) if piece.numel)
                     return
-        elif is_elementwise(row) and all(_viewed(row, box) for box, _ in distinct(boxes)):
+        elif is_elementwise(row) and all(view_of(row, box) for box, _ in distinct(boxes)):
             yield from (self._part(row, box, holders) for box, holders in distinct(boxes))
             return
-        runs = list(_runs(row, self._cuts_of(row, boxes)))
+        runs = list(cut_runs(row, self._cuts_of(row, boxes)))
         # Where a rank has all of a run, the run is its own: nothing has to travel to it.
         turn = turns(boxes)
         least = sorted(range(self.ranks), key=lambda rank: (self.loads[rank], turn[rank]))
@@ -372,7 +246,7 @@ class Layout:
 
     def _cuts_of(self, row: Row, boxes: tuple[Box, ...]) -> list[int]:
         """How many matrices, or heads, each run has: those of the shards where these hold whole ones, else as equal as they come."""
-        axis, size, count = _run_axis(row)
+        axis, size, count = run_axis(row)
         if count == 1:
             return [1]
         ranges = sorted({(box.start[axis], box.stop[axis]) for box in boxes if box.numel})
@@ -435,122 +309,3 @@ def add_state(loads: list[int], share: Share) -> None:
         for rank in range(len(share.boxes)):
             box = share.state_box(key, rank)
             loads[rank] += 0 if box is None else box.numel * share.row.state[key][1].itemsize
-
-
-def is_elementwise(row: Row) -> bool:
-    """Whether a parameter's entries are updated each by itself, so that it may be cut anywhere."""
-    return len(row.splits) == 1 and row.splits[0][1].elementwise and row.splits[0][0].heads == 1 and not row.splits[0][0].name
-
-
-# ---------------------------------------------------------------------------------- boxes of a parameter and of its matrices
-
-
-def _run_axis(row: Row) -> tuple[int, int, int]:
-    """The dimension along which a parameter falls into matrices, the length of one, and their number: experts, or heads."""
-    view, shape = row.view, row.entry.shape
-    heads = view.blocks[0].heads if view.blocks else 1
-    if view.count > 1 and len(shape) == 3:
-        return 0, 1, view.count
-    if heads > 1 and view.count == 1 and len(shape) == 2:
-        return (1 if view.transposed else 0), view.rows // heads, heads
-    return 0, 0, 1
-
-
-def _runs(row: Row, sizes: Sequence[int]) -> Iterator[Box]:
-    axis, length, count = _run_axis(row)
-    shape, first = row.entry.shape, 0
-    if count == 1:
-        yield whole(shape)
-        return
-    for size in sizes:
-        start, stop = [0] * len(shape), list(shape)
-        start[axis], stop[axis] = first * length, (first + size) * length
-        yield Box(tuple(start), tuple(stop))
-        first += size
-
-
-def _viewed(row: Row, box: Box) -> Box | None:
-    """A box of the parameter as one of its matrices `(count, rows, cols)`; None where it is not a box there."""
-    view, shape = row.view, row.entry.shape
-    if len(shape) < 2:
-        groups: list[list[int]] = [[], [], list(range(len(shape)))]
-    elif len(shape) == 2 or (view.count == 1 and shape[0] == (view.cols if view.transposed else view.rows)):
-        groups = [[], [0], list(range(1, len(shape)))]
-    else:
-        groups = [list(range(len(shape) - 2)), [len(shape) - 2], [len(shape) - 1]]
-    start, stop = [], []
-    for dims in groups:
-        merged = _merged(box, shape, dims)
-        if merged is None:
-            return None
-        start.append(merged[0])
-        stop.append(merged[1])
-    if view.transposed:
-        start[1], start[2], stop[1], stop[2] = start[2], start[1], stop[2], stop[1]
-    return Box(tuple(start), tuple(stop))
-
-
-def _merged(box: Box, shape: Sequence[int], dims: Sequence[int]) -> tuple[int, int] | None:
-    """The range of a box along dimensions that are joined to one; None where it is not one range."""
-    low = high = 0
-    for i, d in enumerate(dims):
-        a, b = box.start[d], box.stop[d]
-        if b - a > 1 and any((box.start[e], box.stop[e]) != (0, shape[e]) for e in dims[i + 1 :]):
-            return None
-        low, high = low * shape[d] + a, high * shape[d] + b - 1
-    return low, high + 1
-
-
-def _row_of(row: Row, box: Box, splits: dict[tuple[int, int, int], Split]) -> Row:
-    """The plan of a box alone: the same pipeline on fewer matrices, or on a cut of one where entries are updated each by itself."""
-    if box == whole(row.entry.shape):
-        return row
-    entry = replace(row.entry, shape=box.shape)
-    if is_elementwise(row):
-        viewed = _viewed(row, box)
-        assert viewed is not None
-        count, rows, cols = viewed.shape
-        block, split = row.splits[0]
-        key = (id(split.pipeline), rows, cols)
-        if key not in splits:
-            splits[key] = split.pipeline.on(rows, cols)
-        window = (viewed.start[1], viewed.start[2], block.rows, block.cols)
-        own = replace(block, count=count, rows=rows, cols=cols, first=viewed.start[0], of=block.count, window=window)
-        view = View(count, rows, cols, row.view.transposed, (own,))
-        return replace(row, entry=entry, view=view, splits=((own, splits[key]),))
-    axis, length, _ = _run_axis(row)
-    before, held = box.start[axis] // length, box.shape[axis] // length
-    blocks = []
-    for block in row.view.blocks:
-        each = block.heads if row.view.count > 1 else 1  # heads of every expert
-        heads = block.heads if row.view.count > 1 else held
-        blocks.append(replace(block, count=held * each, heads=heads, first=before * each, of=block.count))
-    count = held if row.view.count > 1 else 1
-    rows = row.view.rows if row.view.count > 1 else held * length
-    view = replace(row.view, count=count, rows=rows, blocks=tuple(blocks))
-    return replace(row, entry=entry, view=view, splits=tuple(zip(blocks, (split for _, split in row.splits), strict=True)))
-
-
-def _state_boxes(row: Row, box: Box) -> dict[str, Box]:
-    """Where each slot of a part lies in that of the parameter."""
-    out: dict[str, Box] = {}
-    cut = box != whole(row.entry.shape)
-    for block, split in row.splits:
-        for key in split.slots:
-            name = state_key(block, key)
-            shape = row.state[name][0]
-            if not cut:
-                out[name] = whole(shape)
-            elif is_elementwise(row):
-                viewed = _viewed(row, box)
-                assert viewed is not None
-                sides = slice(1, None) if block.count == 1 else slice(None)
-                out[name] = Box(viewed.start[sides], viewed.stop[sides])
-            else:
-                axis, length, _ = _run_axis(row)
-                each = block.heads if row.view.count > 1 else 1
-                low, high = box.start[axis] // length * each, box.stop[axis] // length * each
-                out[name] = Box((low, *(0 for _ in shape[1:])), (high, *shape[1:]))
-    if row.compensated:
-        out["compensation"] = box
-    return out

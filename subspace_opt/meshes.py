@@ -21,7 +21,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from .layout import Box, Cut, Layout, Share, add_state, copy_of, distinct, shards, whole
+from .boxes import Box, Cut, copy_of, distinct, shards, whole
+from .layout import Layout, Share, add_state
 from .plan import COUNTERS, Entry, Plan
 
 MeshKind = Literal["fsdp", "hsdp", "ddp", "tp", "fsdp+tp"]

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from .layout import Share
     from .sharding import Team
-    from .together import Item
+    from .shared import Item
 
 SpecLike = Spec | Mapping[str, Any] | str | os.PathLike[str]
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
@@ -243,9 +243,9 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         key = tuple((id(p), p.shape, getattr(p, "placements", None)) for p in params)
         if self._placed is None or self._placed[:2] != (key, plan):
             sizes = [len(group["params"]) for group in self.param_groups]
-            from . import together  # late: PyTorch's distributed tensors take half a second to import
+            from . import shared  # late: PyTorch's distributed tensors take half a second to import
 
-            self._placed = (key, plan, together.shares(params, plan.rows, sizes, self._group))
+            self._placed = (key, plan, shared.shares(params, plan.rows, sizes, self._group))
         return self._placed[2]
 
     # -------------------------------------------------------------------------------------------------------------------- step
@@ -279,11 +279,11 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         """What is to be updated of some parameters: those with a gradient, looked at, and with state; and those that ranks share."""
         work, items = [], []
         if shares := self._shares():
-            from . import together
+            from . import shared, together
         for group, p, row in given:
             if id(p) in shares:
                 if p.requires_grad:  # whether there is a gradient is asked of all ranks
-                    items.append(together.item(*shares[id(p)], p, self._work(group, p, row)))
+                    items.append(shared.item(*shares[id(p)], p, self._work(group, p, row)))
             elif p.grad is not None and p.numel():
                 work.append(self._work(group, p, row))
             elif p.grad is not None and not self.state.get(p):
@@ -342,10 +342,10 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         shares = self._shares()
         if not shares:
             return super().state_dict()
-        from . import together
+        from . import shared
 
         own = self.state
-        self.state = together.exported(shares, own)
+        self.state = shared.exported(shares, own)
         try:
             return super().state_dict()
         finally:
@@ -364,9 +364,9 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             state_dict = state_dict if changed is None else changed
         readers = {}
         if shares := self._shares():
-            from . import together
+            from . import shared
 
-            readers = {key: together.reader(*both) for key, both in shares.items()}
+            readers = {key: shared.reader(*both) for key, both in shares.items()}
         state, groups = matched(state_dict, self.param_groups, self.plan, readers)
         self.__setstate__({"state": defaultdict(dict, state), "param_groups": groups})
         for after in self._optimizer_load_state_dict_post_hooks.values():

@@ -15,7 +15,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 from . import lowbit
-from .layout import Box, Cut, Message, Share, shards, whole
+from .boxes import Box, Cut, shards, whole
+from .layout import Message, Share
 from .lowbit import Codes
 from .plan import COUNTERS
 

@@ -10,62 +10,26 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import engine, sharding
-from .layout import BASIS, Box, Layout, Message, Part, Share, Way
-from .layout import whole as all_of
-from .plan import COUNTERS, Row
+from . import engine
+from .boxes import Box
+from .coordinates import gather_basis, refreshes, runs, scatter_basis, update_in_coordinates
+from .layout import BASIS, Message, Share
+from .parts import Part
+from .plan import COUNTERS
 from .sharding import Exchange, ShardingError, Team
-from .stacks import Memory, due
+from .shared import Item, apply, given, messages
+from .stacks import Memory
 from .survey import judged, largest, nonfinite, size_of
-from .update import update_weight
-from .work import Options, Phase, Work, allocate
+from .work import Options, Work, allocate
 
 FAILED, SILENT, HELD = 1, 2, 4  # what became of a part: a decomposition failed; there is no update; and the first one is not counted
-
-
-@dataclass(eq=False)
-class Item:
-    """A parameter of a team in one step."""
-
-    team: Team
-    share: Share
-    part: Part | None  # what this rank computes of it
-    param: Tensor
-    work: Work  # of that part; of no matrix, where there is none
-    weight: Tensor  # this rank's shard
-    grad: Tensor | None  # the same of the gradient
-    kept: dict[str, Any] = field(default_factory=dict)  # the state itself, while the work has a whole basis for one step
-
-    @property
-    def name(self) -> str:
-        return self.share.row.entry.name
-
-    @property
-    def decay(self) -> float:
-        coupled = self.share.row.splits[0][1].pipeline.decay == "coupled"
-        return 0.0 if coupled else self.work.weight_decay
-
-    @property
-    def fallible(self) -> bool:
-        """Whether a decomposition may fail, of which all ranks must be told."""
-        return any(split.opens or split.decomposes for _, split in self.share.row.splits)
-
-
-def item(team: Team, share: Share, param: Tensor, work: Work) -> Item:
-    """A parameter of this step. `work`: as if it were whole."""
-    part = share.part_of(team.rank)
-    weight, grad = sharding.local(param.detach()), sharding.local_grad(param, share.row.entry.name)
-    if grad is not None and work.maximize:
-        grad = -grad
-    own = replace(work, row=share.row if part is None else part.row, param=weight, grad=weight if grad is None else grad)
-    return Item(team, share, part, param, own, weight, grad)
 
 
 @dataclass
@@ -82,49 +46,6 @@ class Bucket:
     @property
     def resident(self) -> bool:
         return self.items[0].share.resident
-
-
-# ------------------------------------------------------------------------------------------------------------------- shares
-
-
-def shares(params: Sequence[Tensor], rows: Sequence[Row], sizes: Sequence[int], group: Any) -> dict[int, tuple[Team, Share]]:
-    """Team and share of every parameter that several ranks hold, by `id`. `sizes`: of the parameter groups: a group that is added later
-    leaves the owners of the others as they are. `group`: of ranks that hold ordinary parameters whole, None if there is none."""
-    teams = sharding.Teams()
-    whole = None if group is None else sharding.team_of_group(group)
-    layouts: dict[Team, Layout] = {}
-    out: dict[int, tuple[Team, Share]] = {}
-    start = 0
-    for size in sizes:
-        members: dict[Team, list[tuple[Tensor, Row]]] = {}
-        for p, row in zip(params[start : start + size], rows[start : start + size], strict=True):
-            team = teams.of(p) if sharding.is_sharded(p) else whole
-            if team is not None:
-                members.setdefault(team, []).append((p, row))
-        for team, pairs in members.items():
-            layout = layouts.setdefault(team, Layout(team.size, team.divided))
-            names = [row.entry.name for _, row in pairs]
-            cut = [sharding.cuts(p, name) if sharding.is_sharded(p) else () for (p, _), name in zip(pairs, names, strict=True)]
-            boxes = [sharding.boxes(p, c, team, name) for (p, _), c, name in zip(pairs, cut, names, strict=True)]
-            for (p, _), share in zip(pairs, layout.add([row for _, row in pairs], boxes, cut), strict=True):
-                out[id(p)] = (team, share)
-        start += size
-    return out
-
-
-def exported(known: dict[int, tuple[Team, Share]], state: dict[Any, dict[str, Any]]) -> defaultdict[Any, dict[str, Any]]:
-    """The optimizer's state with that of shared parameters as DTensors. A collective."""
-    out: defaultdict[Any, dict[str, Any]] = defaultdict(dict, state)
-    for param, own in state.items():
-        if own and id(param) in known:
-            team, share = known[id(param)]
-            out[param] = sharding.exported(team, share, param, own)
-    return out
-
-
-def reader(team: Team, share: Share) -> Callable[[Tensor, str, Tensor, tuple[int, ...]], Tensor]:
-    """A function of (parameter, slot, a checkpoint's tensor, its shape) that returns this rank's part of the slot."""
-    return lambda param, key, value, shape: sharding.imported(team, share, param, key, value, shape)
 
 
 # --------------------------------------------------------------------------------------------------------------------- look
@@ -197,7 +118,7 @@ def _own_gradient(team: Team, item: Item) -> Tensor | None:
     if item.share.resident:
         part = item.part
         return None if part is None or part.owners[0] != team.rank else item.grad[part.box.within(own)]
-    return item.grad if item.share.boxes.index(own) == team.rank else None
+    return item.grad if item.share.copy_of[team.rank] == 0 else None
 
 
 def _top(grad: Tensor | None) -> float:
@@ -233,12 +154,12 @@ def _step(team: Team, items: list[Item], options: Options, memory: Memory, failu
     for item in items:
         _allocate(team, item)
     errors: dict[str, Exception] = {}
-    thin = [item for item in items if item.share.along is not None and item.work.count > 0 and not _refreshes(item)]
+    thin = [item for item in items if item.share.along is not None and item.work.count > 0 and not refreshes(item)]
     whole = [item for item in items if item.share.along is not None and item not in thin]
     for item in whole:
-        _gather_basis(team, item)
-    for run in _runs(thin, options.batch_bytes * team.size):
-        _update_in_coordinates(team, run, options, memory)
+        gather_basis(team, item)
+    for run in runs(thin, options.batch_bytes * team.size):
+        update_in_coordinates(team, run, options, memory)
     buckets = list(_buckets([item for item in items if not item.share.local and item not in thin], options, team))
     if buckets:
         _send_gradients(team, buckets[0])
@@ -246,7 +167,7 @@ def _step(team: Team, items: list[Item], options: Options, memory: Memory, failu
     for item in items:
         if item.share.local and item.part is not None:
             own = item.share.boxes[team.rank]
-            item.work.param, item.work.grad = item.weight[item.part.box.within(own)], _given(item)[item.part.box.within(own)]
+            item.work.param, item.work.grad = item.weight[item.part.box.within(own)], given(item)[item.part.box.within(own)]
     engine.compute(local, options, memory, errors)
     engine.write_back(local)
     for number, bucket in enumerate(buckets):
@@ -262,7 +183,7 @@ def _step(team: Team, items: list[Item], options: Options, memory: Memory, failu
     if buckets:
         _receive_updates(team, buckets[-1], options, errors)
     for item in whole:
-        _scatter_basis(team, item)
+        scatter_basis(team, item)
     works = [item.work for item in items]
     engine.close(works, memory)
     engine.report(works, errors, failures)
@@ -312,27 +233,21 @@ def _buckets(items: list[Item], options: Options, team: Team) -> Iterator[Bucket
         yield Bucket(rest)
 
 
-def _messages(team: Team, items: Sequence[Item], way: Way) -> tuple[list[Message], bool]:
-    """Those of this rank, numbered by item, and whether any rank has one for another."""
-    told = [item.share.messages(way, team.rank) for item in items]
-    return [m._replace(item=i) for i, (own, _) in enumerate(told) for m in own], any(travels for _, travels in told)
-
-
 def _send_gradients(team: Team, bucket: Bucket) -> None:
-    messages, travels = _messages(team, bucket.items, "incoming")
+    own, travels = messages(team, bucket.items, "incoming")
     first = bucket.items[0]
 
     def gradient(message: Message) -> Tensor:
         item = bucket.items[message.item]
-        return _given(item)[message.box.within(item.share.boxes[team.rank])].to(first.weight.dtype)
+        return given(item)[message.box.within(item.share.boxes[team.rank])].to(first.weight.dtype)
 
     def weight(message: Message) -> Tensor:
         item = bucket.items[message.item]
         return item.weight[message.box.within(item.share.boxes[team.rank])]
 
-    bucket.gradients = Exchange(team, messages, travels, gradient, first.weight.dtype, first.weight.device)
+    bucket.gradients = Exchange(team, own, travels, gradient, first.weight.dtype, first.weight.device)
     if any(split.needs_weight for _, split in first.share.row.splits):
-        bucket.weights = Exchange(team, messages, travels, weight, first.weight.dtype, first.weight.device)
+        bucket.weights = Exchange(team, own, travels, weight, first.weight.dtype, first.weight.device)
 
 
 def _receive_gradients(team: Team, bucket: Bucket) -> list[Work]:
@@ -341,7 +256,7 @@ def _receive_gradients(team: Team, bucket: Bucket) -> list[Work]:
     if bucket.resident:
         for _, item, part in own:
             here = part.box.within(item.share.boxes[team.rank])
-            item.work.param, item.work.grad = item.weight[here], _given(item)[here]
+            item.work.param, item.work.grad = item.weight[here], given(item)[here]
         return [item.work for _, item, _ in own]
     for i, item, part in own:
         item.work.grad = torch.empty(part.box.shape, dtype=item.weight.dtype, device=item.weight.device)
@@ -359,7 +274,7 @@ def _receive_gradients(team: Team, bucket: Bucket) -> list[Work]:
 
 
 def _send_updates(team: Team, bucket: Bucket, errors: dict[str, Exception]) -> None:
-    messages, travels = _messages(team, bucket.items, "outgoing")
+    own, travels = messages(team, bucket.items, "outgoing")
     first = bucket.items[0]
 
     def update(message: Message) -> Tensor:
@@ -370,7 +285,7 @@ def _send_updates(team: Team, bucket: Bucket, errors: dict[str, Exception]) -> N
         return bucket.outboxes[message.item][message.box.within(item.part.box)]
 
     dtype = first.weight.dtype if bucket.resident else first.share.row.compute_dtype
-    bucket.updates = Exchange(team, messages, travels, update, dtype, first.weight.device)
+    bucket.updates = Exchange(team, own, travels, update, dtype, first.weight.device)
     for item in bucket.items:  # their place is taken until the exchange is over by the buffers of the exchange alone
         item.work.outbox = None
     if any(item.fallible for item in bucket.items):
@@ -399,7 +314,7 @@ def _receive_updates(team: Team, bucket: Bucket, options: Options, errors: dict[
             item.work.held |= any(code & HELD for code in codes)
     assert bucket.updates is not None
     arrived = list(bucket.updates.wait())
-    messages, travels = _messages(team, bucket.items, "copies")
+    copies, travels = messages(team, bucket.items, "copies")
     if travels:
         here = {(message.item, message.box): tensor for message, tensor in arrived}
         first = bucket.items[0]
@@ -407,7 +322,7 @@ def _receive_updates(team: Team, bucket: Bucket, options: Options, errors: dict[
         def update(message: Message) -> Tensor:
             return here[message.item, message.box]
 
-        arrived += Exchange(team, messages, travels, update, first.share.row.compute_dtype, first.weight.device).wait()
+        arrived += Exchange(team, copies, travels, update, first.share.row.compute_dtype, first.weight.device).wait()
     for message, tensor in arrived:
         item = bucket.items[message.item]
         own = item.share.boxes[team.rank]
@@ -417,102 +332,6 @@ def _receive_updates(team: Team, bucket: Bucket, options: Options, errors: dict[
         part = next(part for part in item.share.parts if part.box.holds(message.box))
         boxes = moving[message.item, part.box]
         for box in [message.box] if len(boxes) == len(part.matrices) else [b for m in boxes if (b := message.box.common(m))]:
-            _apply(team, item, box, item.weight[box.within(own)], tensor[box.within(message.box)], options)
+            apply(team, item, box, item.weight[box.within(own)], tensor[box.within(message.box)], options)
     bucket.updates = None
     bucket.outboxes.clear()
-
-
-def _apply(team: Team, item: Item, box: Box, weight: Tensor, update: Tensor, options: Options) -> None:
-    """Decay and update a piece of this rank's shard."""
-    row, here = item.share.row, box.within(item.share.boxes[team.rank])
-    low = weight.dtype != update.dtype
-    compensation = item.work.state["compensation"][here] if row.compensated else None
-    noise = engine.rounding_noise(row, box, item.work.count, options, update) if low and options.rounding == "stochastic" else None
-    update_weight(
-        weight,
-        update,
-        item.work.lr,
-        item.decay,
-        decay_after=row.splits[0][1].pipeline.decay == "after",
-        rounding=options.rounding,
-        compensation=compensation,
-        noise=noise,
-    )
-
-
-# --------------------------------------------------------------------------------------------------------------- coordinates
-
-
-def _refreshes(item: Item) -> bool:
-    """Whether a basis that is cut as the weight is will be taken anew: the whole gradient travels then. Known to all ranks."""
-    split = item.share.row.splits[0][1]
-    return due(item.work, split, Phase.BEGUN)
-
-
-def _runs(items: Sequence[Item], limit: int) -> Iterator[list[Item]]:
-    """Items of one precision whose coordinates together stay within a number of bytes."""
-    run: list[Item] = []
-    size = 0
-    for item in sorted(items, key=lambda item: str(item.share.row.compute_dtype)):
-        dtype = item.share.row.compute_dtype
-        own = item.share.coordinates.numel * dtype.itemsize
-        if run and (size + own > limit or dtype != run[0].share.row.compute_dtype):
-            yield run
-            run, size = [], 0
-        run.append(item)
-        size += own
-    if run:
-        yield run
-
-
-def _update_in_coordinates(team: Team, items: list[Item], options: Options, memory: Memory) -> None:
-    """`C = sum_i G_i U_i` on the owner, its update there, and `W_i <- W_i - lr C' U_i'` on the shards."""
-    dtype, device = items[0].share.row.compute_dtype, items[0].weight.device
-
-    def project(message: Message) -> Tensor:
-        item = items[message.item]
-        g = _given(item).to(dtype)
-        basis: Tensor = item.work.state[BASIS]
-        return _turned(item, g if item.work.scale == 1.0 else g * item.work.scale) @ basis
-
-    sums: dict[int, Tensor] = {}
-    arrived = Exchange(team, *_messages(team, items, "projected"), project, dtype, device)
-    for message, c in sorted(arrived.wait(), key=lambda pair: pair[0].source):  # in one order, whoever is the owner
-        sums[message.item] = sums[message.item] + c if message.item in sums else c
-    updates = {i: engine.update_coordinates(items[i].work, c.unsqueeze(0), options, memory)[0] for i, c in sums.items()}
-    leaving = _messages(team, items, "lifted")
-    for message, c in Exchange(team, *leaving, lambda message: updates[message.item], dtype, device).wait():
-        item = items[message.item]
-        _apply(team, item, item.share.boxes[team.rank], item.weight, _turned(item, c @ item.work.state[BASIS].mT), options)
-
-
-def _turned(item: Item, x: Tensor) -> Tensor:
-    """A shard as stored, in the working orientation, or back."""
-    return x.mT if item.share.along == 0 else x
-
-
-def _gather_basis(team: Team, item: Item) -> None:
-    """Have the whole basis on the owner for this step."""
-    state = item.work.state
-    held = [item.share.state_box(BASIS, rank) for rank in range(team.size)]
-    basis = sharding.moved(team, held, state[BASIS], _on_owner(team, item), state[BASIS].dtype, item.weight.device)
-    item.kept, item.work.state = state, {**state, BASIS: basis}
-
-
-def _scatter_basis(team: Team, item: Item) -> None:
-    """Give every rank its rows of the basis again."""
-    state = item.kept
-    held = [item.share.state_box(BASIS, rank) for rank in range(team.size)]
-    rows = sharding.moved(team, _on_owner(team, item), item.work.state[BASIS], held, state[BASIS].dtype, item.weight.device)
-    state[BASIS].copy_(rows.reshape(state[BASIS].shape))
-    item.work.state = state
-
-
-def _on_owner(team: Team, item: Item) -> list[Box | None]:
-    shape = item.share.row.state[BASIS][0]
-    return [all_of(shape) if rank in item.share.parts[0].owners else None for rank in range(team.size)]
-
-
-def _given(item: Item) -> Tensor:
-    assert item.grad is not None  # `look` put zeros where there was none
-    return item.grad

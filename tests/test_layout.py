@@ -18,8 +18,9 @@ from torch.distributed.tensor._utils import _compute_local_shape_and_global_offs
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from subspace_opt import Entry, Plan, build, load_spec, make_plan, meshes
+from subspace_opt.boxes import Box, Cut, shards, whole
 from subspace_opt.lab import meta_model
-from subspace_opt.layout import Box, Cut, Layout, Share, shards, whole
+from subspace_opt.layout import Layout, Share
 from subspace_opt.meshes import MESH_KINDS, MeshError, make_mesh, place
 from subspace_opt.plan import Row
 

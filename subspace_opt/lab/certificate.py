@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import SubspaceOptimizer, build, load_plugin, load_spec
-from ..layout import Box, whole
+from ..boxes import Box, whole
 from ..meshes import BY_INPUTS, BY_OUTPUTS, Mesh, Placed, make_mesh, place
 from .errors import LabError
 from .measure import measured_bytes

@@ -1,0 +1,130 @@
+"""Parameters that several ranks share: who computes what, what this rank holds, how its state stands in a checkpoint."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+
+from . import engine, sharding
+from .boxes import Box
+from .layout import Layout, Message, Share, Way
+from .parts import Part
+from .plan import Row
+from .sharding import Team
+from .update import update_weight
+from .work import Options, Work
+
+
+@dataclass(eq=False)
+class Item:
+    """A parameter of a team in one step."""
+
+    team: Team
+    share: Share
+    part: Part | None  # what this rank computes of it
+    param: Tensor
+    work: Work  # of that part; of no matrix, where there is none
+    weight: Tensor  # this rank's shard
+    grad: Tensor | None  # the same of the gradient
+    kept: dict[str, Any] = field(default_factory=dict)  # the state itself, while the work has a whole basis for one step
+
+    @property
+    def name(self) -> str:
+        return self.share.row.entry.name
+
+    @property
+    def decay(self) -> float:
+        coupled = self.share.row.splits[0][1].pipeline.decay == "coupled"
+        return 0.0 if coupled else self.work.weight_decay
+
+    @property
+    def fallible(self) -> bool:
+        """Whether a decomposition may fail, of which all ranks must be told."""
+        return any(split.opens or split.decomposes for _, split in self.share.row.splits)
+
+
+def item(team: Team, share: Share, param: Tensor, work: Work) -> Item:
+    """A parameter of this step. `work`: as if it were whole."""
+    part = share.part_of(team.rank)
+    weight, grad = sharding.local(param.detach()), sharding.local_grad(param, share.row.entry.name)
+    if grad is not None and work.maximize:
+        grad = -grad
+    own = replace(work, row=share.row if part is None else part.row, param=weight, grad=weight if grad is None else grad)
+    return Item(team, share, part, param, own, weight, grad)
+
+
+def given(item: Item) -> Tensor:
+    """This rank's shard of the gradient, once all ranks have looked."""
+    assert item.grad is not None  # `look` put zeros where there was none
+    return item.grad
+
+
+# ------------------------------------------------------------------------------------------------------------------- shares
+
+
+def shares(params: Sequence[Tensor], rows: Sequence[Row], sizes: Sequence[int], group: Any) -> dict[int, tuple[Team, Share]]:
+    """Team and share of every parameter that several ranks hold, by `id`. `sizes`: of the parameter groups: a group that is added later
+    leaves the owners of the others as they are. `group`: of ranks that hold ordinary parameters whole, None if there is none."""
+    teams = sharding.Teams()
+    whole = None if group is None else sharding.team_of_group(group)
+    layouts: dict[Team, Layout] = {}
+    out: dict[int, tuple[Team, Share]] = {}
+    start = 0
+    for size in sizes:
+        members: dict[Team, list[tuple[Tensor, Row]]] = {}
+        for p, row in zip(params[start : start + size], rows[start : start + size], strict=True):
+            team = teams.of(p) if sharding.is_sharded(p) else whole
+            if team is not None:
+                members.setdefault(team, []).append((p, row))
+        for team, pairs in members.items():
+            layout = layouts.setdefault(team, Layout(team.size, team.divided))
+            names = [row.entry.name for _, row in pairs]
+            cut = [sharding.cuts(p, name) if sharding.is_sharded(p) else () for (p, _), name in zip(pairs, names, strict=True)]
+            boxes = [sharding.boxes(p, c, team, name) for (p, _), c, name in zip(pairs, cut, names, strict=True)]
+            for (p, _), share in zip(pairs, layout.add([row for _, row in pairs], boxes, cut), strict=True):
+                out[id(p)] = (team, share)
+        start += size
+    return out
+
+
+def exported(known: dict[int, tuple[Team, Share]], state: dict[Any, dict[str, Any]]) -> defaultdict[Any, dict[str, Any]]:
+    """The optimizer's state with that of shared parameters as DTensors. A collective."""
+    out: defaultdict[Any, dict[str, Any]] = defaultdict(dict, state)
+    for param, own in state.items():
+        if own and id(param) in known:
+            team, share = known[id(param)]
+            out[param] = sharding.exported(team, share, param, own)
+    return out
+
+
+def reader(team: Team, share: Share) -> Callable[[Tensor, str, Tensor, tuple[int, ...]], Tensor]:
+    """A function of (parameter, slot, a checkpoint's tensor, its shape) that returns this rank's part of the slot."""
+    return lambda param, key, value, shape: sharding.imported(team, share, param, key, value, shape)
+
+
+def apply(team: Team, item: Item, box: Box, weight: Tensor, update: Tensor, options: Options) -> None:
+    """Decay and update a piece of this rank's shard."""
+    row, here = item.share.row, box.within(item.share.boxes[team.rank])
+    low = weight.dtype != update.dtype
+    compensation = item.work.state["compensation"][here] if row.compensated else None
+    noise = engine.rounding_noise(row, box, item.work.count, options, update) if low and options.rounding == "stochastic" else None
+    update_weight(
+        weight,
+        update,
+        item.work.lr,
+        item.decay,
+        decay_after=row.splits[0][1].pipeline.decay == "after",
+        rounding=options.rounding,
+        compensation=compensation,
+        noise=noise,
+    )
+
+
+def messages(team: Team, items: Sequence[Item], way: Way) -> tuple[list[Message], bool]:
+    """Those of this rank, numbered by item, and whether any rank has one for another."""
+    told = [item.share.messages(way, team.rank) for item in items]
+    return [m._replace(item=i) for i, (own, _) in enumerate(told) for m in own], any(travels for _, travels in told)
