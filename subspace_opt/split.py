@@ -339,7 +339,7 @@ class Split:
             own = self._split(x, g, {"gradient": source, "momentum": x, "weight": weight}, new, step, factored=factored and self.factored)
             if isinstance(own, Product):
                 turned = Product(own.right.mT, own.left.mT) if self.turned else own
-                return turned, self._numbers(step), new
+                return turned, p.mix.inside * self._numbers(step), new
             update = own
         update, g = self._turn(update), self._turn(g)
         finish = _keyed("finish", p.finish)
@@ -393,7 +393,7 @@ class Split:
         inner = self._run("inside", p.inside, c, cg, new, step)
         update: Tensor | Product
         if factored and basis.left is None and basis.gate is None and isinstance(basis.right, Tensor) and basis.right.is_floating_point():
-            update = Product(inner if p.mix.inside == 1 else inner * p.mix.inside, basis.right.mT)
+            update = Product(inner, basis.right.mT)
         elif self.leaves and p.inside and p.mix.inside > 0 and all(rule.passes for rule in p.complement):
             # X less its part in the subspace, and in its place the update: one lift does both.
             change = (c if p.mix.complement == 1 else c * p.mix.complement).sub(inner, alpha=p.mix.inside)
