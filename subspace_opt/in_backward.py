@@ -7,8 +7,8 @@ by the norm of all gradients, cannot be done this way.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
-from typing import Any, NoReturn, overload
+from collections.abc import Mapping
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -90,19 +90,8 @@ class BackwardOptimizer(SubspaceOptimizer):
 
     # ------------------------------------------------------------------------------------------------------------------ step
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def _advance(self) -> None:
         """End the iteration, whose updates `backward()` has made. Gradients that were set by hand are used now."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
         places = self._iteration()
         for key in self._updated & places.keys():
             if places[key][1].grad is not None:
@@ -116,7 +105,6 @@ class BackwardOptimizer(SubspaceOptimizer):
         self._places, self._updated = None, set()
         self._listen()  # what was frozen may not be any more
         self._update(work, items)
-        return loss
 
     # ----------------------------------------------------------------------------------------------------------------- copies
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
     from .layout import Share
-    from .sharding import Team
+    from .sharding import Team, Teams
     from .shared import Item
 
 SpecLike = Spec | Mapping[str, Any] | str | os.PathLike[str]
@@ -106,6 +106,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         self._planned: tuple[Any, Plan] | None = None
         self._placed: tuple[Any, Plan, dict[int, tuple[Team, Share]]] | None = None
         self._group = process_group
+        self._teams: Teams | None = None
         self.skipped: dict[str, int] = {}
         self.failures: dict[str, int] = {}
         self.spec = load_spec(spec, self._overrides)
@@ -243,9 +244,10 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         key = tuple((id(p), p.shape, getattr(p, "placements", None)) for p in params)
         if self._placed is None or self._placed[:2] != (key, plan):
             sizes = [len(group["params"]) for group in self.param_groups]
-            from . import shared  # late: PyTorch's distributed tensors take half a second to import
+            from . import sharding, shared  # late: PyTorch's distributed tensors take half a second to import
 
-            self._placed = (key, plan, shared.shares(params, plan.rows, sizes, self._group))
+            self._teams = self._teams or sharding.Teams()
+            self._placed = (key, plan, shared.shares(params, plan.rows, sizes, self._group, self._teams))
         return self._placed[2]
 
     # -------------------------------------------------------------------------------------------------------------------- step
@@ -263,12 +265,15 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        given = self._planned_parameters()
-        work, items = self._ready(given)
+        self._advance()
+        return loss
+
+    def _advance(self) -> None:
+        """The updates of one step."""
+        work, items = self._ready(self._planned_parameters())
         for group in self.param_groups:
             group["refresh"] = False
         self._update(work, items)
-        return loss
 
     def _planned_parameters(self) -> list[tuple[dict[str, Any], Tensor, Row]]:
         """All parameters with their group and their row of the plan."""
@@ -283,9 +288,11 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         for group, p, row in given:
             if id(p) in shares:
                 if p.requires_grad:  # whether there is a gradient is asked of all ranks
-                    items.append(shared.item(*shares[id(p)], p, self._work(group, p, row)))
+                    items.append(shared.item(*shares[id(p)], p, self._work(group, p, row), group["maximize"]))
             elif p.grad is not None and p.numel():
                 work.append(self._work(group, p, row))
+                if group["maximize"]:
+                    work[-1].grad = -p.grad
             elif p.grad is not None and not self.state.get(p):
                 allocate(row, p, self.state[p])  # nothing to update, yet checkpoints ask every parameter for state
         work, skipped = survey(work, self._options.nonfinite)
@@ -321,8 +328,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         return Work(
             row=row,
             param=p,
-            grad=p if grad is None else -grad if group["maximize"] and not hasattr(p, "device_mesh") else grad,
-            maximize=group["maximize"],
+            grad=p if grad is None else grad,
             lr=lr * row.lr_scale,
             weight_decay=float(group["weight_decay"]) * row.decay_scale,
             refresh=group["refresh"] or row.entry.name in self.failures,
@@ -381,7 +387,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         self.defaults.pop("differentiable", None)  # put in by torch's class: no option of ours, and it would go into later groups
         self._planned = self._placed = None
         self._memory = Memory()
-        self._group = getattr(self, "_group", None)  # a group of processes cannot be copied or pickled
+        for own in ("_group", "_teams"):  # groups of processes cannot be copied or pickled
+            setattr(self, own, getattr(self, own, None))
 
 
 def _choice(name: str, value: Any, kind: Any) -> Any:

@@ -14,7 +14,7 @@ from .boxes import Box
 from .layout import Layout, Message, Share, Way
 from .parts import Part
 from .plan import Row
-from .sharding import Team
+from .sharding import Team, Teams
 from .update import update_weight
 from .work import Options, Work
 
@@ -47,11 +47,11 @@ class Item:
         return any(split.opens or split.decomposes for _, split in self.share.row.splits)
 
 
-def item(team: Team, share: Share, param: Tensor, work: Work) -> Item:
+def item(team: Team, share: Share, param: Tensor, work: Work, maximize: bool) -> Item:
     """A parameter of this step. `work`: as if it were whole."""
     part = share.part_of(team.rank)
     weight, grad = sharding.local(param.detach()), sharding.local_grad(param, share.row.entry.name)
-    if grad is not None and work.maximize:
+    if grad is not None and maximize:
         grad = -grad
     own = replace(work, row=share.row if part is None else part.row, param=weight, grad=weight if grad is None else grad)
     return Item(team, share, part, param, own, weight, grad)
@@ -66,10 +66,14 @@ def given(item: Item) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------------- shares
 
 
-def shares(params: Sequence[Tensor], rows: Sequence[Row], sizes: Sequence[int], group: Any) -> dict[int, tuple[Team, Share]]:
-    """Team and share of every parameter that several ranks hold, by `id`. `sizes`: of the parameter groups: a group that is added later
-    leaves the owners of the others as they are. `group`: of ranks that hold ordinary parameters whole, None if there is none."""
-    teams = sharding.Teams()
+def shares(params: Sequence[Tensor], rows: Sequence[Row], sizes: Sequence[int], group: Any, teams: Teams) -> dict[int, tuple[Team, Share]]:
+    """Team and share of every parameter that several ranks hold, by `id`.
+
+    Args:
+        sizes: Of the parameter groups: a group that is added later leaves the owners of the others as they are.
+        group: Of ranks that hold ordinary parameters whole, None if there is none.
+        teams: Those that are known, which makes no second process group for one mesh.
+    """
     whole = None if group is None else sharding.team_of_group(group)
     layouts: dict[Team, Layout] = {}
     out: dict[int, tuple[Team, Share]] = {}

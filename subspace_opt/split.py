@@ -218,13 +218,19 @@ class Split:
     def in_coordinates(self) -> bool:
         """Whether between refreshes coordinates are all that an update takes from the gradient and gives to the weight."""
         p, selector = self.pipeline, self.pipeline.selector
-        if not self.opens or not p.inside or self.leaves or p.momentum or p.feedback is not None or p.decay == "coupled" or self.decomposes:
+        if not self.factored or p.momentum or p.feedback is not None or p.decay == "coupled" or self.decomposes:
             return False
         still = type(selector).observe is Selector.observe and selector.keeps_basis and not selector.primes and selector.every != 1
         one_sided = set(selector.slots(self.rows, self.cols)) == {"basis"} and self.inner[0] == self.rows and not selector.gated
+        return still and one_sided and selector.source == "gradient"
+
+    @cached_property
+    def factored(self) -> bool:
+        """Whether the update may be had as a product that is not multiplied out: nothing but numbers follows the lift."""
+        p = self.pipeline
         moment = Step(t=torch.ones(()), age=torch.ones(()))
         numbers = all(rule.multiplier(self.rows.size, self.cols.size, moment) is not None for rule in p.finish)
-        return still and one_sided and selector.source == "gradient" and numbers
+        return self.opens and not self.leaves and bool(p.inside) and p.mix.inside > 0 and numbers
 
     @property
     def needs_weight(self) -> bool:
@@ -310,14 +316,6 @@ class Split:
         direction, factor, new = self.direction(grad, weight, state, step)
         assert isinstance(direction, Tensor)  # factors come only where they are asked for
         return direction if factor == 1.0 else direction * factor, new
-
-    @cached_property
-    def factored(self) -> bool:
-        """Whether the update may be had as a product that is not multiplied out: nothing but numbers follows the lift."""
-        p = self.pipeline
-        moment = Step(t=torch.ones(()), age=torch.ones(()))
-        numbers = all(rule.multiplier(self.rows.size, self.cols.size, moment) is not None for rule in p.finish)
-        return self.opens and not self.leaves and bool(p.inside) and p.mix.inside > 0 and numbers
 
     def direction(
         self, grad: Tensor, weight: Tensor | None, state: State, step: Step, *, factored: bool = False

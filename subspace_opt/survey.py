@@ -60,24 +60,20 @@ def nonfinite(names: list[str]) -> NonFiniteGradient:
     )
 
 
-def size_of(grad: Tensor) -> float:
-    """The Frobenius norm of a gradient."""
-    return _transferred([grad], norms=True)[0]
-
-
 def _peaks(work: list[Work]) -> list[float]:
     """The size of each gradient: its Frobenius norm, or its entry of largest magnitude where the norm says too little. NaN where there is
     one. One transfer a device, and one more where the largest entry had to be found.
     """
-    norms = _transferred([item.grad for item in work], norms=True)
+    norms = transferred([item.grad for item in work], norms=True)
     # A norm in range bounds every entry. One of 0 or infinity may be that of squares that left the range, in the gradient's own dtype.
     unsure = [i for i, item in enumerate(work) if not 0.0 < norms[i] <= largest(item.row.compute_dtype)]
-    for i, peak in zip(unsure, _transferred([work[i].grad for i in unsure], norms=False), strict=True):
+    for i, peak in zip(unsure, transferred([work[i].grad for i in unsure], norms=False), strict=True):
         norms[i] = peak
     return norms
 
 
-def _transferred(grads: list[Tensor], *, norms: bool) -> list[float]:
+def transferred(grads: list[Tensor], *, norms: bool) -> list[float]:
+    """The Frobenius norm of each gradient, or its entry of largest magnitude, by one transfer a device."""
     out = [0.0] * len(grads)
     for device in {grad.device for grad in grads}:
         there = [i for i, grad in enumerate(grads) if grad.device == device]

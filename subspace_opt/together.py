@@ -26,7 +26,7 @@ from .plan import COUNTERS
 from .sharding import Exchange, ShardingError, Team
 from .shared import Item, apply, given, messages
 from .stacks import Memory
-from .survey import judged, largest, nonfinite, size_of
+from .survey import judged, largest, nonfinite, transferred
 from .work import Options, Work, allocate
 
 FAILED, SILENT, HELD = 1, 2, 4  # what became of a part: a decomposition failed; there is no update; and the first one is not counted
@@ -82,7 +82,7 @@ def look(team: Team, items: Sequence[Item], options: Options) -> list[tuple[Item
         return []
     device = items[0].weight.device
     seen = [_own_gradient(team, item) if options.nonfinite != "propagate" or item.work.count == 0 else None for item in items]
-    squares = [0.0 if grad is None else size_of(grad) ** 2 for grad in seen]
+    squares = [size**2 for size in _sizes(seen, norms=True)]
     table = torch.tensor([squares, [float(item.grad is not None) for item in items]], dtype=torch.float64, device=device)
     sums, holders = team.sum(table).tolist()
     found = []
@@ -103,7 +103,8 @@ def look(team: Team, items: Sequence[Item], options: Options) -> list[tuple[Item
         if (options.nonfinite != "propagate" or item.work.count == 0) and not 0.0 < size <= largest(item.share.row.compute_dtype)
     ]
     if unsure:
-        tops = [_top(found[i][0].grad) for i in unsure]
+        # NaN counts as infinity: not every backend carries it through a maximum.
+        tops = [math.inf if math.isnan(top) else top for top in _sizes([found[i][0].grad for i in unsure], norms=False)]
         peaks = team.max(torch.tensor(tops, dtype=torch.float64, device=device)).tolist()
         for i, peak in zip(unsure, peaks, strict=True):
             found[i] = (found[i][0], peak)
@@ -121,12 +122,13 @@ def _own_gradient(team: Team, item: Item) -> Tensor | None:
     return item.grad if item.share.copy_of[team.rank] == 0 else None
 
 
-def _top(grad: Tensor | None) -> float:
-    """The largest magnitude; NaN counts as infinity, since not every backend carries NaN through a maximum."""
-    if grad is None or not grad.numel():
-        return 0.0
-    top = float(grad.abs().amax())
-    return math.inf if math.isnan(top) else top
+def _sizes(grads: Sequence[Tensor | None], *, norms: bool) -> list[float]:
+    """The size of each, 0 for nothing, by one transfer."""
+    there = [i for i, grad in enumerate(grads) if grad is not None and grad.numel()]
+    out = [0.0] * len(grads)
+    for i, size in zip(there, transferred([grad for grad in (grads[i] for i in there) if grad is not None], norms=norms), strict=True):
+        out[i] = size
+    return out
 
 
 def _copied(share: Share) -> bool:

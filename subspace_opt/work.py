@@ -49,7 +49,6 @@ class Work:
     refresh: bool = False  # asked for by a call, or to make up for one that failed
     count: int = 0  # updates before this one; -1: there was no gradient but 0 until now
     held: bool = False  # the first update came to nothing and is not counted
-    maximize: bool = False
     silent: set[int] = field(default_factory=set)  # matrices, or experts, that are left as they are: no update, no decay
     outbox: Tensor | None = None  # takes the update, where the weights are elsewhere; of the parameter's shape
 

@@ -37,6 +37,7 @@ ARROWS: dict[str, set[str]] = {
     "stacks": {"algebra", "lowbit", "plan", "split", "views", "work"},
     "engine": {"algebra", "boxes", "linalg", "plan", "split", "stacks", "update", "views", "work"},
     "boxes": set(),
+    "files": set(),
     "parts": {"boxes", "plan", "split", "views"},
     "layout": {"boxes", "parts", "plan", "split"},
     "sharding": {"boxes", "layout", "lowbit", "plan"},
@@ -64,8 +65,8 @@ ARROWS: dict[str, set[str]] = {
     "meshes": {"boxes", "layout", "plan"},
     "in_backward": {"optimizer", "plan", "survey"},
     "public": {"algebra", "checkpoint", "in_backward", "lowbit", "optimizer", "survey", "plan", "registry", "spec"},
-    "snapshots": {"checkpoint", "optimizer", "public", "snapshots"},
-    "lab": {"lab", "boxes", "layout", "meshes", "public"},
+    "snapshots": {"checkpoint", "files", "optimizer", "public", "snapshots"},
+    "lab": {"boxes", "files", "lab", "layout", "meshes", "public"},
     "scaffold": {"presets", "public", "registry"},
 }
 ON_TOP = {"testing": set(), "cli": {"testing"}}  # may import whatever they test or show; nothing else imports them

@@ -352,27 +352,29 @@ def grouped(kind: str) -> list[str]:
     """Groups with their own rates, specs and pipelines, one of them added between two steps, a parameter frozen and thawed."""
     wrong: list[str] = []
     runs = []
-    for mesh in (None, mesh_of(kind, dist.get_world_size())):
+    for ranked in (False, True):
         model = make_zoo()
-        if mesh is not None:
-            place(model, kind, mesh)
+        if ranked:
+            place(model, kind, mesh_of(kind, dist.get_world_size()))
+        group = dist.group.WORLD if ranked and kind == "ddp" else None
         named = dict(model.named_parameters())
         first = [(name, named[name]) for name in ("wide.weight", "square.weight", "tall.weight")]
         second = [(name, named[name]) for name in ("embedding.weight", "norm.weight")]
         optimizer = subspace_opt.SubspaceOptimizer(
             [
                 {"params": first, "lr": 1e-2, "overrides": {"matrix.selector.rank": 2}},
-                {"params": second, "lr": 3e-3, "use": "other", "weight_decay": 0.2},
+                {"params": second, "lr": 3e-3, "use": "other", "weight_decay": 0.2, "maximize": True},
             ],
             "cosmos",
             modules={"wide.weight": frozenset({"linear"})},
+            process_group=group,
         )
         before: dict[str, int] = {}
         for step in range(12):
             if step == 4:
                 before = {name: share.parts[0].owners[0] for name, share in by_name(optimizer)}
                 late = [(name, named[name]) for name in ("twin.weight", "conv.weight", "experts.weight")]
-                optimizer.add_param_group({"params": late, "spec": "galore", "lr": 1e-2})
+                optimizer.add_param_group({"params": late, "spec": "galore", "lr": 1e-2, "maximize": True})
             named["tall.weight"].requires_grad_(step not in (6, 7))
             give(model, step)
             if step in (6, 7):
@@ -389,8 +391,9 @@ def by_name(optimizer: subspace_opt.SubspaceOptimizer) -> list[tuple[str, Any]]:
 
 
 @pytest.mark.slow
-def test_groups_of_shared_parameters() -> None:
-    assert run_ranks(2, grouped, "fsdp") == [[]] * 2
+@pytest.mark.parametrize("kind", ["fsdp", "ddp"])
+def test_groups_of_shared_parameters(kind: str) -> None:
+    assert run_ranks(2, grouped, kind) == [[]] * 2
 
 
 def low_precision(kind: str) -> list[str]:

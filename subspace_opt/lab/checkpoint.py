@@ -13,6 +13,7 @@ from zipfile import BadZipFile, ZipFile
 
 import torch
 
+from ..files import flush_names
 from .errors import LabError
 
 FORMAT = 1
@@ -39,7 +40,7 @@ def write(folder: Path, content: dict[str, Any]) -> Path:
         if last.exists():
             os.replace(last, folder / PREVIOUS)
         os.replace(fresh, last)
-        _flush_names(folder)
+        flush_names(folder)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         fresh.unlink(missing_ok=True)
         kept = newest(folder)
@@ -73,13 +74,3 @@ def _remedy(path: Path) -> str:
     if path.name == LAST and previous.exists():
         return f"Move it away and resume again: the run then goes on from {previous.name}, the checkpoint before it"
     return "Move it away and start the run again: no other checkpoint is in this folder"
-
-
-def _flush_names(folder: Path) -> None:
-    """A rename survives a power cut only once the folder itself is on the disk; Windows cannot open folders."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

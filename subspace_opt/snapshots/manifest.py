@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import MOST, CheckpointError
+from ..files import flush_names
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -129,9 +130,9 @@ def publish(partial: Path, manifest: Manifest, keep: int) -> Path:
     folder = partial.parent
     path = path_of(folder, manifest.step)
     write(partial / MANIFEST, _to_bytes(manifest))
-    _flush_names(partial)
+    flush_names(partial)
     os.rename(partial, path)
-    _flush_names(folder)
+    flush_names(folder)
     for step in complete(folder)[:-keep]:
         remove(folder, step)
     return path
@@ -142,16 +143,6 @@ def remove(folder: Path, step: int) -> None:
     away = _hidden(folder, step, "removed")
     os.rename(path_of(folder, step), away)
     shutil.rmtree(away)
-
-
-def _flush_names(folder: Path) -> None:
-    """New names survive a power cut only once their folder is on the disk; Windows cannot open folders."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 # ---------------------------------------------------------------------------------------------------------------------- reading
