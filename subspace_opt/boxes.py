@@ -43,6 +43,9 @@ def whole(shape: Sequence[int]) -> Box:
     return Box((0,) * len(shape), tuple(shape))
 
 
+NOTHING = Box((0,), (0,))
+
+
 class Cut(NamedTuple):
     """How one dimension of a mesh cuts a tensor; `strided`: after the dimensions to its right have cut (FSDP2 over tensor parallel)."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 from torch import Tensor
@@ -10,7 +11,7 @@ from . import engine, sharding
 from .boxes import Box
 from .boxes import whole as all_of
 from .layout import BASIS, Message
-from .sharding import Exchange, Team
+from .sharding import Exchange, Move, Team
 from .shared import Item, apply, given, messages
 from .stacks import Memory, due
 from .work import Options, Phase
@@ -22,7 +23,7 @@ def refreshes(item: Item) -> bool:
     return due(item.work, split, Phase.BEGUN)
 
 
-def runs(items: Sequence[Item], limit: int) -> Iterator[list[Item]]:
+def runs(items: Sequence[Item], limit: float = math.inf) -> Iterator[list[Item]]:
     """Items of one precision whose coordinates together stay within a number of bytes."""
     run: list[Item] = []
     size = 0
@@ -64,23 +65,32 @@ def _turned(item: Item, x: Tensor) -> Tensor:
     return x.mT if item.share.along == 0 else x
 
 
-def gather_basis(team: Team, item: Item) -> None:
-    """Have the whole basis on the owner for this step."""
-    state = item.work.state
-    held = [item.share.state_box(BASIS, rank) for rank in range(team.size)]
-    basis = sharding.moved(team, held, state[BASIS], _on_owner(team, item), state[BASIS].dtype, item.weight.device)
-    item.kept, item.work.state = state, {**state, BASIS: basis}
+def gather_bases(team: Team, items: Sequence[Item]) -> None:
+    """Have whole bases on the owners for this step."""
+    for run in runs(items):
+        states = [item.work.state for item in run]
+        bases = _moved(team, run, [Move(_rows(item), _on_owner(item), state[BASIS]) for item, state in zip(run, states, strict=True)])
+        for item, state, basis in zip(run, states, bases, strict=True):
+            item.kept, item.work.state = state, {**state, BASIS: basis}
 
 
-def scatter_basis(team: Team, item: Item) -> None:
-    """Give every rank its rows of the basis again."""
-    state = item.kept
-    held = [item.share.state_box(BASIS, rank) for rank in range(team.size)]
-    rows = sharding.moved(team, _on_owner(team, item), item.work.state[BASIS], held, state[BASIS].dtype, item.weight.device)
-    state[BASIS].copy_(rows.reshape(state[BASIS].shape))
-    item.work.state = state
+def scatter_bases(team: Team, items: Sequence[Item]) -> None:
+    """Give every rank its rows of the bases again."""
+    for run in runs(items):
+        rows = _moved(team, run, [Move(_on_owner(item), _rows(item), item.work.state[BASIS]) for item in run])
+        for item, own in zip(run, rows, strict=True):
+            item.work.state = item.kept
+            item.work.state[BASIS].copy_(own.reshape(item.work.state[BASIS].shape))
 
 
-def _on_owner(team: Team, item: Item) -> list[Box | None]:
-    shape = item.share.row.state[BASIS][0]
-    return [all_of(shape) if rank in item.share.parts[0].owners else None for rank in range(team.size)]
+def _moved(team: Team, run: Sequence[Item], moves: Sequence[Move]) -> list[Tensor]:
+    return sharding.moved(team, moves, run[0].share.row.compute_dtype, run[0].weight.device)
+
+
+def _rows(item: Item) -> list[Box | None]:
+    return [item.share.state_box(BASIS, rank) for rank in range(item.team.size)]
+
+
+def _on_owner(item: Item) -> list[Box | None]:
+    basis = all_of(item.share.row.state[BASIS][0])
+    return [basis if rank in item.share.parts[0].owners else None for rank in range(item.team.size)]

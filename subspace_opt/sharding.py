@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 from . import lowbit
-from .boxes import Box, Cut, shards, whole
+from .boxes import NOTHING, Box, Cut, distinct, shards, whole
 from .layout import Message, Share
 from .lowbit import Codes
 from .plan import COUNTERS
@@ -218,20 +218,27 @@ def exported(team: Team, share: Share, param: Tensor, state: dict[str, Any]) -> 
     """
     mesh = _mesh(team, param)
     out: dict[str, Any] = {}
+    where: dict[str, tuple[Placement, ...]] = {}
+    away: dict[torch.dtype, dict[str, Move]] = {}
     for key, (shape, dtype) in share.row.state.items():
         value = state[key]
         if key in COUNTERS:
             out[key] = team.max(value.to(param.device)).to(value.device) if key == "refreshed" else value
             continue
         value = lowbit.whole(value).to(dtype)  # codes go as numbers: their blocks are those of this rank's part
-        placements, target = _target(team, share, param, mesh, shape)
+        where[key], target = _target(team, share, param, mesh, shape)
         held = [share.state_box(key, rank) for rank in range(team.size)]
-        here = target[team.rank].shape
-        if not all(box == t or (box is None and not t.numel) for box, t in zip(held, target, strict=True)):
-            value = moved(team, held, value, target, dtype, param.device)
-        value = value.reshape(here)
-        stride = torch.empty(shape, device="meta").stride()
-        out[key] = DTensor.from_local(value, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
+        if all(box == t or (box is None and not t.numel) for box, t in zip(held, target, strict=True)):
+            out[key] = value.reshape(target[team.rank].shape)
+        else:
+            out[key] = value  # in its place among the keys; its tensor follows
+            away.setdefault(dtype, {})[key] = Move(held, target, value)
+    for dtype, moves in away.items():
+        out |= dict(zip(moves, moved(team, list(moves.values()), dtype, param.device), strict=True))
+    for key, placements in where.items():
+        size = torch.Size(share.row.state[key][0])
+        stride = torch.empty(size, device="meta").stride()
+        out[key] = DTensor.from_local(out[key], mesh, placements, run_check=False, shape=size, stride=stride)
     return out
 
 
@@ -256,8 +263,9 @@ def imported(team: Team, share: Share, param: Tensor, key: str, value: Tensor, s
     if not isinstance(value, DTensor):
         taken = value[own.within(whole(shape))] if own is not None else value.new_zeros(0)
         return _kept(taken.reshape(like).to(param.device, copy=True), how)
-    there = list(shards(shape, tuple(mesh.shape), cuts(value, share.row.entry.name)))
-    return _kept(moved(team, there, value.to_local(), held, value.dtype, param.device).reshape(like).clone(), how)
+    there = shards(shape, tuple(mesh.shape), cuts(value, share.row.entry.name))
+    (taken,) = moved(team, [Move(there, held, value.to_local())], value.dtype, param.device)
+    return _kept(taken.reshape(like), how)
 
 
 def _kept(value: Tensor, how: Codes | None) -> Tensor:
@@ -279,31 +287,38 @@ def _target(
     return (Shard(along),) * mesh.ndim, shards(shape, tuple(mesh.shape), (Cut(along),) * mesh.ndim)
 
 
-def moved(
-    team: Team, held: Sequence[Box | None], value: Tensor, target: Sequence[Box | None], dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """A tensor whose ranks hold the boxes `held`, laid out anew in the boxes `target`."""
-    holders: dict[Box, list[int]] = {}
-    for rank, box in enumerate(held):
-        if box is not None and box.numel:
-            holders.setdefault(box, []).append(rank)
-    messages = [
-        Message(to if to in ranks else ranks[0], to, 0, both)
-        for to, wanted in enumerate(target)
-        if wanted is not None
-        for box, ranks in holders.items()
-        if (both := box.common(wanted)) is not None
-    ]
-    own, mine = held[team.rank], target[team.rank]
-    shaped = value if own is None else value.reshape(own.shape)
+class Move(NamedTuple):
+    """A tensor whose ranks hold the boxes `held` and are to hold the boxes `target`; `value` is this rank's, whatever its shape."""
+
+    held: Sequence[Box | None]
+    target: Sequence[Box | None]
+    value: Tensor
+
+
+def moved(team: Team, moves: Sequence[Move], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """This rank's boxes of tensors of one dtype, all by one exchange. A collective."""
+    messages = [message for item, move in enumerate(moves) for message in _between(item, move)]
 
     def fetch(message: Message) -> Tensor:
+        move = moves[message.item]
+        own = move.held[team.rank]
         assert own is not None
-        return shaped[message.box.within(own)]
+        return move.value.reshape(own.shape)[message.box.within(own)]
 
-    out = torch.zeros(mine.shape if mine is not None else (0,), dtype=dtype, device=device)
+    mine = [move.target[team.rank] for move in moves]
+    out = [torch.zeros((0,) if box is None else box.shape, dtype=dtype, device=device) for box in mine]
     travels = any(message.source != message.target for message in messages)
     for message, tensor in Exchange(team, messages, travels, fetch, dtype, device).wait():
-        assert mine is not None
-        out[message.box.within(mine)] = tensor
+        box = mine[message.item]
+        assert box is not None
+        out[message.item][message.box.within(box)] = tensor
     return out
+
+
+def _between(item: int, move: Move) -> Iterator[Message]:
+    holders = distinct(tuple(box or NOTHING for box in move.held))
+    for to, wanted in enumerate(move.target):
+        for box, ranks in holders if wanted is not None else ():
+            both = box.common(wanted) if wanted is not None else None
+            if both is not None:
+                yield Message(to if to in ranks else ranks[0], to, item, both)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import engine
 from .boxes import Box
-from .coordinates import gather_basis, refreshes, runs, scatter_basis, update_in_coordinates
+from .coordinates import gather_bases, refreshes, runs, scatter_bases, update_in_coordinates
 from .layout import BASIS, Message, Share
 from .parts import Part
 from .plan import COUNTERS
@@ -158,8 +158,7 @@ def _step(team: Team, items: list[Item], options: Options, memory: Memory, failu
     errors: dict[str, Exception] = {}
     thin = [item for item in items if item.share.along is not None and item.work.count > 0 and not refreshes(item)]
     whole = [item for item in items if item.share.along is not None and item not in thin]
-    for item in whole:
-        gather_basis(team, item)
+    gather_bases(team, whole)
     for run in runs(thin, options.batch_bytes * team.size):
         update_in_coordinates(team, run, options, memory)
     buckets = list(_buckets([item for item in items if not item.share.local and item not in thin], options, team))
@@ -184,8 +183,7 @@ def _step(team: Team, items: list[Item], options: Options, memory: Memory, failu
             _receive_updates(team, buckets[number - 1], options, errors)
     if buckets:
         _receive_updates(team, buckets[-1], options, errors)
-    for item in whole:
-        scatter_basis(team, item)
+    scatter_bases(team, whole)
     works = [item.work for item in items]
     engine.close(works, memory)
     engine.report(works, errors, failures)
