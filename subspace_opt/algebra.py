@@ -88,6 +88,7 @@ class Step(NamedTuple):
     age: Tensor  # 0-d float64, 1-based count of updates since the last refresh
     first: bool = False
     refresh: bool = False
+    in_place: bool = False  # rules may write their new state over the old, which nothing will ask for again
     decay: float = 0.0  # weight decay, where it is coupled to the gradient
     rows: Dim = Dim("rows", 0)  # the sides of the matrices, as oriented
     cols: Dim = Dim("cols", 0)
@@ -165,14 +166,32 @@ def lift(c: Tensor, basis: Basis, rows: int, cols: int, *, turned: bool = False)
     return _gated(c, basis)
 
 
-def add_lift(y: Tensor, c: Tensor, basis: Basis, weight: float = 1.0, *, own: float = 1.0) -> Tensor:
-    """`own Y + weight P C U'`, in one product where the basis is dense and one-sided."""
+def same_storage(a: Tensor, b: Tensor) -> bool:
+    """Whether what is written to one tensor may show in the other."""
+    return a.untyped_storage()._cdata == b.untyped_storage()._cdata
+
+
+def add_lift(y: Tensor, c: Tensor, basis: Basis, weight: float = 1.0, *, own: float = 1.0, in_place: bool = False) -> Tensor:
+    """`own Y + weight P C U'`, in one product where the basis is dense and one-sided; `in_place`: Y is needed no longer."""
     u = basis.right
     if basis.left is None and basis.gate is None and isinstance(u, Tensor) and not _picks(u):
-        return linalg.addmm(y, c, u.mT, beta=own, alpha=weight)
+        return linalg.addmm(y, c, u.mT, beta=own, alpha=weight, in_place=in_place)
     if own != 1.0:
         y = y * own
     return y.add(lift(c, basis, y.size(-2), y.size(-1)), alpha=weight)
+
+
+# ----------------------------------------------------------------------------------------------------------------- averages
+
+
+def averaged(m: Tensor, x: Tensor, beta: float, step: Step) -> Tensor:
+    """`beta M + (1 - beta) X`, in the place of M where the step allows it."""
+    return m.lerp_(x, 1 - beta) if step.in_place else m.lerp(x, 1 - beta)
+
+
+def averaged_square(v: Tensor, x: Tensor, beta: float, step: Step) -> Tensor:
+    """`beta V + (1 - beta) X.X`, in the place of V where the step allows it."""
+    return (v.mul_(beta) if step.in_place else v * beta).addcmul_(x, x, value=1 - beta)
 
 
 # --------------------------------------------------------------------------------------------------------------- transport
@@ -266,8 +285,7 @@ class Rule(Component, family="rule"):
     passes: ClassVar[bool] = False  # `apply` returns x as it is
     elementwise: ClassVar[bool] = False  # an entry depends on the same entry of signal, gradient and state alone, all of one shape
 
-    @property
-    def decomposes(self) -> bool:
+    def decomposes(self, rows: Dim, cols: Dim) -> bool:
         """Whether `apply` takes a decomposition, which may fail: its update is then looked at for NaN before anything is written."""
         return False
 
@@ -300,7 +318,7 @@ class Rule(Component, family="rule"):
 
     @abstractmethod
     def apply(self, x: Tensor, grad: Tensor, state: State, step: Step) -> tuple[Tensor, State]:
-        """The new signal and the new state; pure: inputs are not written to."""
+        """The new signal and the new state; pure: inputs are not written to, but for `state` where `step.in_place` allows it."""
 
     def transport(self, state: State, slots: dict[str, Slot], change: Change, step: Step) -> State:
         """The state after a refresh; by default slot by slot as declared."""

@@ -143,9 +143,11 @@ def _advance(stack: Stack, options: Options, memory: Memory, errors: dict[str, E
         _update(stack, None, options)
         return
     grad = _gradients(stack)
-    old = gather(stack, options, memory)
+    old, kept_here = gather(stack, options, memory)
     weight = _joined([p.of(p.work.weights) for p in pieces], stack.dtype) if split.needs_weight else None
     step = _step(stack, options, memory.tables)
+    if kept_here and stack.phase is Phase.BEGUN and split.fails_first:
+        step = step._replace(in_place=True)
     sound, factored = options.nonfinite != "propagate", _takes_products(stack)
     try:
         update, factor, new = _run(split, grad, weight, old, step, sound, factored)
@@ -165,7 +167,8 @@ def _advance(stack: Stack, options: Options, memory: Memory, errors: dict[str, E
             return
         try:
             kept = _without_refresh(split, old) if step.refresh else old
-            update, factor, new = _run(split, grad, weight, kept, step._replace(refresh=False), sound, factored)
+            unchanged = step._replace(refresh=False, in_place=False)
+            update, factor, new = _run(split, grad, weight, kept, unchanged, sound, factored)
         except torch.linalg.LinAlgError:  # it was not the basis but a rule
             pieces[0].be_silent()
             return
@@ -190,9 +193,10 @@ def _run(
     if step.first and split.primes:
         return None, 1.0, split.prime(grad, weight, old, step)
     update, factor, new = split.direction(grad, weight, old, step, factored=factored)
-    # A QR returns NaN where other decompositions raise.
+    # A QR returns NaN where other decompositions raise. What only the basis can fail at has been looked at there.
     if (
         sound
+        and not step.in_place
         and (step.refresh or split.decomposes)
         and not all(linalg.all_finite(part) for part in (update if isinstance(update, Product) else (update,)))
     ):

@@ -34,53 +34,61 @@ TILED_PANEL = 640  # the same for bfloat16 in tiles: there mirroring a small mat
 
 def _panels(a: Tensor) -> int:
     """Into how many panels a symmetric product is cut."""
-    if a.size(0) != 1 or a.device.type != "cpu":
+    if a.device.type != "cpu":
         return 1
     tiled = a.dtype == torch.bfloat16 and cpu_has_tiles()
     return min(int(a.size(-2)) // (TILED_PANEL if tiled else PANEL), 6)
 
 
 def mm(a: Tensor, b: Tensor) -> Tensor:
-    """`A B` of two stacks; a stack of one takes the unbatched product, which a CPU runs faster."""
+    """`A B` of two matrices or stacks; a stack of one takes the unbatched product, which a CPU runs faster."""
+    if a.dim() == 2:
+        return torch.mm(a, b)
     if a.size(0) == 1 and b.size(0) == 1:
-        return (a[0] @ b[0]).unsqueeze(0)
+        return torch.mm(a[0], b[0]).unsqueeze(0)
     return torch.bmm(a, b)
 
 
-def addmm(c: Tensor, a: Tensor, b: Tensor, *, beta: float = 1.0, alpha: float = 1.0) -> Tensor:
-    """`beta C + alpha A B` of stacks in one pass, laid out as C is."""
+def addmm(c: Tensor, a: Tensor, b: Tensor, *, beta: float = 1.0, alpha: float = 1.0, in_place: bool = False) -> Tensor:
+    """`beta C + alpha A B` of matrices or stacks in one pass, laid out as C is; `in_place`, in the place of C, which is not copied then."""
     if c.stride(-2) == 1 and not c.is_contiguous():
-        return addmm(c.mT, b.mT, a.mT, beta=beta, alpha=alpha).mT
+        return addmm(c.mT, b.mT, a.mT, beta=beta, alpha=alpha, in_place=in_place).mT
+    if c.dim() == 2:
+        return c.addmm_(a, b, beta=beta, alpha=alpha) if in_place else torch.addmm(c, a, b, beta=beta, alpha=alpha)
     if c.size(0) == 1:
-        return torch.addmm(c[0], a[0], b[0], beta=beta, alpha=alpha).unsqueeze(0)
-    return torch.baddbmm(c, a, b, beta=beta, alpha=alpha)
+        return addmm(c[0], a[0], b[0], beta=beta, alpha=alpha, in_place=in_place).unsqueeze(0)
+    return c.baddbmm_(a, b, beta=beta, alpha=alpha) if in_place else torch.baddbmm(c, a, b, beta=beta, alpha=alpha)
 
 
 def symmetric(a: Tensor, b: Tensor, c: Tensor | None = None, *, beta: float = 1.0, alpha: float = 1.0) -> Tensor:
-    """`beta C + alpha A B` `(B, k, k)`, where that is known to be symmetric (C symmetric, too; None for 0).
+    """`beta C + alpha A B` `(k, k)` or `(B, k, k)`, where that is known to be symmetric (C symmetric, too; None for 0).
 
     One large matrix on a CPU is made in panels of rows from the diagonal on, and mirrored: with p panels (p + 1) / 2p of the operations.
     """
-    k = a.size(-2)
-    panels = _panels(a)
+    if a.dim() == 3 and a.size(0) == 1:
+        return symmetric(a[0], b[0], None if c is None else c[0], beta=beta, alpha=alpha).unsqueeze(0)
+    panels = _panels(a) if a.dim() == 2 else 1
     if panels < 2:
         if c is not None:
             return addmm(c, a, b, beta=beta, alpha=alpha)
         return mm(a, b) if alpha == 1.0 else mm(a, b) * alpha
-    out = torch.empty(1, k, k, dtype=a.dtype)
+    k = a.size(0)
+    out = torch.empty(k, k, dtype=a.dtype)
     edges = [k * i // panels for i in range(panels + 1)]
     for low, high in itertools.pairwise(edges):
-        panel = out[0, low:high, low:]
+        panel = out[low:high, low:]
         if c is None:
-            torch.mm(a[0, low:high], b[0, :, low:], out=panel)
+            torch.mm(a[low:high], b[:, low:], out=panel)
         else:
-            torch.addmm(c[0, low:high, low:], a[0, low:high], b[0, :, low:], beta=beta, alpha=alpha, out=panel)
-        out[0, low:high, :low] = out[0, :low, low:high].mT
+            torch.addmm(c[low:high, low:], a[low:high], b[:, low:], beta=beta, alpha=alpha, out=panel)
+        out[low:high, :low] = out[:low, low:high].mT
     return out if c is not None or alpha == 1.0 else out * alpha
 
 
 def norm(x: Tensor) -> Tensor:
     """Frobenius norm of every matrix, `(B, 1, 1)`."""
+    if x.size(0) == 1:
+        return torch.linalg.vector_norm(x).view(1, 1, 1)  # without dimensions it is faster
     size: Tensor = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
     return size
 

@@ -96,19 +96,33 @@ def newton_schulz(
     Args:
         x: `(B, m, n)`.
         eps: Added to the Frobenius norm by which X is divided; with `floor`, the least norm to divide by.
-        dtype: In which to iterate (default: that of `x`). The result has it too.
+        dtype: In which to iterate (default: that of `x`). The result has it too, and may be laid out by columns.
     """
+    dtype = dtype or x.dtype
     size = norm(x)
     size = size.clamp_min(eps) if floor else size + eps
-    y = (x / size).to(dtype or x.dtype)
+    scale = _scale(x, size, dtype)
+    y = (x / size).to(dtype) if scale == 1.0 else x.to(dtype)
+    y = y[0] if x.size(0) == 1 else y
     tall = y.size(-2) > y.size(-1)
     if tall:
         y = y.mT
-    together = _together(y.size(-2), y.size(-1), tuple(polynomials), y.dtype)
+    together = _together(y.size(-2), y.size(-1), tuple(polynomials), dtype)
     for start in range(0, len(polynomials), together):
-        y = _group(y, polynomials[start : start + together])
-    # Laid out by rows, as weights are: what follows reads it faster.
-    return y.mT.contiguous() if tall else y
+        y, scale = _group(y, polynomials[start : start + together], scale), 1.0
+    y = y.mT if tall else y
+    return y.unsqueeze(0) if x.size(0) == 1 else y
+
+
+LARGE = 2**16  # entries of a matrix from which its division by a number is a pass worth saving
+
+
+def _scale(x: Tensor, size: Tensor, dtype: torch.dtype) -> float:
+    """The number that one large matrix on a CPU is yet to be multiplied by, which its first polynomials take along; else 1."""
+    if x.size(0) != 1 or x.numel() < LARGE or x.device.type != "cpu" or dtype != torch.bfloat16:
+        return 1.0
+    number = size.item()
+    return 1.0 / number if 1e-6 < number < 1e6 else 1.0  # its fourth power must stay in range
 
 
 #: By how much a value may be off after one polynomial on the Gram matrix alone, as a part of it: measured, with a margin.
@@ -150,23 +164,28 @@ def flops(short: int, long: int, polynomials: Sequence[Polynomial], dtype: torch
     return total
 
 
-def _group(y: Tensor, polynomials: Sequence[Polynomial]) -> Tensor:
+def _group(y: Tensor, polynomials: Sequence[Polynomial], scale: float = 1.0) -> Tensor:
     """`p_k(...p_1(Y))`, with `p(Y) = P Y`, `P = a I + b A + c A^2` and `A = YY'`, and `A <- P A P` from one to the next.
 
-    All are polynomials of A, so they commute and their products are symmetric.
+    All are polynomials of A, so they commute and their products are symmetric. Y is multiplied by `scale` on the way, A by its square.
     """
-    gram = symmetric(y, y.mT)
+    gram, s = symmetric(y, y.mT), scale
     product: Tensor | None = None  # of the polynomials so far
     for i, (a, b, c) in enumerate(polynomials):
-        rest = b * gram if c == 0.0 else symmetric(gram, gram, gram, beta=b, alpha=c)  # P - a I
+        if c == 0.0:
+            rest = (b * s**2) * gram
+        else:
+            rest = symmetric(gram, gram, gram, beta=b * s**2, alpha=c * s**4)  # P - a I
         if len(polynomials) == 1:
-            return addmm(y, rest, y, beta=a)
+            return addmm(y, rest, y, beta=a * s, alpha=s)
         if i + 1 < len(polynomials):
-            for _ in range(2):
-                gram = symmetric(rest, gram, gram, beta=a)
+            gram = symmetric(rest, gram, gram, beta=a * s**2, alpha=s**2)
+            gram = symmetric(rest, gram, gram, beta=a)
+            s = 1.0
         if product is None:
-            product = rest.clone()
+            product = rest
             product.diagonal(dim1=-2, dim2=-1).add_(a)
+            product = product if scale == 1.0 else product.mul_(scale)
         else:
             product = symmetric(rest, product, product, beta=a)
     return y if product is None else mm(product, y)

@@ -20,7 +20,7 @@ from pydantic_core import PydanticCustomError
 from torch import Tensor
 
 from . import linalg, lowbit
-from .algebra import Basis, Change, Coords, Dim, Rule, Selector, Slot, State, Step, add_lift, lift, project
+from .algebra import Basis, Change, Coords, Dim, Rule, Selector, Slot, State, Step, add_lift, lift, project, same_storage
 from .lowbit import Codes, StateDtype
 from .registry import Model, kind_of, suggest
 
@@ -212,7 +212,17 @@ class Split:
     @cached_property
     def decomposes(self) -> bool:
         """Whether a rule takes a decomposition at every update."""
-        return any(rule.decomposes for _, rule, _, _ in self.places())
+        return any(rule.decomposes(rows, cols) for _, rule, rows, cols in self.places())
+
+    @property
+    def refreshes_first(self) -> bool:
+        """Whether a refresh needs nothing that the update computes, and comes before all of it."""
+        return self.opens and self.pipeline.selector.timing == "before" and self.pipeline.selector.source != "momentum"
+
+    @cached_property
+    def fails_first(self) -> bool:
+        """Whether a decomposition that fails does so before anything else has been computed."""
+        return not self.decomposes and (not self.opens or self.refreshes_first)
 
     @cached_property
     def in_coordinates(self) -> bool:
@@ -327,6 +337,10 @@ class Split:
         p, new = self.pipeline, dict(state)
         grad, weight = self._turn(grad), None if weight is None else self._turn(weight)
         source = g = grad if p.feedback is None else grad + state["feedback.error"]
+        sources = {"gradient": source, "weight": weight}
+        cut = None
+        if step.refresh and self.refreshes_first:  # before anything is written to: it is what may fail
+            cut = self._refresh(_given(sources[p.selector.source]), new, step)
         if p.decay == "coupled":
             g = g + step.decay * _given(weight)  # rules see it, selectors do not
         x = self._run("momentum", p.momentum, g, g, new, step)
@@ -334,7 +348,7 @@ class Split:
             update = self._run("complement", p.complement, x, g, new, step)
             update = update if p.mix.complement == 1 else update * p.mix.complement
         else:
-            own = self._split(x, g, {"gradient": source, "momentum": x, "weight": weight}, new, step, factored=factored and self.factored)
+            own = self._split(x, g, sources | {"momentum": x}, cut, new, step, factored=factored and self.factored)
             if isinstance(own, Product):
                 turned = Product(own.right.mT, own.left.mT) if self.turned else own
                 return turned, p.mix.inside * self._numbers(step), new
@@ -378,12 +392,21 @@ class Split:
         return new
 
     def _split(
-        self, x: Tensor, g: Tensor, sources: dict[str, Tensor | None], new: State, step: Step, *, factored: bool
+        self,
+        x: Tensor,
+        g: Tensor,
+        sources: dict[str, Tensor | None],
+        cut: Tensor | None,
+        new: State,
+        step: Step,
+        *,
+        factored: bool,
     ) -> Tensor | Product:
         """Select, project, the rules inside, those outside, lift, mix; then feedback and what the selector learns."""
         p, selector = self.pipeline, self.pipeline.selector
         source = _given(sources[selector.source])
-        cut = self._refresh(source, new, step) if step.refresh and (selector.timing == "before" or step.first) else None
+        if step.refresh and not self.refreshes_first and (selector.timing == "before" or step.first):
+            cut = self._refresh(source, new, step)
         basis = selector.basis(_part("selector", new), step)
 
         c = project(x, basis)
@@ -398,7 +421,7 @@ class Split:
             update = add_lift(x, change, basis, -1.0, own=p.mix.complement)
         else:
             outer = self._outside(x, g, Coords(c, cg, inner), basis, new, step) if self.leaves else None
-            update = self._mixed(inner, outer, basis, x)
+            update = self._mixed(inner, outer, basis, x, g, new)
 
         if p.feedback is not None:
             error = add_lift(g, cg, basis, p.feedback - 1.0)
@@ -419,7 +442,7 @@ class Split:
             residual = _without_round_off(residual, coords.signal)
         return self._run("complement", rules, residual, residual_g, new, step._replace(inside=coords, whole=x, basis=basis))
 
-    def _mixed(self, inner: Tensor, outer: Tensor | None, basis: Basis, like: Tensor) -> Tensor:
+    def _mixed(self, inner: Tensor, outer: Tensor | None, basis: Basis, like: Tensor, grad: Tensor, new: State) -> Tensor:
         """`mix.inside` times the lifted update plus `mix.complement` times the other."""
         p = self.pipeline
         if not p.inside or p.mix.inside == 0:
@@ -429,7 +452,8 @@ class Split:
         if outer is None:
             inner = inner if p.mix.inside == 1 else inner * p.mix.inside
             return lift(inner, basis, self.rows.size, self.cols.size, turned=self.turned)
-        return add_lift(outer, inner, basis, p.mix.inside, own=p.mix.complement)
+        fresh = not any(same_storage(outer, other) for other in (like, grad, *new.values()))
+        return add_lift(outer, inner, basis, p.mix.inside, own=p.mix.complement, in_place=fresh)
 
     def _refresh(self, source: Tensor, new: State, step: Step) -> Tensor | None:
         """A new basis; what is kept in coordinates is carried over. Returns what that lost, if it is to be fed back."""

@@ -159,9 +159,12 @@ def matrices_at_once(item: Work, block: Block, options: Options) -> int:
 # ------------------------------------------------------------------------------------------------------------------------ state
 
 
-def gather(stack: Stack, options: Options, memory: Memory) -> State:
-    """The state of a stack, `(B, *dims)` a slot in the dtype of computation: a view of its home, or of the one piece's own tensor."""
+def gather(stack: Stack, options: Options, memory: Memory) -> tuple[State, bool]:
+    """The state of a stack, `(B, *dims)` a slot in the dtype of computation, and whether all of it is where it is kept: a view of the
+    stack's home, or of the one piece's own tensors. What is written to it is then kept.
+    """
     home, where = _located(stack, options, memory)
+    kept_here = not stack.split.wanted and where is None and (home is not None or len(stack.pieces) == 1)
     out: State = {}
     for key, slot in stack.split.slots.items():
         if home is None:
@@ -171,7 +174,8 @@ def gather(stack: Stack, options: Options, memory: Memory) -> State:
             kept = home.slots[key]
             value = kept if where is None else kept.index_select(0, where)
         out[key] = value.to(slot.dtype or stack.dtype)
-    return out
+        kept_here = kept_here and out[key] is value
+    return out, kept_here
 
 
 def scatter(stack: Stack, old: State, new: State, options: Options, memory: Memory) -> None:

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from subspace_opt import SubspaceOptimizer, build, linalg, load_spec, polar
+from subspace_opt import SubspaceOptimizer, build, linalg, load_spec, polar, stacks
 from subspace_opt.lab.measure import peak_temporaries
 from subspace_opt.selectors.fft import Fft
 from subspace_opt.spec import preset_names
-from tests.common import PRESETS, copied, differences, give, optimizer, parameters, same, snapshot, train
+from tests.common import PRESETS, copied, differences, give, optimizer, parameters, same, small, snapshot, train
 
 # What a product or an iteration may meet: below and above the size of a panel, both orientations, square and much longer than wide.
 CLASSES = [(1, 5), (40, 24), (300, 300), (300, 420), (420, 300), (260, 900), (900, 260), (129, 260)]
@@ -449,7 +449,7 @@ def test_temporaries_of_a_step_are_a_small_part_of_the_weights(preset: str) -> N
 def test_rows_in_passes_are_the_whole_matrix(preset: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     lion = {"version": 1, "name": "lion", "pipelines": {"all": {"complement": "lion"}}, "routes": [{"use": "all"}]}
     spec = load_spec(lion if preset == "lion-like" else preset)
-    params = {"w": nn.Parameter(random(7, 5).to(dtype)), "embedding": nn.Parameter(random(30, 11).to(dtype))}
+    params = {"w": nn.Parameter(random(7, 5).to(dtype)), "embedding": nn.Parameter(random(30, 16).to(dtype))}  # rows of whole vectors
     twins = copied(params)
     runs = []
     for own, entries in ((params, 2**18), (twins, 40)):
@@ -475,3 +475,21 @@ def test_an_iteration_stays_in_range_where_one_direction_rules(name: str, dtype:
                 x = (left * torch.cat([torch.ones(1), tail])) @ right.mT
                 y = polar.newton_schulz(x[None], polynomials, dtype=dtype)
                 assert torch.linalg.matrix_norm(y.float(), 2).item() < 1.35
+
+
+# ------------------------------------------------------------------------------------------------------------ state in its place
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("stacking", ["always", "never"])
+def test_state_written_in_its_place_is_the_same_to_the_bit(preset: str, stacking: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a stack finds its state may hang on what was loaded, and a run that was resumed must be the one that was not."""
+    params = parameters({"tall": (9, 6), "tall2": (9, 6), "wide": (6, 9), "square": (7, 7), "vector": (5,)}, torch.float32)
+    twins = copied(params)
+    runs = []
+    for own in (params, twins):
+        opt = optimizer(small(preset, 3, every=2), own, weight_decay=0.1, stacking=stacking)
+        train(opt, own, range(6))
+        runs.append(snapshot(opt, own))
+        monkeypatch.setattr("subspace_opt.engine.gather", lambda *args: (stacks.gather(*args)[0], False))
+    assert same(*runs)

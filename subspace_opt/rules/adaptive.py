@@ -8,8 +8,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..algebra import Dim, Rule, Slot, State, Step, Transport
+from ..algebra import Dim, Rule, Slot, State, Step, Transport, averaged, averaged_square
 from ..registry import register
+
+FUSED = ("cpu", "cuda", "mps", "xpu")  # devices for which PyTorch has fused kernels
+FOREVER = 10**9  # updates after which beta^t is 0
 
 Beta2 = Field(0.999, ge=0.0, lt=1.0, description="Part of the second moment that is kept at each update.")
 Eps = Field(1e-8, ge=0.0, description="Added to the root of the second moment.")
@@ -78,13 +81,27 @@ class Adam(Rule):
 
     def apply(self, x: Tensor, grad: Tensor, state: State, step: Step) -> tuple[Tensor, State]:
         clock = step.age if self.on_refresh == "reset" else step.t
-        new = {"exp_avg_sq": (state["exp_avg_sq"] * self.beta2).addcmul_(grad, grad, value=1 - self.beta2)}
+        if self._fits(x, grad, state):
+            return self._in_one_pass(x, state, clock, step)
+        new = {"exp_avg_sq": averaged_square(state["exp_avg_sq"], grad, self.beta2, step)}
         if self.beta1:
-            x = new["exp_avg"] = state["exp_avg"].lerp(x, 1 - self.beta1)
+            x = new["exp_avg"] = averaged(state["exp_avg"], x, self.beta1, step)
         correction = 1 - self.beta2**clock if self.debias else 1.0
         out = precondition(x, new["exp_avg_sq"], correction, self.eps, self.eps_inside)
         if self.debias and self.beta1:
             out.div_(1 - self.beta1**clock)
+        return out, new
+
+    def _fits(self, x: Tensor, grad: Tensor, state: State) -> bool:
+        """Whether PyTorch's fused kernel can make the update: it knows one signal."""
+        plain = x is grad and x.device.type in FUSED and self.beta1 > 0 and not self.eps_inside
+        return plain and all(v.dtype == x.dtype and v.is_contiguous() for v in (x, *state.values()))
+
+    def _in_one_pass(self, x: Tensor, state: State, clock: Tensor, step: Step) -> tuple[Tensor, State]:
+        """The update as what the kernel makes of a weight 0 with lr -1. Far out in time its bias correction is 1."""
+        out = torch.zeros_like(x)
+        new = state if step.in_place else {name: value.clone() for name, value in state.items()}
+        self.update_in_place([out], [x], {name: [v] for name, v in new.items()}, int(clock) if self.debias else FOREVER, -1.0, 0.0)
         return out, new
 
 

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from .. import linalg
-from ..algebra import Dim, Rule, Slot, State, Step, Transport
+from ..algebra import Dim, Rule, Slot, State, Step, Transport, averaged
 from ..registry import register
 
 Beta: float = Field(0.95, ge=0.0, lt=1.0, description="Part of the average that is kept at each update.")
@@ -32,7 +32,7 @@ class Ema(Rule):
         return {"exp_avg": Slot((rows, cols), self.on_refresh)}
 
     def apply(self, x: Tensor, grad: Tensor, state: State, step: Step) -> tuple[Tensor, State]:
-        m = state["exp_avg"].lerp(x, 1 - self.beta)
+        m = averaged(state["exp_avg"], x, self.beta, step)
         out = x.lerp(m, self.beta) if self.nesterov else m
         if self.debias:
             clock = step.age if self.on_refresh == "reset" else step.t
@@ -76,7 +76,7 @@ class HeavyBall(Rule):
         before = state["momentum_buffer"]
         if self.state == "int8":
             before = linalg.from_codes(before, state["scale"])
-        m = x.add(before, alpha=self.beta)
+        m = (before.mul_(self.beta) if step.in_place and self.state == "float" else before * self.beta).add_(x)
         kept = {"momentum_buffer": m}
         if self.state == "int8":
             kept["momentum_buffer"], kept["scale"] = linalg.to_codes(m)

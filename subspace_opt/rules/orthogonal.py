@@ -63,8 +63,7 @@ class Orthogonalize(Rule):
             raise ValueError("`coefficients` is an empty list; give at least one [a, b, c]")
         return self
 
-    @property
-    def decomposes(self) -> bool:
+    def decomposes(self, rows: Dim, cols: Dim) -> bool:
         return self.method == "svd"
 
     def flops(self, rows: Dim, cols: Dim) -> float:
@@ -85,7 +84,9 @@ class Orthogonalize(Rule):
         if self.method == "svd":
             return polar.polar(x)
         dtype = _quick(x) if self.dtype == "auto" else getattr(torch, self.dtype)
-        return polar.newton_schulz(x, self._polynomials(), eps=self.eps, floor=self.eps_floor, dtype=dtype).to(x.dtype)
+        o = polar.newton_schulz(x, self._polynomials(), eps=self.eps, floor=self.eps_floor, dtype=dtype)
+        # Laid out by rows, as weights are: what follows reads it faster.
+        return o.to(x.dtype, memory_format=torch.contiguous_format).contiguous()
 
 
 @register

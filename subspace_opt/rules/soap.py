@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from .. import linalg
-from ..algebra import Dim, Rule, Slot, State, Step
+from ..algebra import Dim, Rule, Slot, State, Step, averaged_square
 from ..registry import register
 from .adaptive import precondition
 
@@ -36,9 +36,8 @@ class Soap(Rule):
             slots["rotation"] = Slot((cols, Dim("eigen", cols.size)), "project", holds="basis")
         return slots
 
-    @property
-    def decomposes(self) -> bool:
-        return True  # where it keeps a covariance
+    def decomposes(self, rows: Dim, cols: Dim) -> bool:
+        return not cols.eigen
 
     def flops(self, rows: Dim, cols: Dim) -> float:
         m, r = rows.size, cols.size
@@ -46,7 +45,7 @@ class Soap(Rule):
 
     def apply(self, x: Tensor, grad: Tensor, state: State, step: Step) -> tuple[Tensor, State]:
         if "covariance" not in state:
-            v = self._second_moment(grad, state)
+            v = self._second_moment(grad, state, step)
             return self._precondition(x, v, step), {"exp_avg_sq": v}
         cov = linalg.addmm(state["covariance"], grad.mT, grad, beta=self.cov_beta, alpha=1 - self.cov_beta)
         if step.first:
@@ -56,12 +55,12 @@ class Soap(Rule):
             # keeps directions without any covariance from being chosen by round-off.
             ridge = cov.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] * 1e-6
             q = linalg.orthonormal(linalg.mm(cov, state["rotation"]) + ridge * state["rotation"])
-        v = self._second_moment(linalg.mm(grad, q), state)
+        v = self._second_moment(linalg.mm(grad, q), state, step)
         out = self._precondition(linalg.mm(x, q), v, step)
         return linalg.mm(out, q.mT), {"exp_avg_sq": v, "covariance": cov, "rotation": q}
 
-    def _second_moment(self, grad: Tensor, state: State) -> Tensor:
-        return (state["exp_avg_sq"] * self.beta2).addcmul_(grad, grad, value=1 - self.beta2)
+    def _second_moment(self, grad: Tensor, state: State, step: Step) -> Tensor:
+        return averaged_square(state["exp_avg_sq"], grad, self.beta2, step)
 
     def _precondition(self, x: Tensor, v: Tensor, step: Step) -> Tensor:
         correction = 1 - self.beta2**step.t if self.debias else 1.0
