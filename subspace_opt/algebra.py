@@ -168,7 +168,7 @@ def lift(c: Tensor, basis: Basis, rows: int, cols: int, *, turned: bool = False)
 
 def same_storage(a: Tensor, b: Tensor) -> bool:
     """Whether what is written to one tensor may show in the other."""
-    return a.untyped_storage()._cdata == b.untyped_storage()._cdata
+    return bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)
 
 
 def add_lift(y: Tensor, c: Tensor, basis: Basis, weight: float = 1.0, *, own: float = 1.0, in_place: bool = False) -> Tensor:

@@ -5,6 +5,7 @@ Only this file, `survey`, `stacks` and `update` know of devices, dtypes of param
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections import defaultdict
 from typing import Any
@@ -239,17 +240,28 @@ def _step(stack: Stack, options: Options, tables: dict[Any, Tensor]) -> Step:
         drawn = torch.cat([_noise(piece, call, shape, options.seed) for piece in pieces])
         noise = drawn.to(work.param.device, work.row.compute_dtype)
     return Step(
-        t=torch.tensor(float(t), dtype=torch.float64),
-        age=torch.tensor(float(_age(work, split, t, refresh)), dtype=torch.float64),
+        t=_clock(t),
+        age=_clock(_age(work, split, t, refresh)),
         first=first,
         refresh=refresh,
         decay=work.weight_decay,
         rows=split.rows,
         cols=split.cols,
-        position=torch.tensor([p.work.row.position for p in pieces for _ in range(p.size)]),
+        position=_positions(tuple(p.work.row.position for p in pieces for _ in range(p.size))),
         noise=noise,
         constants=_constants(split, work, tables) if split.opens else {},
     )
+
+
+# Tensors that nobody writes to, made once: making one takes longer than much of what is done with it.
+@functools.lru_cache(maxsize=64)
+def _clock(t: int) -> Tensor:
+    return torch.tensor(float(t), dtype=torch.float64)
+
+
+@functools.lru_cache(maxsize=4096)
+def _positions(places: tuple[tuple[int, int], ...]) -> Tensor:
+    return torch.tensor(places)
 
 
 def _age(work: Work, split: Split, t: int, refresh: bool) -> int:

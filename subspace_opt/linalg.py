@@ -43,7 +43,7 @@ def _panels(a: Tensor) -> int:
 def mm(a: Tensor, b: Tensor) -> Tensor:
     """`A B` of two matrices or stacks; a stack of one takes the unbatched product, which a CPU runs faster."""
     if a.dim() == 2:
-        return torch.mm(a, b)
+        return a.mm(b)
     if a.size(0) == 1 and b.size(0) == 1:
         return torch.mm(a[0], b[0]).unsqueeze(0)
     return torch.bmm(a, b)
@@ -88,7 +88,8 @@ def symmetric(a: Tensor, b: Tensor, c: Tensor | None = None, *, beta: float = 1.
 def norm(x: Tensor) -> Tensor:
     """Frobenius norm of every matrix, `(B, 1, 1)`."""
     if x.size(0) == 1:
-        return torch.linalg.vector_norm(x).view(1, 1, 1)  # without dimensions it is faster
+        whole: Tensor = torch.linalg.vector_norm(x)  # without dimensions it is faster
+        return whole.view(1, 1, 1)
     size: Tensor = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
     return size
 
@@ -253,7 +254,7 @@ def _by_gram(x: Tensor, rank: int) -> Tensor:
 def _by_sketch(x: Tensor, rank: int, start: Tensor, iterations: int) -> Tensor:
     q, size = start, divisor(magnitude(x))
     for _ in range(iterations):
-        q = orthonormal(mm(x.mT, mm(x, q) / size))
+        q = orthonormal(mm((mm(x, q) / size).mT, x).mT)
     inner = mm(x, q) / size  # (B, m, rank + p)
     return mm(q, eigh(mm(inner.mT, inner))[1][..., :rank])
 

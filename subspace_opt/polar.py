@@ -69,13 +69,14 @@ SCHEDULES: dict[str, tuple[tuple[Polynomial, ...], Literal["cycle", "repeat"]]] 
 }
 
 
-def schedule(coefficients: str | Sequence[Polynomial], steps: int, safety: float = 1.0) -> tuple[Polynomial, ...]:
+@functools.cache
+def schedule(coefficients: str | tuple[Polynomial, ...], steps: int, safety: float = 1.0) -> tuple[Polynomial, ...]:
     """The polynomials of `steps` iterations. `safety` s > 1 evaluates every one but the last listed at x / s, which moves the
     point of divergence from 1 to s (a / s, b / s^3, c / s^5)."""
     if isinstance(coefficients, str):
         listed, after = SCHEDULES[coefficients]
     else:
-        listed, after = tuple(coefficients), "repeat"
+        listed, after = coefficients, "repeat"
     safe = [(a / safety, b / safety**3, c / safety**5) for a, b, c in listed]
     if len(safe) > 1:
         safe[-1] = listed[-1]
@@ -101,28 +102,20 @@ def newton_schulz(
     dtype = dtype or x.dtype
     size = norm(x)
     size = size.clamp_min(eps) if floor else size + eps
-    scale = _scale(x, size, dtype)
-    y = (x / size).to(dtype) if scale == 1.0 else x.to(dtype)
+    # Not as a factor in the first polynomial, which would save a pass: oneDNN compiles a product anew for every number it is scaled by.
+    if dtype == torch.bfloat16 and x.dtype == torch.float32:  # of the same range, so it can be divided where it is half as large
+        y = x.to(dtype).mul_(1.0 / size)
+    else:
+        y = (x / size).to(dtype)
     y = y[0] if x.size(0) == 1 else y
     tall = y.size(-2) > y.size(-1)
     if tall:
         y = y.mT
     together = _together(y.size(-2), y.size(-1), tuple(polynomials), dtype)
     for start in range(0, len(polynomials), together):
-        y, scale = _group(y, polynomials[start : start + together], scale), 1.0
+        y = _group(y, polynomials[start : start + together])
     y = y.mT if tall else y
     return y.unsqueeze(0) if x.size(0) == 1 else y
-
-
-LARGE = 2**16  # entries of a matrix from which its division by a number is a pass worth saving
-
-
-def _scale(x: Tensor, size: Tensor, dtype: torch.dtype) -> float:
-    """The number that one large matrix on a CPU is yet to be multiplied by, which its first polynomials take along; else 1."""
-    if x.size(0) != 1 or x.numel() < LARGE or x.device.type != "cpu" or dtype != torch.bfloat16:
-        return 1.0
-    number = size.item()
-    return 1.0 / number if 1e-6 < number < 1e6 else 1.0  # its fourth power must stay in range
 
 
 #: By how much a value may be off after one polynomial on the Gram matrix alone, as a part of it: measured, with a margin.
@@ -164,28 +157,23 @@ def flops(short: int, long: int, polynomials: Sequence[Polynomial], dtype: torch
     return total
 
 
-def _group(y: Tensor, polynomials: Sequence[Polynomial], scale: float = 1.0) -> Tensor:
+def _group(y: Tensor, polynomials: Sequence[Polynomial]) -> Tensor:
     """`p_k(...p_1(Y))`, with `p(Y) = P Y`, `P = a I + b A + c A^2` and `A = YY'`, and `A <- P A P` from one to the next.
 
-    All are polynomials of A, so they commute and their products are symmetric. Y is multiplied by `scale` on the way, A by its square.
+    All are polynomials of A, so they commute and their products are symmetric.
     """
-    gram, s = symmetric(y, y.mT), scale
+    gram = symmetric(y, y.mT)
     product: Tensor | None = None  # of the polynomials so far
     for i, (a, b, c) in enumerate(polynomials):
-        if c == 0.0:
-            rest = (b * s**2) * gram
-        else:
-            rest = symmetric(gram, gram, gram, beta=b * s**2, alpha=c * s**4)  # P - a I
+        rest = b * gram if c == 0.0 else symmetric(gram, gram, gram, beta=b, alpha=c)  # P - a I
         if len(polynomials) == 1:
-            return addmm(y, rest, y, beta=a * s, alpha=s)
+            return addmm(y, rest, y, beta=a)
         if i + 1 < len(polynomials):
-            gram = symmetric(rest, gram, gram, beta=a * s**2, alpha=s**2)
-            gram = symmetric(rest, gram, gram, beta=a)
-            s = 1.0
+            for _ in range(2):
+                gram = symmetric(rest, gram, gram, beta=a)
         if product is None:
             product = rest
             product.diagonal(dim1=-2, dim2=-1).add_(a)
-            product = product if scale == 1.0 else product.mul_(scale)
         else:
             product = symmetric(rest, product, product, beta=a)
     return y if product is None else mm(product, y)

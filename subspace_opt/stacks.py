@@ -180,9 +180,11 @@ def gather(stack: Stack, options: Options, memory: Memory) -> tuple[State, bool]
 
 def scatter(stack: Stack, old: State, new: State, options: Options, memory: Memory) -> None:
     """Every slot that changed back to where it is kept, in its own dtype."""
+    changed = {key: new[key] for key in stack.split.slots if new[key] is not old[key]}
+    if not changed:  # it has been written in its place
+        return
     home, where = _located(stack, options, memory)
     given = {id(_storage_of(value)) for value in old.values()}
-    changed = {key: new[key] for key in stack.split.slots if new[key] is not old[key]}
     # What a rule was given it may hand on in another slot (a history of gradients), and that storage is about to be written.
     apart = {key: v.clone() if id(_storage_of(v)) in given else v for key, v in changed.items()}
     for key, value in apart.items():

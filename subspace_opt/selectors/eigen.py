@@ -53,7 +53,7 @@ class Eigen(LowRank):
         u, s = state["basis"], state["covariance"]
         if step.first:
             return {"basis": linalg.leading_right(x, u.size(-1), self.init, step.noise), "covariance": s}, None
-        moved = linalg.mm(x.mT, linalg.mm(x, u))  # G'(G U)
+        moved = linalg.mm(linalg.mm(x, u).mT, x).mT  # G'(G U), laid out by columns: no large matrix is read across its rows
         new = linalg.orthonormal(linalg.addmm(moved, u, s, beta=1 - self.beta, alpha=self.beta))
         turn = linalg.mm(u.mT, new)
         return {"basis": new, "covariance": linalg.mm(linalg.mm(turn.mT, s), turn)}, None

@@ -51,7 +51,7 @@ class PowerIteration(LowRank):
             x = x.lerp(mean, self.rho)
         if self.method == "svd":
             return {"basis": linalg.leading_right(x, rank)}, None
-        return {"basis": linalg.orthonormal(linalg.mm(x.mT, linalg.mm(x, u)))}, None
+        return {"basis": linalg.orthonormal(linalg.mm(linalg.mm(x, u).mT, x).mT)}, None
 
 
 @register
@@ -91,10 +91,10 @@ class Dion(LowRank):
         if step.first:
             assert step.noise is not None  # the core draws what `draws` asks for
             q = step.noise.to(x.dtype)
-        basis = linalg.orthonormal(linalg.mm(x.mT, q))
+        basis = linalg.orthonormal(linalg.mm(q.mT, x).mT)
         for _ in range(self.iterations - 1):
             q = linalg.mm(x, basis)
-            basis = linalg.orthonormal(linalg.mm(x.mT, q))
+            basis = linalg.orthonormal(linalg.mm(q.mT, x).mT)
         return {"warm_start": q, "basis": basis}, None
 
     def observe(self, x: Tensor, c: Tensor, state: State, step: Step) -> State:
