@@ -89,6 +89,7 @@ class Step(NamedTuple):
     first: bool = False
     refresh: bool = False
     in_place: bool = False  # rules may write their new state over the old, which nothing will ask for again
+    spare: bool = False  # the signal is nobody else's: a rule may write its own over it
     decay: float = 0.0  # weight decay, where it is coupled to the gradient
     rows: Dim = Dim("rows", 0)  # the sides of the matrices, as oriented
     cols: Dim = Dim("cols", 0)
@@ -318,7 +319,11 @@ class Rule(Component, family="rule"):
 
     @abstractmethod
     def apply(self, x: Tensor, grad: Tensor, state: State, step: Step) -> tuple[Tensor, State]:
-        """The new signal and the new state; pure: inputs are not written to, but for `state` where `step.in_place` allows it."""
+        """The new signal and the new state.
+
+        Pure: inputs are not written to, but for `state` and `x` where `step.in_place`
+        and `step.spare` allow it.
+        """
 
     def transport(self, state: State, slots: dict[str, Slot], change: Change, step: Step) -> State:
         """The state after a refresh; by default slot by slot as declared."""

@@ -104,7 +104,9 @@ def newton_schulz(
     size = size.clamp_min(eps) if floor else size + eps
     # Not as a factor in the first polynomial, which would save a pass: oneDNN compiles a product anew for every number it is scaled by.
     if dtype == torch.bfloat16 and x.dtype == torch.float32:  # of the same range, so it can be divided where it is half as large
-        y = x.to(dtype).mul_(1.0 / size)
+        inverse = 1.0 / size
+        alone = x.size(0) == 1 and x.device.type == "cpu"
+        y = x.to(dtype).mul_(inverse.item() if alone else inverse)  # by a tensor of another dtype it would be copied there and back
     else:
         y = (x / size).to(dtype)
     y = y[0] if x.size(0) == 1 else y

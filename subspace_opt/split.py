@@ -8,6 +8,7 @@ between a gradient and an update, on a stack of matrices, and it knows no concre
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -360,11 +361,11 @@ class Split:
             factor *= last
             finish.pop()
         alone = update.size(0) == 1 and update.device.type == "cpu"  # then a number can be read without waiting
-        update = self._through(finish[:-1] if alone else finish, update, g, new, step)
+        update = self._through(finish[:-1] if alone else finish, update, g, new, step, final=True)
         if alone and finish:
             number = finish[-1][1].measured(update)
             if number is None:
-                update = self._through(finish[-1:], update, g, new, step)
+                update = self._through(finish[-1:], update, g, new, step, final=True)
             else:
                 factor *= number.item()
         return update, factor, new
@@ -423,11 +424,13 @@ class Split:
             outer = self._outside(x, g, Coords(c, cg, inner), basis, new, step) if self.leaves else None
             update = self._mixed(inner, outer, basis, x, g, new)
 
-        if p.feedback is not None:
-            error = add_lift(g, cg, basis, p.feedback - 1.0)
-            new["feedback.error"] = error if cut is None else error + cut
         seen = cg if source is g else c if source is x else project(source, basis)
         self._store("selector", selector.observe(source, seen, _part("selector", new), step), new)
+        if p.feedback is not None:
+            read = (step.refresh and selector.timing == "after") or any(rule.uses_grad for rule in p.finish)
+            last = not read and _nobodys(g, update, *new.values())
+            error = add_lift(g, cg, basis, p.feedback - 1.0, in_place=last)
+            new["feedback.error"] = error if cut is None else error + cut
         if step.refresh and selector.timing == "after" and not step.first:
             self._refresh(source, new, step)
         return update
@@ -452,8 +455,8 @@ class Split:
         if outer is None:
             inner = inner if p.mix.inside == 1 else inner * p.mix.inside
             return lift(inner, basis, self.rows.size, self.cols.size, turned=self.turned)
-        fresh = not any(same_storage(outer, other) for other in (like, grad, *new.values()))
-        return add_lift(outer, inner, basis, p.mix.inside, own=p.mix.complement, in_place=fresh)
+        last = _nobodys(outer, like, grad, *new.values())
+        return add_lift(outer, inner, basis, p.mix.inside, own=p.mix.complement, in_place=last)
 
     def _refresh(self, source: Tensor, new: State, step: Step) -> Tensor | None:
         """A new basis; what is kept in coordinates is carried over. Returns what that lost, if it is to be fed back."""
@@ -484,8 +487,11 @@ class Split:
     def _run(self, place: str, rules: tuple[Rule, ...], x: Tensor, grad: Tensor, new: State, step: Step) -> Tensor:
         return self._through(_keyed(place, rules), x, grad, new, step)
 
-    def _through(self, keyed: list[tuple[str, Rule]], x: Tensor, grad: Tensor, new: State, step: Step) -> Tensor:
+    def _through(self, keyed: list[tuple[str, Rule]], x: Tensor, grad: Tensor, new: State, step: Step, *, final: bool = False) -> Tensor:
+        """The signal after some rules; `final`: nothing but state and gradient are needed after them."""
         for key, rule in keyed:
+            if final:
+                step = step._replace(spare=_nobodys(x, grad, *new.values()))
             x, state = rule.apply(x, grad, _part(key, new), step)
             self._store(key, state, new)
         return x
@@ -496,6 +502,11 @@ class Split:
 
     def _turn(self, x: Tensor) -> Tensor:
         return x.mT if self.turned else x
+
+
+def _nobodys(x: Tensor, *others: Tensor | Product) -> bool:
+    """Whether a tensor may be written to: none of the others is stored where it is."""
+    return not any(same_storage(x, other) for each in others for other in (each if isinstance(each, Product) else (each,)))
 
 
 def _keyed(place: str, rules: tuple[Rule, ...]) -> list[tuple[str, Rule]]:
@@ -519,7 +530,7 @@ def _without_round_off(residual: Tensor, coords: Tensor) -> Tensor:
 
     The coordinates of X in an orthonormal basis have the norm of `P X`, which is that of X where the residual is small.
     """
-    kept = linalg.norm(residual) > 64 * torch.finfo(residual.dtype).eps * linalg.norm(coords)
+    kept = linalg.norm(residual) > 512 * torch.finfo(residual.dtype).eps * linalg.norm(coords)
     if residual.size(0) == 1 and kept.device.type == "cpu" and bool(kept):
         return residual
     return residual * kept
@@ -531,6 +542,10 @@ def _settled(before: State, after: State, source: Tensor) -> State:
     Raises:
         LinAlgError: a source without NaN and infinity gave a basis with; a QR does that where other decompositions raise.
     """
+    if source.size(0) == 1 and source.device.type == "cpu" and 0 < linalg.norm(source).item() < math.inf:
+        if not all(linalg.all_finite(value) for value in after.values() if value.is_floating_point()):
+            raise torch.linalg.LinAlgError("the new basis holds NaN or infinity although its source does not")
+        return after
     size = linalg.magnitude(source)[:, 0, 0]
     sound = size > 0
     for value in after.values():
