@@ -429,19 +429,18 @@ class Selector(Component, family="selector"):
 
     @abstractmethod
     def refresh(self, x: Tensor, state: State, step: Step) -> tuple[State, Order | None]:
-        """A new basis from the source `x` `(B, rows, cols)`, and where kept coordinates now stand; pure."""
+        """A new basis from the source `x` `(B, rows, cols)`, and where kept coordinates now stand; pure.
+
+        Who has the coordinates of the source in the new basis may hand them on as `coords`, which is not kept: they are not computed again.
+        """
 
     def constants(self, rows: Dim, cols: Dim) -> dict[str, Callable[[], Tensor]]:
         """Tables shared by all matrices of a shape, built once and never checkpointed."""
         return {}
 
-    def draws(self, rows: Dim, cols: Dim) -> tuple[int, ...] | None:
-        """The shape of the normal draws that a refresh needs for one matrix; None if none."""
+    def draws(self, rows: Dim, cols: Dim, t: int = 1, first: bool = True) -> tuple[int, ...] | None:
+        """The shape of the normal draws that the refresh at update `t` needs for one matrix, `first` its first; None if none."""
         return None
-
-    def draws_at(self, t: int) -> bool:
-        """Whether the refresh at update `t` makes use of draws."""
-        return True
 
 
 class LowRank(Selector):

@@ -234,8 +234,7 @@ def _step(stack: Stack, options: Options, tables: dict[Any, Tensor]) -> Step:
     call, t = work.count + 1, counted(work, split)
     first = stack.phase is Phase.FIRST
     noise = None
-    drawing = refresh and (selector.draws_at(call) or (first and selector.draws_at(1)))
-    shape = selector.draws(split.rows, split.cols) if drawing else None
+    shape = selector.draws(split.rows, split.cols, call, first) if refresh else None
     if shape is not None:
         drawn = torch.cat([_noise(piece, call, shape, options.seed) for piece in pieces])
         noise = drawn.to(work.param.device, work.row.compute_dtype)

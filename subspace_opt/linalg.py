@@ -159,8 +159,12 @@ def eigh(a: Tensor) -> tuple[Tensor, Tensor]:
 
 def fix_signs(u: Tensor) -> Tensor:
     """Columns `(B, n, r)` with the sign that makes their entry of largest magnitude positive."""
+    return u * _signs(u)
+
+
+def _signs(u: Tensor) -> Tensor:
     lead = u.gather(-2, u.abs().argmax(dim=-2, keepdim=True))
-    return u * torch.where(lead < 0, -1.0, 1.0).to(u.dtype)
+    return torch.where(lead < 0, -1.0, 1.0).to(u.dtype)
 
 
 def orthonormal(y: Tensor) -> Tensor:
@@ -205,7 +209,7 @@ def leading_right(x: Tensor, rank: int, method: Method = "exact", start: Tensor 
     else:
         if start is None:
             raise ValueError("a randomized range needs draws to start from")
-        u = _by_sketch(x, rank, start, iterations)
+        return sketched_right(x, rank, start, iterations)[0]
     return fix_signs(u)
 
 
@@ -251,12 +255,23 @@ def _by_gram(x: Tensor, rank: int) -> Tensor:
     return orthonormal(mm(x.mT, left))
 
 
-def _by_sketch(x: Tensor, rank: int, start: Tensor, iterations: int) -> Tensor:
-    q, size = start, divisor(magnitude(x))
+def sketched_right(x: Tensor, rank: int, start: Tensor, iterations: int = 1) -> tuple[Tensor, Tensor]:
+    """Nearly `leading_right`, by power iterations from `start` `(B, n, rank + p)`, and the coordinates `X U` `(B, m, rank)`."""
+    size = magnitude(x)
+    if size.numel() == 1 and size.device.type == "cpu" and 1e-6 < size.item() < 1e6:
+        scale = None  # the fourth power stays in range
+    else:
+        scale = divisor(size)
+    q = start
     for _ in range(iterations):
-        q = orthonormal(mm((mm(x, q) / size).mT, x).mT)
-    inner = mm(x, q) / size  # (B, m, rank + p)
-    return mm(q, eigh(mm(inner.mT, inner))[1][..., :rank])
+        image = mm(x, q)
+        q = orthonormal(mm((image if scale is None else image / scale).mT, x).mT)
+    image = mm(x, q)  # (B, m, rank + p)
+    inner = image if scale is None else image / scale
+    v = eigh(mm(inner.mT, inner))[1][..., :rank]
+    u = mm(q, v)
+    signs = _signs(u)
+    return u * signs, mm(image, v * signs)
 
 
 # ------------------------------------------------------------------------------------------------- discrete cosine transform

@@ -410,8 +410,9 @@ class Split:
             cut = self._refresh(source, new, step)
         basis = selector.basis(_part("selector", new), step)
 
-        c = project(x, basis)
-        cg = c if g is x else project(g, basis)
+        handed = new.pop("selector.coords", None)  # of the source
+        c = handed if handed is not None and x is source else project(x, basis)
+        cg = c if g is x else handed if handed is not None and g is source else project(g, basis)
         inner = self._run("inside", p.inside, c, cg, new, step)
         update: Tensor | Product
         if factored and basis.left is None and basis.gate is None and isinstance(basis.right, Tensor) and basis.right.is_floating_point():
@@ -433,6 +434,7 @@ class Split:
             new["feedback.error"] = error if cut is None else error + cut
         if step.refresh and selector.timing == "after" and not step.first:
             self._refresh(source, new, step)
+            new.pop("selector.coords", None)
         return update
 
     def _outside(self, x: Tensor, g: Tensor, coords: Coords, basis: Basis, new: State, step: Step) -> Tensor:

@@ -235,7 +235,7 @@ def split_of(plain: dict[str, Any], rows: int, cols: int, rank: int) -> Split:
 
 
 def draws(split: Split, call: int, rows: list[int], dtype: torch.dtype) -> Tensor | None:
-    shape = split.pipeline.selector.draws(split.rows, split.cols) if split.opens else None
+    shape = split.pipeline.selector.draws(split.rows, split.cols, call, call == 1) if split.opens else None
     if shape is None:
         return None
     return torch.stack([gradient(f"noise{b}", shape, call, dtype) for b in rows])

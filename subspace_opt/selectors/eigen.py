@@ -42,8 +42,8 @@ class Eigen(LowRank):
     def observe_flops(self, rows: Dim, cols: Dim) -> float:
         return 2.0 * rows.size * self.columns(rows, cols) ** 2
 
-    def draws(self, rows: Dim, cols: Dim) -> tuple[int, ...] | None:
-        return (cols.size, self.columns(rows, cols)) if self.init == "randomized" else None
+    def draws(self, rows: Dim, cols: Dim, t: int = 1, first: bool = True) -> tuple[int, ...] | None:
+        return (cols.size, self.columns(rows, cols)) if first and self.init == "randomized" else None
 
     def observe(self, x: Tensor, c: Tensor, state: State, step: Step) -> State:
         cov = linalg.addmm(state["covariance"], c.mT, c, beta=self.beta, alpha=1 - self.beta)

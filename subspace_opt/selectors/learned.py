@@ -40,11 +40,8 @@ class Learned(LowRank):
         slot = Slot((cols, self.coords(rows, cols)[1]))
         return {"basis": slot, "exp_avg": slot, "exp_avg_sq": slot} if self.optimizer == "adamw" else {"basis": slot}
 
-    def draws(self, rows: Dim, cols: Dim) -> tuple[int, ...] | None:
-        return (cols.size, self.columns(rows, cols)) if self.init == "randomized" else None
-
-    def draws_at(self, t: int) -> bool:
-        return t == 1
+    def draws(self, rows: Dim, cols: Dim, t: int = 1, first: bool = True) -> tuple[int, ...] | None:
+        return (cols.size, self.columns(rows, cols)) if first and self.init == "randomized" else None
 
     def refresh_flops(self, rows: Dim, cols: Dim) -> float:
         return 10.0 * rows.size * cols.size * self.columns(rows, cols)

@@ -27,11 +27,8 @@ class PowerIteration(LowRank):
         "randomized", description="First basis: a thin SVD, eigh of the smaller Gram matrix, or one power iteration on random draws."
     )
 
-    def draws(self, rows: Dim, cols: Dim) -> tuple[int, ...] | None:
-        return (cols.size, self.columns(rows, cols)) if self.init == "randomized" else None
-
-    def draws_at(self, t: int) -> bool:
-        return t == 1
+    def draws(self, rows: Dim, cols: Dim, t: int = 1, first: bool = True) -> tuple[int, ...] | None:
+        return (cols.size, self.columns(rows, cols)) if first and self.init == "randomized" else None
 
     def refresh_flops(self, rows: Dim, cols: Dim) -> float:
         m, n, r = rows.size, cols.size, self.columns(rows, cols)
@@ -73,11 +70,8 @@ class Dion(LowRank):
     def slots(self, rows: Dim, cols: Dim) -> dict[str, Slot]:
         return {"warm_start": Slot((rows, self.coords(rows, cols)[1]))}
 
-    def draws(self, rows: Dim, cols: Dim) -> tuple[int, ...] | None:
-        return rows.size, self.columns(rows, cols)
-
-    def draws_at(self, t: int) -> bool:
-        return t == 1
+    def draws(self, rows: Dim, cols: Dim, t: int = 1, first: bool = True) -> tuple[int, ...] | None:
+        return (rows.size, self.columns(rows, cols)) if first else None
 
     def refresh_flops(self, rows: Dim, cols: Dim) -> float:
         m, n, r = rows.size, cols.size, self.columns(rows, cols)

@@ -38,7 +38,7 @@ class Random(LowRank):
     def orthonormal(self) -> bool:
         return self.draw != "gaussian"
 
-    def draws(self, rows: Dim, cols: Dim) -> tuple[int, ...] | None:
+    def draws(self, rows: Dim, cols: Dim, t: int = 1, first: bool = True) -> tuple[int, ...] | None:
         return (cols.size,) if self.draw == "coordinates" else (cols.size, self.columns(rows, cols))
 
     def refresh_flops(self, rows: Dim, cols: Dim) -> float:

@@ -43,9 +43,15 @@ class Svd(LowRank):
     def basis(self, state: State, step: Step) -> Basis:
         return Basis(left=state.get("left_basis"), right=state["basis"])
 
-    def draws(self, rows: Dim, cols: Dim) -> tuple[int, ...] | None:
+    def draws(self, rows: Dim, cols: Dim, t: int = 1, first: bool = True) -> tuple[int, ...] | None:
+        if self.method != "randomized":
+            return None
         width = min(self.columns(rows, cols) + self.oversample, rows.size, cols.size)
-        return (cols.size, width) if self.method == "randomized" else None
+        return cols.size, width if self._afresh(first) else width - self.columns(rows, cols)
+
+    def _afresh(self, first: bool) -> bool:
+        """Whether power iterations start from draws alone: weights are there from the beginning and move little."""
+        return first or self.source == "weight"
 
     def refresh_flops(self, rows: Dim, cols: Dim) -> float:
         k, l = sorted((rows.size, cols.size))  # noqa: E741
@@ -61,11 +67,14 @@ class Svd(LowRank):
 
     def refresh(self, x: Tensor, state: State, step: Step) -> tuple[State, Order | None]:
         old = state["basis"]
-        start = step.noise
-        if start is not None and not step.first and self.source != "weight":  # the directions there are, and some that are new
-            start = torch.cat([old, start[..., old.size(-1) :].to(old.dtype)], dim=-1)
-        u = linalg.leading_right(x, old.size(-1), self.method, start, self.iterations)
-        if self.sides == "right":
-            return {"basis": u}, None
+        if step.noise is not None:  # the directions there are, and some that are new
+            start = step.noise if self._afresh(step.first) else torch.cat([old, step.noise.to(old.dtype)], dim=-1)
+            u, c = linalg.sketched_right(x, old.size(-1), start, self.iterations)
+            if self.sides == "right":
+                return {"basis": u, "coords": c}, None
+        else:
+            u = linalg.leading_right(x, old.size(-1), self.method)
+            if self.sides == "right":
+                return {"basis": u}, None
         # X U = P S: its columns are orthogonal, and P is what normalising them gives.
         return {"basis": u, "left_basis": linalg.orthonormal(linalg.mm(linalg.unit(x), u))}, None

@@ -54,19 +54,11 @@ class Switch(Selector):
     def basis(self, state: State, step: Step) -> Basis:
         return self.first.basis(state, step)
 
-    def draws(self, rows: Dim, cols: Dim) -> tuple[int, ...] | None:
-        both = [shape for shape in (self.first.draws(rows, cols), self.then.draws(rows, cols)) if shape is not None]
-        return tuple(max(sizes) for sizes in zip(*both, strict=True)) if both else None
-
-    def draws_at(self, t: int) -> bool:
-        return self._now(t).draws(Dim("rows", 2), Dim("cols", 2)) is not None
+    def draws(self, rows: Dim, cols: Dim, t: int = 1, first: bool = True) -> tuple[int, ...] | None:
+        return self._now(t).draws(rows, cols, t, first)
 
     def observe(self, x: Tensor, c: Tensor, state: State, step: Step) -> State:
         return self._now(int(step.t)).observe(x, c, state, step)
 
     def refresh(self, x: Tensor, state: State, step: Step) -> tuple[State, Order | None]:
-        now = self._now(int(step.t))
-        shape = now.draws(step.rows, step.cols)
-        if shape is not None and step.noise is not None:
-            step = step._replace(noise=step.noise[:, *(slice(size) for size in shape)])
-        return now.refresh(x, state, step)
+        return self._now(int(step.t)).refresh(x, state, step)

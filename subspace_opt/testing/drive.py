@@ -77,7 +77,7 @@ def moment(split: Split, call: int, grad: Tensor, twins: bool) -> Step:
 
 def _draws(split: Split, call: int, grad: Tensor, twins: bool) -> Tensor | None:
     selector = split.pipeline.selector
-    shape = selector.draws(split.rows, split.cols) if selector.draws_at(call) else None
+    shape = selector.draws(split.rows, split.cols, call, call == 1)
     if shape is None:
         return None
     if is_fake(grad):
