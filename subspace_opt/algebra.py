@@ -206,6 +206,7 @@ class Change(NamedTuple):
     rows: Dim
     cols: Dim
     order: Order | None
+    moves: list[tuple[Tensor, Tensor]]  # found once for all slots
 
     def sides(self, dim: Dim) -> tuple[Any, Any] | None:
         """Old and new basis of the side whose coordinates run along `dim`; None where nothing changes along it."""
@@ -230,7 +231,11 @@ class Change(NamedTuple):
             return flat
         old, new = both
         if dim == self.cols and self.old.atoms is not None and self.new.atoms is not None:
-            return _moved(flat, self.old.atoms, self.new.atoms)
+            if not self.moves:
+                self.moves.append(_places(self.old.atoms, self.new.atoms))
+            place, kept = self.moves[0]
+            there = flat.gather(-1, place.unsqueeze(-2).expand(-1, flat.size(-2), -1))
+            return there.mul_(kept.unsqueeze(-2))
         if isinstance(old, tuple) and isinstance(new, tuple):
             return _by_modes(_by_modes(flat, old, transpose=True), new, transpose=False)
         dense = isinstance(old, Tensor) and isinstance(new, Tensor) and not _picks(old)
@@ -258,12 +263,10 @@ class Change(NamedTuple):
         return value.abs() if slot.transport == "project_abs" else value
 
 
-def _moved(flat: Tensor, old: Tensor, new: Tensor) -> Tensor:
-    """Coordinates `(B, k, r)` along atoms `old`, where `new` has them; 0 along atoms that are new."""
+def _places(old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
+    """Where each of the atoms `new` `(B, r)` stands among the `old`, and whether it does."""
     same = old.unsqueeze(-1) == new.unsqueeze(-2)  # (B, r_old, r_new)
-    place = same.to(torch.uint8).argmax(-2)
-    there = flat.gather(-1, place.unsqueeze(-2).expand(-1, flat.size(-2), -1))
-    return there.mul_(same.any(-2).unsqueeze(-2))
+    return same.to(torch.uint8).argmax(-2), same.any(-2)
 
 
 def overlap(old: Tensor, new: Tensor) -> Tensor:

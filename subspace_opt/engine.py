@@ -253,12 +253,12 @@ def _step(stack: Stack, options: Options, tables: dict[Any, Tensor]) -> Step:
 
 
 # Tensors that nobody writes to, made once: making one takes longer than much of what is done with it.
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=8)
 def _clock(t: int) -> Tensor:
     return torch.tensor(float(t), dtype=torch.float64)
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=256)
 def _positions(places: tuple[tuple[int, int], ...]) -> Tensor:
     return torch.tensor(places)
 

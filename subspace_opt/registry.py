@@ -30,7 +30,8 @@ FOREIGN = (Exception, SystemExit)
 class Model(BaseModel):
     """Strict, frozen, closed: an unknown key or a value of the wrong type is an error, at any depth."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=False)
+    # Validators are built when a model is first used: most of some dozen kinds never are.
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, defer_build=True)
 
 
 class RegistryError(ValueError):

@@ -473,7 +473,7 @@ class Split:
             return None
         now = selector.basis(after, step)
         old = selector.basis(before, step) if selector.keeps_basis else Basis()  # then nothing is rotated, see the validator
-        change = Change(old, now, *self.inner, order)
+        change = Change(old, now, *self.inner, order, [])
         lost: Tensor | None = None
         for key, rule, slots in carried:
             state = _part(key, new)
