@@ -293,6 +293,10 @@ class Rule(Component, family="rule"):
         """Whether `apply` takes a decomposition, which may fail: its update is then looked at for NaN before anything is written."""
         return False
 
+    def by_rows(self, rows: Dim, cols: Dim) -> bool:
+        """Whether a row of the result, and of the state, hangs on the same row of signal, gradient and state alone."""
+        return self.elementwise
+
     def multiplier(self, rows: int, cols: int, step: Step) -> float | None:
         """The number that `apply` multiplies the signal by, if that is all it does: the update of the weight then takes it along."""
         return None

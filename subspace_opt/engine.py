@@ -369,7 +369,7 @@ def _takes_products(stack: Stack) -> bool:
     """Whether an update may come as two factors, to be multiplied into the weight: one whole matrix in the dtype of computation."""
     piece = stack.pieces[0]
     work = piece.work
-    alone = len(stack.pieces) == 1 and piece.size == 1 and piece.rows is None and work.outbox is None
+    alone = len(stack.pieces) == 1 and piece.size == 1 and work.outbox is None
     return alone and stack.split.factored and work.param.dtype == stack.dtype and not isinstance(work.lr, Tensor)
 
 

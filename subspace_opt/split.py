@@ -211,6 +211,35 @@ class Split:
         return plain and all(rule.elementwise for _, rule, _, _ in self.places())
 
     @cached_property
+    def by_rows(self) -> bool:
+        """Whether between refreshes every row of a weight is updated by itself, so that a tall matrix may be cut between rows."""
+        p, selector = self.pipeline, self.pipeline.selector
+        if self.turned or p.feedback is not None or not all(rule.by_rows(rows, cols) for _, rule, rows, cols in self.places()):
+            return False
+        if not self.opens:
+            return True
+        # Whether a residual is but round-off is asked of a whole matrix.
+        asks = self.leaves and any(rule.scale_free for rule in p.complement)
+        return self.basis_stands and self.inner[0] == self.rows and selector.every != 1 and not asks
+
+    @cached_property
+    def basis_stands(self) -> bool:
+        """Whether between refreshes the selector learns nothing, and has one basis, of the columns."""
+        selector = self.pipeline.selector
+        still = type(selector).observe is Selector.observe and selector.keeps_basis and not selector.primes
+        return still and set(selector.slots(self.rows, self.cols)) == {"basis"} and not selector.gated
+
+    def cut(self, key: str, first: int, beyond: int) -> slice | None:
+        """The part of a slot's first dimension that belongs to some rows of a matrix; None if they share all of it."""
+        shape, side = self.slots[key].dims, self.rows.size
+        if key.startswith("selector."):
+            return None
+        if shape[0] == self.rows:
+            return slice(first, beyond)
+        each = side * self.cols.size // shape[0].size  # entries that share a number, in row-major order
+        return slice(first * self.cols.size // each, beyond * self.cols.size // each)
+
+    @cached_property
     def decomposes(self) -> bool:
         """Whether a rule takes a decomposition at every update."""
         return any(rule.decomposes(rows, cols) for _, rule, rows, cols in self.places())
@@ -231,9 +260,7 @@ class Split:
         p, selector = self.pipeline, self.pipeline.selector
         if not self.factored or p.momentum or p.feedback is not None or p.decay == "coupled" or self.decomposes:
             return False
-        still = type(selector).observe is Selector.observe and selector.keeps_basis and not selector.primes and selector.every != 1
-        one_sided = set(selector.slots(self.rows, self.cols)) == {"basis"} and self.inner[0] == self.rows and not selector.gated
-        return still and one_sided and selector.source == "gradient"
+        return self.basis_stands and self.inner[0] == self.rows and selector.every != 1 and selector.source == "gradient"
 
     @cached_property
     def factored(self) -> bool:

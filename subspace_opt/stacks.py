@@ -20,6 +20,8 @@ from .work import Options, Phase, Piece, Stack, Work
 
 SMALL = 4096  # entries up to which a CPU gains from stacking
 PASS = 2**17  # entries of a matrix that are updated together where each is updated by itself: they stay in the cache
+ROWS = 2**18  # the same where each row is: their number of calls grows, and so products must not be too small
+LONG = 8 * ROWS  # entries from which a matrix is cut so
 
 
 @dataclass
@@ -75,19 +77,22 @@ def _grouped(work: list[Work], options: Options, memory: Memory) -> Iterator[Sta
 
 
 def _in_passes(stack: Stack, options: Options) -> Iterator[Stack]:
-    """A large matrix whose entries are updated each by itself, such as an embedding, in runs of rows: temporaries stay small.
+    """A large matrix whose entries, or rows, are updated each by itself, such as an embedding, in runs of rows: temporaries stay small.
 
     Not on a GPU, where bytes are cheap and launches dear, and not where rounding draws a whole matrix at once.
     """
     piece = stack.pieces[0]
     rows, cols = piece.block.rows, piece.block.cols
     alone = len(stack.pieces) == 1 and piece.size == 1 and piece.work.param.device.type == "cpu"
-    if not alone or not stack.split.elementwise or rows * cols <= PASS or options.rounding == "stochastic":
+    split, entries = stack.split, rows * cols
+    free = split.elementwise and entries > PASS
+    by_rows = split.by_rows and entries > LONG and not stack.refresh and not split.codes
+    if not alone or not (free or by_rows) or options.rounding == "stochastic":
         yield stack
         return
     # Codes are read and written by whole blocks.
-    whole = lcm(1, *(how.block // gcd(how.block, cols) for how in stack.split.codes.values()))
-    run = max(1, PASS // cols // whole) * whole
+    whole = lcm(1, *(how.block // gcd(how.block, cols) for how in split.codes.values()))
+    run = max(1, (PASS if free else ROWS) // cols // whole) * whole
     for first in range(0, rows, run):
         yield Stack(stack.split, stack.phase, stack.refresh, [replace(piece, rows=(first, min(first + run, rows)))])
 

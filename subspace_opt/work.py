@@ -133,8 +133,8 @@ class Piece:
             shape = self.split.slots[key].shape
             rows = shape if self.rows is None else (self.rows[1] - self.rows[0], *shape[1:])
             return lowbit.read(value, *self._entries(shape), self.work.row.compute_dtype).view(self.size, *rows)
-        if self.rows is not None:
-            value = value[..., slice(*self.rows), :]
+        if self.rows is not None and (part := self.split.cut(key, *self.rows)) is not None:
+            value = value[..., part, :] if len(self.split.slots[key].dims) > 1 else value[..., part]
         return value.unsqueeze(0) if self.block.count == 1 else value[self.start : self.stop]
 
     def put(self, key: str, value: Tensor) -> None:

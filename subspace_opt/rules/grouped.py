@@ -45,6 +45,11 @@ class SubsetNorm(Rule):
         entries = rows.size * cols.size
         return {"exp_avg_sq": Slot((Dim("subsets", entries // self.subset_size(entries)),), holds="unsigned")}
 
+    def by_rows(self, rows: Dim, cols: Dim) -> bool:
+        if self.subsets == "lines":
+            return rows.size >= cols.size
+        return cols.size % self.subset_size(rows.size * cols.size) == 0
+
     def subset_size(self, entries: int) -> int:
         """Entries of a subset: the largest divisor of their number that is at most the size asked for."""
         assert isinstance(self.subsets, int)
@@ -54,20 +59,23 @@ class SubsetNorm(Rule):
     def apply(self, x: Tensor, grad: Tensor, state: State, step: Step) -> tuple[Tensor, State]:
         b, m, n = x.shape
         if self.subsets == "lines":
-            size, dim = (n, -1) if m >= n else (m, -2)
+            size, dim = (n, -1) if state["exp_avg_sq"].size(-1) == m else (m, -2)  # x may be some rows of the matrix
             # Along rows a norm reads them once; down columns it takes ten times as long as squares that are written and summed.
             squares = torch.linalg.vector_norm(grad, dim=-1).square() if dim == -1 else grad.square().sum(-2)
         else:
             size = self.subset_size(m * n)
             squares = grad.reshape(b, -1, size).square().sum(-1)
         if self.reduce == "mean":
-            squares = squares / size
-        s = state["exp_avg_sq"] * self.beta2 + squares * (1 - self.beta2 if self.beta2 < 1 else 1.0)
-        root = s.sqrt() + self.eps
+            squares.div_(size)
+        before = state["exp_avg_sq"]
+        s = before.mul_(self.beta2) if step.in_place else before * self.beta2
+        s.add_(squares.mul_(1 - self.beta2) if self.beta2 < 1 else squares)
+        root = s.sqrt().add_(self.eps)
         if self.subsets == "lines":
             root = root.unsqueeze(dim)
             return x.div_(root) if step.spare else x / root, {"exp_avg_sq": s}
-        return (x.reshape(b, -1, size) / root.unsqueeze(-1)).reshape(b, m, n), {"exp_avg_sq": s}
+        by_subset, root = x.reshape(b, -1, size), root.unsqueeze(-1)
+        return (by_subset.div_(root) if step.spare else by_subset / root).reshape(b, m, n), {"exp_avg_sq": s}
 
 
 @register
