@@ -147,9 +147,11 @@ def _advance(stack: Stack, options: Options, memory: Memory, errors: dict[str, E
     old, kept_here = gather(stack, options, memory)
     weight = _joined([p.of(p.work.weights) for p in pieces], stack.dtype) if split.needs_weight else None
     step = _step(stack, options, memory.tables)
-    if kept_here and stack.phase is Phase.BEGUN and split.fails_first:
-        step = step._replace(in_place=True)
     sound, factored = options.nonfinite != "propagate", _takes_products(stack)
+    # On a CPU a basis is looked at when it is made; elsewhere the update is, and what was overwritten by then could not be had back.
+    told = grad.device.type == "cpu" or not (sound and step.refresh)
+    if kept_here and stack.phase is Phase.BEGUN and split.fails_first and told:
+        step = step._replace(in_place=True)
     try:
         update, factor, new = _run(split, grad, weight, old, step, sound, factored)
     except torch.linalg.LinAlgError as error:

@@ -566,27 +566,28 @@ def _without_round_off(residual: Tensor, coords: Tensor) -> Tensor:
 
 
 def _settled(before: State, after: State, source: Tensor) -> State:
-    """The new basis, and the old where the source is 0.
+    """The new basis, and the old where the source is 0 or is not finite. Only on a CPU is a basis with NaN told of: elsewhere nobody waits.
 
     Raises:
         LinAlgError: a source without NaN and infinity gave a basis with; a QR does that where other decompositions raise.
     """
-    if source.size(0) == 1 and source.device.type == "cpu" and 0 < linalg.norm(source).item() < math.inf:
-        if not all(linalg.all_finite(value) for value in after.values() if value.is_floating_point()):
-            raise torch.linalg.LinAlgError("the new basis holds NaN or infinity although its source does not")
+    floats = [value for value in after.values() if value.is_floating_point()]
+    cpu = source.device.type == "cpu"
+    broken = torch.linalg.LinAlgError("the new basis holds NaN or infinity although its source does not")
+    if cpu and source.size(0) == 1 and 0 < linalg.norm(source).item() < math.inf:  # as nearly always
+        if not all(map(linalg.all_finite, floats)):
+            raise broken
         return after
     size = linalg.magnitude(source)[:, 0, 0]
-    sound = size > 0
-    for value in after.values():
-        if value.is_floating_point():
-            sound = sound & value.isfinite().reshape(value.size(0), -1).all(-1)
-    if not source.is_meta and not bool(sound.all()):
-        if bool((~sound & (size > 0) & size.isfinite()).any()):
-            raise torch.linalg.LinAlgError("the new basis holds NaN or infinity although its source does not")
-    elif not source.is_meta:
-        return after
+    usable = (size > 0) & size.isfinite()
+    if cpu:
+        finite = torch.stack([value.isfinite().reshape(value.size(0), -1).all(-1) for value in floats] or [usable]).all(0)
+        if bool((usable & ~finite).any()):
+            raise broken
+        if bool(usable.all()):
+            return after
     # What is not a slot serves this update alone and has no older value to fall back on.
     return {
-        name: torch.where(sound.view(-1, *[1] * (value.dim() - 1)), value, before.get(name, torch.zeros_like(value)))
+        name: torch.where(usable.view(-1, *[1] * (value.dim() - 1)), value, before.get(name, torch.zeros_like(value)))
         for name, value in after.items()
     }

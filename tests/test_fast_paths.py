@@ -215,6 +215,50 @@ def test_singular_bases_are_those_of_the_svd(shape: tuple[int, int]) -> None:
         assert float(((ours[..., :k] * theirs[..., :k]).sum(-2).abs() - 1).abs().max()) < 1e-8
 
 
+def hard(kind: str, n: int, r: int, dtype: torch.dtype) -> Tensor:
+    """Columns `(2, n, r)` that are hard to orthonormalise in one way."""
+    y = random(2, n, r, seed=n + r, dtype=dtype)
+    match kind:
+        case "sizes":
+            return y * torch.logspace(0, -8, r, dtype=dtype)
+        case "zero":
+            y[..., r // 2] = 0
+        case "dependent":
+            y[..., r // 2] = y[..., 0] - 2 * y[..., 1]
+        case "rank 2":
+            return y[..., :2] @ random(2, 2, r, seed=1, dtype=dtype)
+        case "ill":
+            u, _, vh = torch.linalg.svd(y, full_matrices=False)
+            return u * torch.logspace(0, -6, r, dtype=dtype) @ vh
+    return y
+
+
+@pytest.mark.parametrize("kind", ["plain", "sizes", "ill", "zero", "dependent", "rank 2"])
+@pytest.mark.parametrize(("n", "r"), [(200, 24), (24, 24), (60, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_basis_by_cholesky_factors_is_that_of_householder_reflections(kind: str, n: int, r: int, dtype: torch.dtype) -> None:
+    """Orthonormal to round-off whatever the columns are; the same basis where they determine it."""
+    y, eps = hard(kind, n, r, dtype), torch.finfo(dtype).eps
+    q = linalg.cholesky_qr(y)
+    assert float((q.mT @ q - torch.eye(r, dtype=dtype)).abs().max()) < 16 * eps
+    assert float((y - q @ (q.mT @ y)).norm() / y.norm()) < 16 * eps
+    if kind in ("plain", "sizes"):
+        torch.testing.assert_close(q, linalg.orthonormal(y), rtol=0, atol=200 * eps)
+    if kind == "ill" and dtype == torch.float64:
+        torch.testing.assert_close(q, linalg.orthonormal(y), rtol=0, atol=1e7 * eps)
+
+
+@pytest.mark.parametrize("preset", ["cosmos", "dion", "ldadam"])
+def test_presets_run_the_same_on_cholesky_factors(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = parameters({"tall": (12, 7), "wide": (7, 12)}, torch.float64)
+    twins = copied(params)
+    train(optimizer(small(preset, 3), params), params, range(6))
+    monkeypatch.setattr("subspace_opt.linalg.orthonormal", linalg.cholesky_qr)
+    train(optimizer(small(preset, 3), twins), twins, range(6))
+    for name in params:
+        torch.testing.assert_close(params[name], twins[name], rtol=0, atol=1e-9)
+
+
 @pytest.mark.parametrize("rank", [1, 3])
 def test_a_null_space_hangs_on_what_there_is_and_not_on_round_off(rank: int) -> None:
     x = random(1, 6, rank) @ random(1, rank, 9, seed=1)
