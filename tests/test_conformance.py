@@ -16,7 +16,7 @@ from torch import Tensor
 
 import subspace_opt
 from subspace_opt import Basis, Change, Dim, LowRank, Rule, Selector, Slot, State, Step, load_spec
-from subspace_opt.algebra import Order
+from subspace_opt.algebra import Order, averaged
 from subspace_opt.registry import Component, unregister
 from subspace_opt.spec import preset_names
 from subspace_opt.testing import Check, ConformanceError, UnknownComponentError, checks, spec_checks, subjects
@@ -139,6 +139,16 @@ class WritesState(_Average):
 
     def apply(self, x: Tensor, grad: Tensor, state: State, step: Step) -> tuple[Tensor, State]:
         return state["mean"].mul_(0.9).add_(x), state
+
+
+class Hasty(_Average):
+    """Looks at its average after it has written over it."""
+
+    kind: Literal["hasty"] = "hasty"  # type: ignore[assignment]
+
+    def apply(self, x: Tensor, grad: Tensor, state: State, step: Step) -> tuple[Tensor, State]:
+        m = averaged(state["mean"], x, 0.9, step)
+        return m - state["mean"], {"mean": m}
 
 
 class Mixes(_Average):
@@ -348,6 +358,7 @@ BROKEN: dict[type[Component], tuple[str, str]] = {
     Alone: ("slots", "`apply` returned Tensor, not a pair (update, state)"),
     WritesGradient: ("pure", "`apply` writes to its input `grad`"),
     WritesState: ("pure", "`apply` writes to its input `state['mean']`"),
+    Hasty: ("pure", "`apply` gives other numbers where `step.in_place` or `step.spare` lets it write over its input"),
     Mixes: ("stacked", "a matrix changes when another one of the stack does; reduce over the last two dimensions only"),
     Draws: ("deterministic", "the global random number generator is used"),
     Remembers: ("resumed", "resumed after update 0, training ends with another"),

@@ -56,6 +56,8 @@ def _rule_methods(cls: type[Any], notes: Notes) -> dict[str, Callable[..., Any]]
             out, new = _pair(cls.apply(self, x, grad, state, step), "apply", "(update, state)")
         _check_tensor(notes, "slots", "the update of `apply`", out, tuple(x.shape), x.dtype, x.device)
         _check_state(notes, "apply", new, _like(state), x, whole=True)
+        if not is_fake(x):
+            _check_in_place(notes, cls, self, x, grad, state, step, out, new)
         return out, new
 
     def transport(self: Rule, state: State, slots: dict[str, Slot], change: Change, step: Step) -> State:
@@ -114,6 +116,23 @@ def _watched(notes: Notes, method: str, **inputs: Any) -> Iterator[None]:
     for name, value, copy in before:
         if copy is not None and not torch.equal(value.nan_to_num(), copy):
             notes.add("pure", f"`{method}` writes to its input `{name}`; make a new tensor: x.mul(2), not x.mul_(2)")
+
+
+def _check_in_place(
+    notes: Notes, cls: type[Any], rule: Rule, x: Tensor, grad: Tensor, state: State, step: Step, out: Tensor, new: State
+) -> None:
+    """Note it if a rule that may write over its state and its signal computes anything else."""
+    own, spare = {name: value.clone() for name, value in state.items()}, x.clone()
+    permitted = step._replace(in_place=True, spare=grad is not x)
+    with _watched(notes, "apply", grad=grad, step=step):
+        again, kept = cls.apply(rule, spare, spare if grad is x else grad, own, permitted)
+    same = _same(again, out) and all(name in kept and _same(kept[name], value) for name, value in new.items())
+    if not same:
+        notes.add("pure", "`apply` gives other numbers where `step.in_place` or `step.spare` lets it write over its input")
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
 def _missing(name: str, method: str, state: State) -> str:
