@@ -234,10 +234,12 @@ def main(
     presets: Annotated[str, typer.Option(help="Names with commas between, all if omitted; NAME@RANK, NAME! does not look for NaN.")] = "",
     peer: Annotated[list[str] | None, typer.Option(help="A peer to run; AdamW and Muon always run, the others if omitted.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "cpu",
+    precision: Annotated[str, typer.Option(help="Of float32 products, for all: highest, high or medium.")] = "highest",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
     """Time `step()` of presets and of torch's own optimizers on the hidden matrices of a LLaMA."""
     torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision(precision)
     torch.manual_seed(0)
     where = choose_device(device)
     settle_allocator()
@@ -251,7 +253,12 @@ def main(
     timed = contestants(model, [name.strip() for name in presets.split(",")] if presets else preset_names(), wanted, notes.append)
     race(timed, model, steps, refreshes, where)
     context: dict[str, Any] = {"width": width, "layers": layers, "vocabulary": vocabulary, "threads": threads, "steps": steps}
-    context |= {"device": str(where), "torch": torch.__version__, "parameters": sum(p.numel() for p in model.parameters())}
+    context |= {
+        "precision": precision,
+        "device": str(where),
+        "torch": torch.__version__,
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
     rows = report(timed)
     if as_json:
         typer.echo(json.dumps({**context, "notes": notes, "rows": [asdict(row) for row in rows]}, indent=2))

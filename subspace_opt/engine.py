@@ -150,7 +150,7 @@ def _advance(stack: Stack, options: Options, memory: Memory, errors: dict[str, E
     sound, factored = options.nonfinite != "propagate", _takes_products(stack)
     # On a CPU a basis is looked at when it is made; elsewhere the update is, and what was overwritten by then could not be had back.
     told = grad.device.type == "cpu" or not (sound and step.refresh)
-    if kept_here and stack.phase is Phase.BEGUN and split.fails_first and told:
+    if kept_here and stack.phase is Phase.BEGUN and split.fails_first(step.refresh) and told:
         step = step._replace(in_place=True)
     try:
         update, factor, new = _run(split, grad, weight, old, step, sound, factored)

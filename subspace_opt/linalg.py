@@ -60,25 +60,27 @@ def addmm(c: Tensor, a: Tensor, b: Tensor, *, beta: float = 1.0, alpha: float = 
     return c.baddbmm_(a, b, beta=beta, alpha=alpha) if in_place else torch.baddbmm(c, a, b, beta=beta, alpha=alpha)
 
 
-def symmetric(a: Tensor, b: Tensor, c: Tensor | None = None, *, beta: float = 1.0, alpha: float = 1.0) -> Tensor:
-    """`beta C + alpha A B` `(k, k)` or `(B, k, k)`, where that is known to be symmetric (C symmetric, too; None for 0).
+def symmetric(a: Tensor, b: Tensor, c: Tensor | None = None, *, beta: float = 1.0, alpha: float = 1.0, in_place: bool = False) -> Tensor:
+    """`beta C + alpha A B` `(k, k)` or `(B, k, k)`, where that is known to be symmetric, as C is (None for 0); `in_place`, where C was.
 
     One large matrix on a CPU is made in panels of rows from the diagonal on, and mirrored: with p panels (p + 1) / 2p of the operations.
     """
     if a.dim() == 3 and a.size(0) == 1:
-        return symmetric(a[0], b[0], None if c is None else c[0], beta=beta, alpha=alpha).unsqueeze(0)
+        return symmetric(a[0], b[0], None if c is None else c[0], beta=beta, alpha=alpha, in_place=in_place).unsqueeze(0)
     panels = _panels(a) if a.dim() == 2 else 1
     if panels < 2:
         if c is not None:
-            return addmm(c, a, b, beta=beta, alpha=alpha)
+            return addmm(c, a, b, beta=beta, alpha=alpha, in_place=in_place)
         return mm(a, b) if alpha == 1.0 else mm(a, b) * alpha
     k = a.size(0)
-    out = torch.empty(k, k, dtype=a.dtype)
+    out = torch.empty(k, k, dtype=a.dtype) if c is None or not in_place else c
     edges = [k * i // panels for i in range(panels + 1)]
     for low, high in itertools.pairwise(edges):
         panel = out[low:high, low:]
         if c is None:
             torch.mm(a[low:high], b[:, low:], out=panel)
+        elif in_place:
+            panel.addmm_(a[low:high], b[:, low:], beta=beta, alpha=alpha)
         else:
             torch.addmm(c[low:high, low:], a[low:high], b[:, low:], beta=beta, alpha=alpha, out=panel)
         out[low:high, :low] = out[:low, low:high].mT
@@ -173,7 +175,7 @@ def orthonormal(y: Tensor) -> Tensor:
     That sign makes Q continuous in Y: a basis that is warm-started moves little. On a CPU by Householder reflections, the faster there; a
     GPU takes them one column at a time, and multiplies instead.
     """
-    return _signed(*torch.linalg.qr(y)) if y.device.type == "cpu" else cholesky_qr(y)
+    return _signed(*_reflected(y)) if y.device.type == "cpu" else cholesky_qr(y)
 
 
 def cholesky_qr(y: Tensor) -> Tensor:
@@ -201,17 +203,29 @@ def cholesky_qr(y: Tensor) -> Tensor:
 
 def complete(y: Tensor) -> Tensor:
     """`orthonormal` of a square `Y`, where columns that depend on those before them are completed from these and not from round-off."""
-    q, r = torch.linalg.qr(y)
-    size = r.diagonal(dim1=-2, dim2=-1).abs()
+    q, pivots = _reflected(y)
+    size = pivots.abs()
     held = size > 32 * y.size(-1) * torch.finfo(y.dtype).eps * size.amax(-1, keepdim=True)
     if y.is_meta or bool(held.all()):
-        return _signed(q, r)
-    return _signed(*torch.linalg.qr(y * held.unsqueeze(-2)))
+        return _signed(q, pivots)
+    return _signed(*_reflected(y * held.unsqueeze(-2)))
 
 
-def _signed(q: Tensor, r: Tensor) -> Tensor:
+def _reflected(y: Tensor) -> tuple[Tensor, Tensor]:
+    """Q of `Y = QR` by Householder reflections, and the diagonal of R.
+
+    Of R no more is made than that, where there are numbers: masking it takes up to a fourth of a QR.
+    """
+    if y.device.type != "cpu" or type(y) is not Tensor:
+        q, r = torch.linalg.qr(y)
+        return q, r.diagonal(dim1=-2, dim2=-1)
+    reflectors, tau = torch.geqrf(y)
+    return torch.linalg.householder_product(reflectors, tau), reflectors.diagonal(dim1=-2, dim2=-1)
+
+
+def _signed(q: Tensor, pivots: Tensor) -> Tensor:
     """Q with the signs that make the diagonal of R positive, or 0."""
-    signs: Tensor = torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(q.dtype)
+    signs: Tensor = torch.where(pivots < 0, -1.0, 1.0).to(q.dtype)
     fixed: Tensor = q * signs.unsqueeze(-2)
     return fixed
 

@@ -249,10 +249,9 @@ class Split:
         """Whether a refresh needs nothing that the update computes, and comes before all of it."""
         return self.opens and self.pipeline.selector.timing == "before" and self.pipeline.selector.source != "momentum"
 
-    @cached_property
-    def fails_first(self) -> bool:
-        """Whether a decomposition that fails does so before anything else has been computed."""
-        return not self.decomposes and (not self.opens or self.refreshes_first)
+    def fails_first(self, refresh: bool) -> bool:
+        """Whether a decomposition that fails does so before anything else has been computed, at an update with a refresh or without."""
+        return not self.decomposes and (not refresh or self.refreshes_first)
 
     @cached_property
     def in_coordinates(self) -> bool:

@@ -268,7 +268,7 @@ def test_propagate_spoils_that_parameter_and_no_other(preset: str) -> None:
 @contextmanager
 def failing(how: str) -> Iterator[list[str]]:
     """Every decomposition fails: `raise` as LAPACK does, `nan` as a QR on a CPU does. Gives the names of those called."""
-    own = {name: getattr(torch.linalg, name) for name in ("qr", "svd", "eigh")}
+    own = {name: getattr(torch.linalg, name) for name in ("qr", "householder_product", "svd", "eigh")}
     seen: list[str] = []
 
     def stub(name: str) -> Callable[..., Any]:
@@ -277,7 +277,8 @@ def failing(how: str) -> Iterator[list[str]]:
             if how == "raise":
                 raise torch.linalg.LinAlgError(f"{name}: the algorithm failed to converge")
             out = own[name](a, *args, **kwargs)
-            return type(out)([torch.full_like(part, float("nan")) for part in out])
+            nan = [torch.full_like(part, float("nan")) for part in ([out] if isinstance(out, Tensor) else out)]
+            return nan[0] if isinstance(out, Tensor) else type(out)(nan)
 
         return call
 

@@ -184,19 +184,19 @@ def failing_decomposition() -> tuple[list[int], list[float], list[str]]:
     mesh = mesh_of("fsdp", dist.get_world_size())
     model = place(make_zoo(), "fsdp", mesh)
     optimizer = build("galore", model, "fsdp")
-    real = torch.linalg.qr
+    real = torch.linalg.householder_product
     for step in range(2):
         give(model, step)
         optimizer.step()
     broken = {"left": 0}
 
-    def qr(a: Tensor, *arguments: Any, **named: Any) -> Any:
+    def product(a: Tensor, *arguments: Any, **named: Any) -> Any:
         if broken["left"] and a.shape[-2:] == (8, 8):
             raise torch.linalg.LinAlgError("broken on purpose")
         return real(a, *arguments, **named)
 
     seen: list[str] = []
-    torch.linalg.qr = qr
+    torch.linalg.householder_product = product
     broken["left"] = 1
     try:
         with warnings.catch_warnings(record=True) as told:
@@ -210,7 +210,7 @@ def failing_decomposition() -> tuple[list[int], list[float], list[str]]:
                     seen.append(str(error))
         seen += sorted({str(one.message).split(":")[0] for one in told if one.category is RuntimeWarning})
     finally:
-        torch.linalg.qr = real
+        torch.linalg.householder_product = real
     counts = [int(optimizer.state[p]["step"]) for p in model.parameters() if p.requires_grad]
     return counts, [float(w.sum()) for w in whole_weights(model).values()], seen
 

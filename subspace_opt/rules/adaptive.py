@@ -26,7 +26,7 @@ def precondition(x: Tensor, v: Tensor, correction: Tensor | float, eps: float, e
     root = v.sqrt()
     if not isinstance(correction, float) or correction != 1.0:
         root.div_(correction**0.5)
-    return x / root.add_(eps)
+    return torch.div(x, root.add_(eps), out=root)
 
 
 @register
