@@ -206,7 +206,7 @@ class Change(NamedTuple):
     rows: Dim
     cols: Dim
     order: Order | None
-    moves: list[tuple[Tensor, Tensor]]  # found once for all slots
+    places: tuple[Tensor, Tensor] | None = None  # where each new atom stands among the old, and whether it does; where both have atoms
 
     def sides(self, dim: Dim) -> tuple[Any, Any] | None:
         """Old and new basis of the side whose coordinates run along `dim`; None where nothing changes along it."""
@@ -230,10 +230,8 @@ class Change(NamedTuple):
         if both is None:
             return flat
         old, new = both
-        if dim == self.cols and self.old.atoms is not None and self.new.atoms is not None:
-            if not self.moves:
-                self.moves.append(_places(self.old.atoms, self.new.atoms))
-            place, kept = self.moves[0]
+        if dim == self.cols and self.places is not None:
+            place, kept = self.places
             there = flat.gather(-1, place.unsqueeze(-2).expand(-1, flat.size(-2), -1))
             return there.mul_(kept.unsqueeze(-2))
         if isinstance(old, tuple) and isinstance(new, tuple):
@@ -263,9 +261,11 @@ class Change(NamedTuple):
         return value.abs() if slot.transport == "project_abs" else value
 
 
-def _places(old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
-    """Where each of the atoms `new` `(B, r)` stands among the `old`, and whether it does."""
-    same = old.unsqueeze(-1) == new.unsqueeze(-2)  # (B, r_old, r_new)
+def places(old: Basis, new: Basis) -> tuple[Tensor, Tensor] | None:
+    """Where each of the new atoms `(B, r)` stands among the old, and whether it does; None where a basis has none."""
+    if old.atoms is None or new.atoms is None:
+        return None
+    same = old.atoms.unsqueeze(-1) == new.atoms.unsqueeze(-2)  # (B, r_old, r_new)
     return same.to(torch.uint8).argmax(-2), same.any(-2)
 
 

@@ -23,7 +23,6 @@ from .update import generator, update_weight
 from .views import Block
 from .work import Options, Phase, Piece, Stack, Work
 
-FUSED = ("cpu", "cuda", "mps", "xpu")  # devices for which PyTorch has fused kernels
 MOST_FAILURES = 3  # decompositions of one parameter that may fail in a row
 
 
@@ -117,7 +116,7 @@ def _fits_a_kernel(item: Work) -> bool:
     if item.row.converts:
         return False
     p, g = item.param, item.grad
-    alike = p.dtype == g.dtype == item.row.compute_dtype and p.device == g.device and p.device.type in FUSED
+    alike = p.dtype == g.dtype == item.row.compute_dtype and p.device == g.device and p.device.type in linalg.FUSED
     return alike and p.is_contiguous() and g.is_contiguous() and not item.row.view.transposed
 
 

@@ -28,6 +28,7 @@ def cpu_has_tiles() -> bool:
     return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
 
 
+FUSED = ("cpu", "cuda", "mps", "xpu")  # devices for which PyTorch has fused kernels of optimizers
 PANEL = 128  # rows of a symmetric product that are made together, at least
 TILED_PANEL = 640  # the same for bfloat16 in tiles: there mirroring a small matrix costs as much as it saves
 
@@ -52,11 +53,13 @@ def mm(a: Tensor, b: Tensor) -> Tensor:
 def addmm(c: Tensor, a: Tensor, b: Tensor, *, beta: float = 1.0, alpha: float = 1.0, in_place: bool = False) -> Tensor:
     """`beta C + alpha A B` of matrices or stacks in one pass, laid out as C is; `in_place`, in the place of C, which is not copied then."""
     if c.stride(-2) == 1 and not c.is_contiguous():
-        return addmm(c.mT, b.mT, a.mT, beta=beta, alpha=alpha, in_place=in_place).mT
+        out = addmm(c.mT, b.mT, a.mT, beta=beta, alpha=alpha, in_place=in_place).mT
+        return c if in_place else out
     if c.dim() == 2:
         return c.addmm_(a, b, beta=beta, alpha=alpha) if in_place else torch.addmm(c, a, b, beta=beta, alpha=alpha)
     if c.size(0) == 1:
-        return addmm(c[0], a[0], b[0], beta=beta, alpha=alpha, in_place=in_place).unsqueeze(0)
+        out = addmm(c[0], a[0], b[0], beta=beta, alpha=alpha, in_place=in_place)
+        return c if in_place else out.unsqueeze(0)
     return c.baddbmm_(a, b, beta=beta, alpha=alpha) if in_place else torch.baddbmm(c, a, b, beta=beta, alpha=alpha)
 
 
@@ -66,7 +69,8 @@ def symmetric(a: Tensor, b: Tensor, c: Tensor | None = None, *, beta: float = 1.
     One large matrix on a CPU is made in panels of rows from the diagonal on, and mirrored: with p panels (p + 1) / 2p of the operations.
     """
     if a.dim() == 3 and a.size(0) == 1:
-        return symmetric(a[0], b[0], None if c is None else c[0], beta=beta, alpha=alpha, in_place=in_place).unsqueeze(0)
+        out = symmetric(a[0], b[0], None if c is None else c[0], beta=beta, alpha=alpha, in_place=in_place)
+        return c if c is not None and in_place else out.unsqueeze(0)
     panels = _panels(a) if a.dim() == 2 else 1
     if panels < 2:
         if c is not None:

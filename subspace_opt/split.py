@@ -21,7 +21,7 @@ from pydantic_core import PydanticCustomError
 from torch import Tensor
 
 from . import linalg, lowbit
-from .algebra import Basis, Change, Coords, Dim, Rule, Selector, Slot, State, Step, add_lift, lift, project, same_storage
+from .algebra import Basis, Change, Coords, Dim, Rule, Selector, Slot, State, Step, add_lift, lift, places, project, same_storage
 from .lowbit import Codes, StateDtype
 from .registry import Model, kind_of, suggest
 
@@ -499,7 +499,7 @@ class Split:
             return None
         now = selector.basis(after, step)
         old = selector.basis(before, step) if selector.keeps_basis else Basis()  # then nothing is rotated, see the validator
-        change = Change(old, now, *self.inner, order, [])
+        change = Change(old, now, *self.inner, order, places(old, now))
         lost: Tensor | None = None
         for key, rule, slots in carried:
             state = _part(key, new)
@@ -572,17 +572,17 @@ def _settled(before: State, after: State, source: Tensor) -> State:
     """
     floats = [value for value in after.values() if value.is_floating_point()]
     cpu = source.device.type == "cpu"
-    broken = torch.linalg.LinAlgError("the new basis holds NaN or infinity although its source does not")
+    broken = "the new basis holds NaN or infinity although its source does not"
     if cpu and source.size(0) == 1 and 0 < linalg.norm(source).item() < math.inf:  # as nearly always
         if not all(map(linalg.all_finite, floats)):
-            raise broken
+            raise torch.linalg.LinAlgError(broken)
         return after
     size = linalg.magnitude(source)[:, 0, 0]
     usable = (size > 0) & size.isfinite()
     if cpu:
         finite = torch.stack([value.isfinite().reshape(value.size(0), -1).all(-1) for value in floats] or [usable]).all(0)
         if bool((usable & ~finite).any()):
-            raise broken
+            raise torch.linalg.LinAlgError(broken)
         if bool(usable.all()):
             return after
     # What is not a slot serves this update alone and has no older value to fall back on.

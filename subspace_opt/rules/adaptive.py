@@ -8,10 +8,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from .. import linalg
 from ..algebra import Dim, Rule, Slot, State, Step, Transport, averaged, averaged_square
 from ..registry import register
 
-FUSED = ("cpu", "cuda", "mps", "xpu")  # devices for which PyTorch has fused kernels
 FOREVER = 10**9  # updates after which beta^t is 0
 
 Beta2 = Field(0.999, ge=0.0, lt=1.0, description="Part of the second moment that is kept at each update.")
@@ -94,7 +94,7 @@ class Adam(Rule):
 
     def _fits(self, x: Tensor, grad: Tensor, state: State) -> bool:
         """Whether PyTorch's fused kernel can make the update: it knows one signal."""
-        plain = x is grad and x.device.type in FUSED and self.beta1 > 0 and not self.eps_inside
+        plain = x is grad and x.device.type in linalg.FUSED and self.beta1 > 0 and not self.eps_inside
         return plain and all(v.dtype == x.dtype and v.is_contiguous() for v in (x, *state.values()))
 
     def _in_one_pass(self, x: Tensor, state: State, clock: Tensor, step: Step) -> tuple[Tensor, State]:
@@ -149,4 +149,5 @@ class Lion(Rule):
 
     def apply(self, x: Tensor, grad: Tensor, state: State, step: Step) -> tuple[Tensor, State]:
         m = state["exp_avg"]
-        return x.lerp(m, self.beta1).sign(), {"exp_avg": m.lerp(x, 1 - self.beta2)}
+        out = x.lerp(m, self.beta1).sign()
+        return out, {"exp_avg": averaged(m, x, self.beta2, step)}

@@ -137,9 +137,7 @@ class KronEigen(Selector):
             if mode.rotated:
                 unfolded = x.reshape(-1, *sizes).movedim(1 + mode.axis, 1).reshape(x.size(0), mode.size, -1)
                 key = f"{mode.name}.covariance"
-                cov = state[key]
-                made = linalg.symmetric(unfolded, unfolded.mT, cov, beta=1 - weight, alpha=weight, in_place=step.in_place)
-                new[key] = cov if step.in_place else made
+                new[key] = linalg.symmetric(unfolded, unfolded.mT, state[key], beta=1 - weight, alpha=weight, in_place=step.in_place)
         return new
 
     def _order(self, orders: dict[str, Tensor], step: Step) -> Order:
