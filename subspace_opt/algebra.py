@@ -72,6 +72,12 @@ class Basis(NamedTuple):
     gate: Tensor | None = None
     atoms: Tensor | None = None
 
+    @property
+    def columns(self) -> Tensor | None:
+        """U, where the subspace is that of the columns of one dense U."""
+        u = self.right
+        return u if self.left is None and self.gate is None and isinstance(u, Tensor) and not _picks(u) else None
+
 
 class Coords(NamedTuple):
     """What happened inside the subspace: signal, gradient and update in coordinates, `(B, k, r)` each."""
@@ -174,8 +180,8 @@ def same_storage(a: Tensor, b: Tensor) -> bool:
 
 def add_lift(y: Tensor, c: Tensor, basis: Basis, weight: float = 1.0, *, own: float = 1.0, in_place: bool = False) -> Tensor:
     """`own Y + weight P C U'`, in one product where the basis is dense and one-sided; `in_place`: Y is needed no longer."""
-    u = basis.right
-    if basis.left is None and basis.gate is None and isinstance(u, Tensor) and not _picks(u):
+    u = basis.columns
+    if u is not None:
         return linalg.addmm(y, c, u.mT, beta=own, alpha=weight, in_place=in_place)
     if own != 1.0:
         y = y * own
@@ -367,6 +373,7 @@ class Selector(Component, family="selector"):
         "before", description="Refresh before the update is made, or after it (the first basis is always there before)."
     )
     source: Literal["gradient", "momentum", "weight"] = Field("gradient", description="The matrix from which the basis is taken.")
+    decomposes: ClassVar[bool] = True  # a refresh takes a decomposition, which may fail; else it cannot fail
 
     def refreshes(self, t: int, turn: float = 0.0) -> bool:
         """Whether update `t` (1-based) refreshes the basis by schedule. `turn` in [0, 1): where in a period, with offset `spread`."""

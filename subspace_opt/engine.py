@@ -19,7 +19,7 @@ from .boxes import Box
 from .plan import Row
 from .split import Product, Split
 from .stacks import Memory, counted, gather, refreshed, scatter, stacks
-from .update import generator, update_weight
+from .update import generator, in_one_pass, update_weight
 from .views import Block
 from .work import Options, Phase, Piece, Stack, Work
 
@@ -200,7 +200,7 @@ def _run(
         sound
         and not step.in_place
         and (step.refresh or split.decomposes)
-        and not all(linalg.all_finite(part) for part in (update if isinstance(update, Product) else (update,)))
+        and not all(linalg.all_finite(part) for part in ((update.left, update.right) if isinstance(update, Product) else (update,)))
     ):
         raise torch.linalg.LinAlgError("the update holds NaN or infinity although the gradient does not")
     return update, factor, new
@@ -375,11 +375,14 @@ def _takes_products(stack: Stack) -> bool:
 
 
 def _add_product(piece: Piece, update: Product, split: Split, factor: float) -> None:
-    """`W <- (1 - lr wd) W - lr factor A B` (times 1 - lr wd, where decay comes after), in one pass over W."""
-    assert not isinstance(piece.work.lr, Tensor)
-    kept = 1 - piece.work.lr * _decay(piece, split)
-    alpha = -piece.work.lr * factor * (kept if split.pipeline.decay == "after" else 1.0)
-    piece.of(piece.work.weights)[0].addmm_(update.left[0], update.right[0], beta=kept, alpha=alpha)
+    """`W <- (1 - lr wd) W - lr factor (A B + R)` (times 1 - lr wd, where decay comes after), in one pass over W for each that there is."""
+    lr, decay, after = piece.work.lr, _decay(piece, split), split.pipeline.decay == "after"
+    assert not isinstance(lr, Tensor)
+    w, kept = piece.of(piece.work.weights), 1 - lr * decay
+    if update.rest is not None:
+        update_weight(w, update.rest, lr, decay, factor=factor, decay_after=after)
+    alpha = -lr * factor * (kept if after else 1.0)
+    w[0].addmm_(update.left[0], update.right[0], beta=kept if update.rest is None else 1.0, alpha=alpha)
 
 
 def _updated_together(stack: Stack, update: Tensor, options: Options, factor: float) -> bool:
@@ -401,9 +404,12 @@ def _updated_together(stack: Stack, update: Tensor, options: Options, factor: fl
         torch._foreach_copy_(weights, together.unbind(0))
         return True
     after = stack.split.pipeline.decay == "after"
+    updates = list(update.unbind(0))
+    if in_one_pass(weights, updates, rate, decay, factor, after):
+        return True
     if decay and not after:
         torch._foreach_mul_(weights, 1 - rate * decay)
-    torch._foreach_add_(weights, update.unbind(0), alpha=-rate * factor)
+    torch._foreach_add_(weights, updates, alpha=-rate * factor)
     if decay and after:
         torch._foreach_mul_(weights, 1 - rate * decay)
     return True

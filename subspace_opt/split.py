@@ -39,10 +39,15 @@ Rules = Annotated[tuple[Rule, ...], BeforeValidator(_listed)]
 
 
 class Product(NamedTuple):
-    """Matrices that are not multiplied out: `left right`, `(B, m, r)` and `(B, r, n)`."""
+    """An update that is not multiplied out: `left right + rest`, of `(B, m, r)`, `(B, r, n)` and, if there is one, `(B, m, n)`."""
 
     left: Tensor
     right: Tensor
+    rest: Tensor | None = None
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        return (self.left, self.right) if self.rest is None else (self.left, self.right, self.rest)
 
 
 class Mix(Model):
@@ -188,6 +193,11 @@ class Split:
         return self.pipeline.selector.coords(self.rows, self.cols)
 
     @property
+    def own(self) -> tuple[Dim, Dim]:
+        """The dimensions of the weight in its own orientation."""
+        return (self.cols, self.rows) if self.turned else (self.rows, self.cols)
+
+    @property
     def rank(self) -> int | None:
         """The rank after clamping; None without a subspace."""
         return min(self.inner[0].size, self.inner[1].size) if self.opens else None
@@ -257,17 +267,22 @@ class Split:
     def in_coordinates(self) -> bool:
         """Whether between refreshes coordinates are all that an update takes from the gradient and gives to the weight."""
         p, selector = self.pipeline, self.pipeline.selector
-        if not self.factored or p.momentum or p.feedback is not None or p.decay == "coupled" or self.decomposes:
+        if not self.factored or self.leaves or p.momentum or p.feedback is not None or p.decay == "coupled" or self.decomposes:
             return False
         return self.basis_stands and self.inner[0] == self.rows and selector.every != 1 and selector.source == "gradient"
 
     @cached_property
     def factored(self) -> bool:
-        """Whether the update may be had as a product that is not multiplied out: nothing but numbers follows the lift."""
+        """Whether the update is a lift, and may be had as a product that is not multiplied out: nothing but numbers follows."""
         p = self.pipeline
         moment = Step(t=torch.ones(()), age=torch.ones(()))
         numbers = all(rule.multiplier(self.rows.size, self.cols.size, moment) is not None for rule in p.finish)
-        return self.opens and not self.leaves and bool(p.inside) and p.mix.inside > 0 and numbers
+        return self.opens and (not self.leaves or self.passes) and bool(p.inside) and p.mix.inside > 0 and numbers
+
+    @property
+    def passes(self) -> bool:
+        """Whether what the subspace leaves of the signal is its update: then one lift makes both."""
+        return self.leaves and all(rule.passes for rule in self.pipeline.complement)
 
     @property
     def needs_weight(self) -> bool:
@@ -287,15 +302,14 @@ class Split:
             yield from ((key, rule, *self.inner) for key, rule in _keyed("inside", p.inside))
         if self.leaves:
             yield from ((key, rule, rows, cols) for key, rule in _keyed("complement", p.complement))
-        own = (cols, rows) if self.turned else (rows, cols)
-        yield from ((key, rule, *own) for key, rule in _keyed("finish", p.finish))
+        yield from ((key, rule, *self.own) for key, rule in _keyed("finish", p.finish))
 
     @cached_property
     def slots(self) -> dict[str, Slot]:
         """The state of one matrix, by dotted key."""
         slots: dict[str, Slot] = {}
         if self.pipeline.feedback is not None:
-            slots["feedback.error"] = Slot((self.rows, self.cols))
+            slots["feedback.error"] = Slot(self.own)
         if self.opens:
             chosen = self.pipeline.selector.slots(self.rows, self.cols)
             slots |= {f"selector.{name}": slot for name, slot in chosen.items()}
@@ -359,11 +373,15 @@ class Split:
     ) -> tuple[Tensor | Product, float, State]:
         """`apply` without the last multiplications by numbers, which the update of the weight can take along, and their product.
 
-        With `factored` the update of a pipeline that is so may come as its two factors.
+        With `factored` the update of a pipeline that is so may come as a product.
         """
         p, new = self.pipeline, dict(state)
-        grad, weight = self._turn(grad), None if weight is None else self._turn(weight)
-        source = g = grad if p.feedback is None else grad + state["feedback.error"]
+        if p.feedback is not None:
+            # In the place of what was not transmitted, which is made anew from it, unless a refresh may fail and want it back.
+            overwrites = step.in_place and not (step.refresh and p.selector.decomposes)
+            grad = state["feedback.error"].add_(grad) if overwrites else grad + state["feedback.error"]
+        source = g = self._turn(grad)
+        weight = None if weight is None else self._turn(weight)
         sources = {"gradient": source, "weight": weight}
         cut = None
         if step.refresh and self.refreshes_first:  # before anything is written to: it is what may fail
@@ -377,8 +395,9 @@ class Split:
         else:
             own = self._split(x, g, sources | {"momentum": x}, cut, new, step, factored=factored and self.factored)
             if isinstance(own, Product):
-                turned = Product(own.right.mT, own.left.mT) if self.turned else own
-                return turned, p.mix.inside * self._numbers(step), new
+                rest = None if own.rest is None else self._turn(own.rest)
+                turned = Product(own.right.mT, own.left.mT, rest) if self.turned else own
+                return turned, self._numbers(step) * (p.mix.inside if rest is None else 1.0), new
             update = own
         update, g = self._turn(update), self._turn(g)
         finish = _keyed("finish", p.finish)
@@ -441,12 +460,14 @@ class Split:
         cg = c if g is x else handed if handed is not None and g is source else project(g, basis)
         inner = self._run("inside", p.inside, c, cg, new, step)
         update: Tensor | Product
-        if factored and basis.left is None and basis.gate is None and isinstance(basis.right, Tensor) and basis.right.is_floating_point():
-            update = Product(inner, basis.right.mT)
-        elif self.leaves and p.inside and p.mix.inside > 0 and all(rule.passes for rule in p.complement):
+        u = basis.columns if factored else None
+        if self.passes and p.inside and p.mix.inside > 0:
             # X less its part in the subspace, and in its place the update: one lift does both.
-            change = (c if p.mix.complement == 1 else c * p.mix.complement).sub(inner, alpha=p.mix.inside)
-            update = add_lift(x, change, basis, -1.0, own=p.mix.complement)
+            own = p.mix.complement
+            change = (inner if p.mix.inside == 1 else inner * p.mix.inside).sub(c, alpha=own)
+            update = add_lift(x, change, basis, own=own) if u is None or own != 1 else Product(change, u.mT, x)
+        elif u is not None:
+            update = Product(inner, u.mT)
         else:
             outer = self._outside(x, g, Coords(c, cg, inner), basis, new, step) if self.leaves else None
             update = self._mixed(inner, outer, basis, x, g, new)
@@ -455,9 +476,11 @@ class Split:
         self._store("selector", selector.observe(source, seen, _part("selector", new), step), new)
         if p.feedback is not None:
             read = (step.refresh and selector.timing == "after") or any(rule.uses_grad for rule in p.finish)
+            before = new.pop("feedback.error")
             last = not read and _nobodys(g, update, *new.values())
-            error = add_lift(g, cg, basis, p.feedback - 1.0, in_place=last)
-            new["feedback.error"] = error if cut is None else error + cut
+            error = self._turn(add_lift(g, cg, basis, p.feedback - 1.0, in_place=last))
+            error = before if same_storage(error, before) else error
+            new["feedback.error"] = error if cut is None else error + self._turn(cut)
         if step.refresh and selector.timing == "after" and not step.first:
             self._refresh(source, new, step)
             new.pop("selector.coords", None)
@@ -534,7 +557,7 @@ class Split:
 
 def _nobodys(x: Tensor, *others: Tensor | Product) -> bool:
     """Whether a tensor may be written to: none of the others is stored where it is."""
-    return not any(same_storage(x, other) for each in others for other in (each if isinstance(each, Product) else (each,)))
+    return not any(same_storage(x, other) for each in others for other in (each.parts if isinstance(each, Product) else (each,)))
 
 
 def _keyed(place: str, rules: tuple[Rule, ...]) -> list[tuple[str, Rule]]:

@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from . import linalg
+
 Rounding = Literal["nearest", "stochastic", "kahan"]
 
 # dtype -> (bits of mantissa, exponent of the smallest positive number)
@@ -32,6 +34,8 @@ def update_weight(
     expectation is exact; `noise` uniform in [0, 1)), or with what rounding lost carried to the next update (`compensation`).
     """
     same = w.dtype == update.dtype
+    if same and not isinstance(lr, Tensor) and in_one_pass([w], [update], lr, weight_decay, factor, decay_after):
+        return
     y = w if same else w.to(update.dtype)
     if compensation is not None:
         y = y + compensation.to(update.dtype)
@@ -48,6 +52,30 @@ def update_weight(
     w.copy_(y)
     if compensation is not None:
         compensation.copy_(y - w.to(y.dtype))
+
+
+def in_one_pass(weights: list[Tensor], updates: list[Tensor], lr: float, weight_decay: float, factor: float, decay_after: bool) -> bool:
+    """`W <- a W - b U`, which is decay and update of many weights, by PyTorch's fused SGD; it reads a weight once where two operations
+    read it twice. False, with nothing done, where there is no decay or no kernel.
+    """
+    rate = lr * factor * (1 - lr * weight_decay if decay_after else 1.0)
+    if weight_decay == 0 or rate == 0 or not 1e-20 < abs(factor) < 1e20:  # the kernel divides decay by the factor
+        return False
+    if not all(w.device.type in linalg.FUSED and w.is_contiguous() and u.is_contiguous() for w, u in zip(weights, updates, strict=True)):
+        return False
+    torch._fused_sgd_(
+        weights,
+        updates,
+        [],
+        weight_decay=lr * weight_decay / rate,
+        momentum=0.0,
+        lr=rate,
+        dampening=0.0,
+        nesterov=False,
+        maximize=False,
+        is_first_step=False,
+    )
+    return True
 
 
 def stochastic(y: Tensor, dtype: torch.dtype, noise: Tensor) -> Tensor:

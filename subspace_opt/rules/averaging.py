@@ -76,7 +76,7 @@ class HeavyBall(Rule):
         before = state["momentum_buffer"]
         if self.state == "int8":
             before = linalg.from_codes(before, state["scale"])
-        m = (before.mul_(self.beta) if step.in_place and self.state == "float" else before * self.beta).add_(x)
+        m = torch.add(x, before, alpha=self.beta, out=before if step.in_place and self.state == "float" else None)
         kept = {"momentum_buffer": m}
         if self.state == "int8":
             kept["momentum_buffer"], kept["scale"] = linalg.to_codes(m)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, PositiveInt
 from torch import Tensor
@@ -18,6 +18,7 @@ class Blocks(Selector):
     State is laid out for every parameter, since each has its turn.
     """
 
+    decomposes: ClassVar[bool] = False
     kind: Literal["blocks"] = "blocks"
     every: PositiveInt | None = Field(200, description="Updates for which a turn lasts.")
     share: float = Field(0.25, gt=0.0, le=1.0, description="Part of the parameters whose turn it is.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -19,6 +19,7 @@ from ..registry import register
 class Fft(LowRank):
     """The `rank` atoms of the DCT whose coefficients in `X T` have the largest norm down the rows; state is their r indices."""
 
+    decomposes: ClassVar[bool] = False
     kind: Literal["fft"] = "fft"
     dictionary: Literal["dct2", "dct3"] = Field("dct2", description="Which transform's atoms are the columns.")
     ranking: Literal["l1", "l2"] = Field(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, PositiveInt
@@ -16,6 +16,7 @@ from ..registry import register
 class TopNorm(LowRank):
     """The `rank` columns of largest l2 norm, as coordinates: a basis of r indices (arXiv:2406.17660, arXiv:2411.07120)."""
 
+    decomposes: ClassVar[bool] = False
     kind: Literal["top_norm"] = "top_norm"
     every: PositiveInt | None = Field(200, description="Updates between refreshes.")
 
