@@ -73,10 +73,9 @@ class Basis(NamedTuple):
     atoms: Tensor | None = None
 
     @property
-    def columns(self) -> Tensor | None:
-        """U, where the subspace is that of the columns of one dense U."""
-        u = self.right
-        return u if self.left is None and self.gate is None and isinstance(u, Tensor) and not _picks(u) else None
+    def alone(self) -> Tensor | None:
+        """The right basis, dense or indices, where it is all there is."""
+        return self.right if self.left is None and self.gate is None and isinstance(self.right, Tensor) else None
 
 
 class Coords(NamedTuple):
@@ -180,8 +179,8 @@ def same_storage(a: Tensor, b: Tensor) -> bool:
 
 def add_lift(y: Tensor, c: Tensor, basis: Basis, weight: float = 1.0, *, own: float = 1.0, in_place: bool = False) -> Tensor:
     """`own Y + weight P C U'`, in one product where the basis is dense and one-sided; `in_place`: Y is needed no longer."""
-    u = basis.columns
-    if u is not None:
+    u = basis.alone
+    if u is not None and not _picks(u):
         return linalg.addmm(y, c, u.mT, beta=own, alpha=weight, in_place=in_place)
     if own != 1.0:
         y = y * own

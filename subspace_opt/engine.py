@@ -378,11 +378,23 @@ def _add_product(piece: Piece, update: Product, split: Split, factor: float) -> 
     """`W <- (1 - lr wd) W - lr factor (A B + R)` (times 1 - lr wd, where decay comes after), in one pass over W for each that there is."""
     lr, decay, after = piece.work.lr, _decay(piece, split), split.pipeline.decay == "after"
     assert not isinstance(lr, Tensor)
-    w, kept = piece.of(piece.work.weights), 1 - lr * decay
-    if update.rest is not None:
-        update_weight(w, update.rest, lr, decay, factor=factor, decay_after=after)
+    kept = 1 - lr * decay
     alpha = -lr * factor * (kept if after else 1.0)
-    w[0].addmm_(update.left[0], update.right[0], beta=kept if update.rest is None else 1.0, alpha=alpha)
+    weights = piece.of(piece.work.weights)
+    (w,), (left,), (right,) = weights, update.left, update.right
+    if update.rest is not None:
+        update_weight(weights, update.rest, lr, decay, factor=factor, decay_after=after)
+        kept = 1.0
+    if left.dim() == 2 == right.dim():
+        w.addmm_(left, right, beta=kept, alpha=alpha)
+        return
+    if kept != 1.0:
+        w.mul_(kept)
+    if left.dim() == 1:
+        w.index_add_(0, left, right, alpha=alpha)
+    else:  # the index_add of columns takes several times as long
+        index = right.expand(w.size(0), -1)
+        w.scatter_(1, index, w.gather(1, index).add_(left, alpha=alpha))
 
 
 def _updated_together(stack: Stack, update: Tensor, options: Options, factor: float) -> bool:

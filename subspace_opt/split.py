@@ -39,11 +39,18 @@ Rules = Annotated[tuple[Rule, ...], BeforeValidator(_listed)]
 
 
 class Product(NamedTuple):
-    """An update that is not multiplied out: `left right + rest`, of `(B, m, r)`, `(B, r, n)` and, if there is one, `(B, m, n)`."""
+    """An update that is not multiplied out: `left right + rest`, of `(B, m, r)`, `(B, r, n)` and, if there is one, `(B, m, n)`.
+
+    Either factor may be indices `(B, r)` int64 instead, of the rows or columns to which the other belongs.
+    """
 
     left: Tensor
     right: Tensor
     rest: Tensor | None = None
+
+    @property
+    def transposed(self) -> Product:
+        return Product(_flipped(self.right), _flipped(self.left), None if self.rest is None else self.rest.mT)
 
     @property
     def parts(self) -> tuple[Tensor, ...]:
@@ -395,9 +402,8 @@ class Split:
         else:
             own = self._split(x, g, sources | {"momentum": x}, cut, new, step, factored=factored and self.factored)
             if isinstance(own, Product):
-                rest = None if own.rest is None else self._turn(own.rest)
-                turned = Product(own.right.mT, own.left.mT, rest) if self.turned else own
-                return turned, self._numbers(step) * (p.mix.inside if rest is None else 1.0), new
+                factor = self._numbers(step) * (p.mix.inside if own.rest is None else 1.0)
+                return own.transposed if self.turned else own, factor, new
             update = own
         update, g = self._turn(update), self._turn(g)
         finish = _keyed("finish", p.finish)
@@ -460,14 +466,14 @@ class Split:
         cg = c if g is x else handed if handed is not None and g is source else project(g, basis)
         inner = self._run("inside", p.inside, c, cg, new, step)
         update: Tensor | Product
-        u = basis.columns if factored else None
+        u = basis.alone if factored else None
         if self.passes and p.inside and p.mix.inside > 0:
             # X less its part in the subspace, and in its place the update: one lift does both.
             own = p.mix.complement
             change = (inner if p.mix.inside == 1 else inner * p.mix.inside).sub(c, alpha=own)
-            update = add_lift(x, change, basis, own=own) if u is None or own != 1 else Product(change, u.mT, x)
+            update = add_lift(x, change, basis, own=own) if u is None or own != 1 else Product(change, _flipped(u), x)
         elif u is not None:
-            update = Product(inner, u.mT)
+            update = Product(inner, _flipped(u))
         else:
             outer = self._outside(x, g, Coords(c, cg, inner), basis, new, step) if self.leaves else None
             update = self._mixed(inner, outer, basis, x, g, new)
@@ -553,6 +559,10 @@ class Split:
 
     def _turn(self, x: Tensor) -> Tensor:
         return x.mT if self.turned else x
+
+
+def _flipped(factor: Tensor) -> Tensor:
+    return factor.mT if factor.dim() == 3 else factor  # indices
 
 
 def _nobodys(x: Tensor, *others: Tensor | Product) -> bool:

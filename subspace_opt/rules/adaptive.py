@@ -129,7 +129,7 @@ class Power(Rule):
     beta: float = Field(0.1, gt=0.0, le=1.0, description="The exponent: 1 leaves the signal, towards 0 it tends to its sign.")
 
     def apply(self, x: Tensor, grad: Tensor, state: State, step: Step) -> tuple[Tensor, State]:
-        return x.sign() * x.abs().pow(self.beta), {}
+        return x.abs().pow_(self.beta).copysign_(x), {}
 
 
 @register

@@ -63,6 +63,9 @@ class HeavyBall(Rule):
             raise ValueError("`state: int8` cannot be rotated; use `on_refresh: keep` or `reset`, or `state: float`")
         return self
 
+    def by_rows(self, rows: Dim, cols: Dim) -> bool:
+        return self.state == "float" or cols.size % linalg.BLOCK == 0
+
     def slots(self, rows: Dim, cols: Dim) -> dict[str, Slot]:
         if self.state == "float":
             return {"momentum_buffer": Slot((rows, cols), self.on_refresh)}
