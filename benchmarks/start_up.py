@@ -1,6 +1,7 @@
 """What it takes to begin: importing the package beyond torch, and an optimizer for the shapes of a 7B LLaMA on the meta device.
 
-Each import runs in an interpreter of its own, and is repeated; what is told is the median of the CPU time, with quartiles.
+Each import runs in an interpreter of its own, and is repeated; what is told is the median of the CPU time, with quartiles. Bytecode is
+there, as it is where a package was installed: pip makes it, whatever PYTHONDONTWRITEBYTECODE says.
 
 Example: python benchmarks/start_up.py --presets cosmos,muon,adamw
 """
@@ -8,6 +9,7 @@ Example: python benchmarks/start_up.py --presets cosmos,muon,adamw
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -27,7 +29,8 @@ IMPORT = "import time, torch; start = time.process_time(); import subspace_opt; 
 
 def imported() -> float:
     """Seconds that the package takes beyond torch, in a new interpreter."""
-    return float(subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True).stdout)
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return float(subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True, env=env).stdout)
 
 
 def large_model() -> nn.Module:
@@ -58,6 +61,7 @@ def main(
 ) -> None:
     """Time the import of the package and the building of an optimizer for a large model."""
     model = large_model()
+    imported()  # its bytecode is written
     found = {"import beyond torch": spread([imported() for _ in range(repeats)])}
     for preset in (name.strip() for name in presets.split(",")):
         found[f"build {preset}, 7B on meta"] = spread([seconds(lambda name=preset: build(name, model)) for _ in range(repeats)])  # type: ignore[misc]

@@ -84,6 +84,11 @@ def now(device: torch.device) -> float:
     return time.thread_time() if device.type == "cpu" and torch.get_num_threads() == 1 else clock(device)
 
 
+def named(device: torch.device) -> str:
+    """What a record has to say of it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
 def hidden_matrices(width: int, layers: int, device: torch.device) -> nn.Module:
     """The matrices of a LLaMA's hidden layers: four of attention and three of the MLP in each."""
     inner = math.ceil(8 * width / 3 / 16) * 16  # 1376 of 512, as in the papers
@@ -109,7 +114,7 @@ def gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
     for p in parameters:
         rows, cols = p.shape
         strong = torch.randn(rows, 8, device=p.device) @ torch.randn(8, cols, device=p.device)
-        made.append(1e-3 * (strong + torch.randn_like(p)))
+        made.append((1e-3 * (strong + torch.randn(rows, cols, device=p.device))).to(p.dtype))
     return made
 
 
@@ -234,6 +239,7 @@ def main(
     presets: Annotated[str, typer.Option(help="Names with commas between, all if omitted; NAME@RANK, NAME! does not look for NaN.")] = "",
     peer: Annotated[list[str] | None, typer.Option(help="A peer to run; AdamW and Muon always run, the others if omitted.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="Of weights and gradients: float32 or bfloat16.")] = "float32",
     precision: Annotated[str, typer.Option(help="Of float32 products, for all: highest, high or medium.")] = "highest",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
@@ -247,6 +253,7 @@ def main(
     if vocabulary:
         model = nn.ModuleDict({"embedding": nn.Embedding(vocabulary, width, device=where), "hidden": model})
         model["lm_head"] = nn.Linear(width, vocabulary, bias=False, device=where)
+    model.to(getattr(torch, dtype))
     stand_in = [] if where.type != "cpu" or cpu_has_bfloat16() else [MUON32]
     wanted = [ADAMW, MUON, *stand_in, *peer] if peer else []
     notes: list[str] = []
@@ -254,8 +261,9 @@ def main(
     race(timed, model, steps, refreshes, where)
     context: dict[str, Any] = {"width": width, "layers": layers, "vocabulary": vocabulary, "threads": threads, "steps": steps}
     context |= {
+        "dtype": dtype,
         "precision": precision,
-        "device": str(where),
+        "device": named(where),
         "torch": torch.__version__,
         "parameters": sum(p.numel() for p in model.parameters()),
     }

@@ -18,7 +18,7 @@ from .split import Split
 from .views import Block
 from .work import Options, Phase, Piece, Stack, Work
 
-SMALL = 4096  # entries up to which a CPU gains from stacking
+CACHED = 500_000  # entries of a stack on a CPU: one calls less often, but what leaves the cache costs more than it saves
 PASS = 2**17  # entries of a matrix that are updated together where each is updated by itself: they stay in the cache
 ROWS = 2**18  # the same where each row is: their number of calls grows, and so products must not be too small
 LONG = 8 * ROWS  # entries from which a matrix is cut so
@@ -58,22 +58,26 @@ def stacks(work: list[Work], options: Options, memory: Memory) -> Iterator[Stack
 
 
 def _grouped(work: list[Work], options: Options, memory: Memory) -> Iterator[Stack]:
-    """Pieces that may be computed together, so many that one temporary of a stack stays within `batch_bytes`."""
-    waiting: dict[Any, Stack] = {}
+    """Pieces that may be computed together, so many that one temporary of a stack stays within bounds.
+
+    Where stacks are cut does not hang on who refreshes at this step: those that do not stay with the state they share.
+    """
+    found: dict[Any, Stack] = {}
+    filled: dict[Any, tuple[int, int]] = {}  # per kind the last stack's number, and how many matrices it has
     for item in work:
         for index, (block, split) in enumerate(item.row.splits):
             most = matrices_at_once(item, block, options)
+            kind = (id(split), item.row.compute_dtype, item.param.device, most)
             decay = item.weight_decay if split.pipeline.decay == "coupled" else None  # then rules see it
             for phase, start, stop in _runs(_phases(item, index, memory.begun), most):
+                number, size = filled.get(kind, (0, 0))
+                number, size = (number, size + stop - start) if size + stop - start <= most else (number + 1, stop - start)
+                filled[kind] = number, size
                 refresh = due(item, split, phase)
                 last = None if refresh else refreshed(item)  # bias correction counts from there
-                key = (id(split), phase, refresh, last, item.count, decay, item.row.compute_dtype, item.param.device, most)
-                stack = waiting.setdefault(key, Stack(split, phase, refresh, []))
-                if sum(stack.sizes) + stop - start > most:
-                    yield stack
-                    stack = waiting[key] = Stack(split, phase, refresh, [])
-                stack.pieces.append(Piece(item, index, start, stop))
-    yield from waiting.values()
+                key = (kind, number, phase, refresh, last, item.count, decay)
+                found.setdefault(key, Stack(split, phase, refresh, [])).pieces.append(Piece(item, index, start, stop))
+    yield from found.values()
 
 
 def _in_passes(stack: Stack, options: Options) -> Iterator[Stack]:
@@ -152,13 +156,14 @@ def _runs(phases: list[Phase], most: int) -> Iterator[tuple[Phase, int, int]]:
 
 
 def matrices_at_once(item: Work, block: Block, options: Options) -> int:
-    """On a CPU large matrices run one by one, which is faster there than a batched product; elsewhere as many as fit."""
-    together = options.stacking == "always" or (
-        options.stacking == "auto" and (item.param.device.type != "cpu" or block.rows * block.cols <= SMALL)
-    )
-    if not together:
+    """As many as `batch_bytes` allows; on a CPU, which runs large matrices faster one by one, as many as its cache holds."""
+    if options.stacking == "never":
         return 1
-    return max(1, options.batch_bytes // (block.rows * block.cols * item.row.compute_dtype.itemsize))
+    entries = block.rows * block.cols
+    most = options.batch_bytes // (entries * item.row.compute_dtype.itemsize)
+    if options.stacking == "auto" and item.param.device.type == "cpu":
+        most = min(most, CACHED // entries)
+    return max(1, most)
 
 
 # ------------------------------------------------------------------------------------------------------------------------ state

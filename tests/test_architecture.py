@@ -22,7 +22,7 @@ ARROWS: dict[str, set[str]] = {
     "document": set(),
     "modules": set(),
     "views": set(),
-    "update": set(),
+    "update": {"linalg"},
     "lowbit": set(),
     "messages": {"registry"},
     "algebra": {"linalg", "registry"},

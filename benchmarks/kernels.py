@@ -1,0 +1,131 @@
+"""The parts that a step is made of, each in the ways there are: which is the quicker on this device, and how exact it is.
+
+Newton-Schulz on a stack, on its matrices one by one, and as torch's Muon has it; orthonormal columns by Householder reflections and by
+Cholesky factors; a leading subspace by a sketch and exactly. Ways take turns, and a ratio is to the first way named.
+
+Example: python benchmarks/kernels.py --width 512 --stack 4
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from step_time import hidden_matrices, named, now, settle_allocator, spread
+from torch import Tensor
+from torch.optim._muon import _zeropower_via_newtonschulz
+
+from subspace_opt import linalg, polar
+from subspace_opt.lab.device import choose_device
+
+KELLER = polar.schedule("keller", 5)
+Way = tuple[str, Callable[[], Tensor]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is reported of one way; `ratio`: its lower quartile, median and upper quartile; `off`: see the function."""
+
+    shape: str
+    what: str
+    way: str
+    ms: float
+    ratio: tuple[float, float, float]
+    off: float
+
+
+def newton_schulz(x: Tensor) -> list[Way]:
+    """Five steps in bfloat16 on `(B, m, n)`."""
+    return [
+        ("a stack", lambda: polar.newton_schulz(x, KELLER, dtype=torch.bfloat16)),
+        ("one by one", lambda: torch.cat([polar.newton_schulz(one, KELLER, dtype=torch.bfloat16) for one in x.split(1)])),
+        ("torch Muon's", lambda: torch.stack([_zeropower_via_newtonschulz(one, KELLER[0], 5, 1e-7) for one in x])),
+    ]
+
+
+def orthonormal(x: Tensor, rank: int) -> list[Way]:
+    """Of the first columns of `(B, m, n)`."""
+    y = x[..., :rank].contiguous()
+    return [("Householder", lambda: torch.linalg.qr(y)[0]), ("Cholesky", lambda: linalg.cholesky_qr(y))]
+
+
+def leading(x: Tensor, rank: int) -> list[Way]:
+    """Right singular vectors of `(B, m, n)`."""
+    start = torch.randn(x.size(0), x.size(-1), rank + 8, device=x.device)
+    return [("a sketch", lambda: linalg.sketched_right(x, rank, start)[0]), ("exactly", lambda: linalg.leading_right(x, rank))]
+
+
+def off(what: str, x: Tensor, out: Tensor) -> float:
+    """How far the first result is from what it should be: the polar factor, orthonormal columns, the most energy that columns can hold."""
+    x, out = x[0].double(), out[0].double()
+    if what == "orthonormal columns":
+        return float((out.mT @ out - torch.eye(out.size(-1), device=x.device)).abs().max())
+    u, values, vh = torch.linalg.svd(x, full_matrices=False)
+    if what == "Newton-Schulz":
+        return float((out - u @ vh).norm() / math.sqrt(min(x.shape)))
+    return float(1 - (x @ out).square().sum() / values[: out.size(-1)].square().sum())
+
+
+def raced(ways: list[Way], rounds: int, device: torch.device) -> list[list[float]]:
+    """Milliseconds of each way, in turns."""
+    taken: list[list[float]] = [[] for _ in ways]
+    for number in range(rounds + 1):
+        for times, (_, work) in zip(taken, ways, strict=True):
+            start = now(device)
+            work()
+            if number:  # the first is a warm-up
+                times.append(1e3 * (now(device) - start))
+    return taken
+
+
+def main(
+    width: Annotated[int, typer.Option(min=16, help="Hidden width of the LLaMA whose shapes are taken.")] = 512,
+    stack: Annotated[int, typer.Option(min=1, help="Matrices of one shape.")] = 4,
+    rank: Annotated[int, typer.Option(min=1, help="Columns of a basis.")] = 64,
+    rounds: Annotated[int, typer.Option(min=2, help="Times that each way is timed.")] = 9,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
+) -> None:
+    """Time the ways there are of computing what a step is made of."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    settle_allocator()
+    where = choose_device(device)
+    shapes = sorted({tuple(p.shape) for p in hidden_matrices(width, 1, torch.device("meta")).parameters()})
+    found: list[Row] = []
+    for rows, cols in shapes:
+        noise = torch.randn(stack, rows, cols, device=where)
+        x = noise + torch.randn(stack, rows, 8, device=where) @ torch.randn(stack, 8, cols, device=where)
+        for what, ways in {
+            "Newton-Schulz": newton_schulz(x),
+            "orthonormal columns": orthonormal(x, rank),
+            "leading subspace": leading(x, rank),
+        }.items():
+            times = raced(ways, rounds, where)
+            for (name, work), own in zip(ways, times, strict=True):
+                ratio = spread([a / b for a, b in zip(own, times[0], strict=True)])
+                found.append(Row(f"{stack} x {rows} x {cols}", what, name, median(own), ratio, off(what, x, work())))
+    if as_json:
+        typer.echo(
+            json.dumps({"device": named(where), "torch": torch.__version__, "rank": rank, "rows": [asdict(row) for row in found]}, indent=2)
+        )
+        return
+    table = Table("shape", "what", "way", "ms", "ratio", "quartiles", "off", box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for row in found:
+        low, middle, high = row.ratio
+        table.add_row(row.shape, row.what, row.way, f"{row.ms:.2f}", f"{middle:.2f}", f"{low:.2f}-{high:.2f}", f"{row.off:.1e}")
+    out = Console(highlight=False, width=None if Console().is_terminal else 120)
+    out.print(f"device {named(where)}, torch {torch.__version__}, rank {rank}\n")
+    out.print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)
