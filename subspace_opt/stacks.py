@@ -18,7 +18,7 @@ from .split import Split
 from .views import Block
 from .work import Options, Phase, Piece, Stack, Work
 
-CACHED = 500_000  # entries of a stack on a CPU: one calls less often, but what leaves the cache costs more than it saves
+CACHED = 400_000  # entries of a stack on a CPU: one calls less often, but what leaves the cache costs more than it saves
 PASS = 2**17  # entries of a matrix that are updated together where each is updated by itself: they stay in the cache
 ROWS = 2**18  # the same where each row is: their number of calls grows, and so products must not be too small
 LONG = 8 * ROWS  # entries from which a matrix is cut so
