@@ -17,6 +17,7 @@ from . import linalg
 from .algebra import Constants, State, Step
 from .boxes import Box
 from .plan import Row
+from .registry import kind_of
 from .split import Product, Split
 from .stacks import Memory, counted, gather, refreshed, scatter, stacks
 from .update import generator, in_one_pass, update_weight
@@ -159,6 +160,12 @@ def _advance(stack: Stack, options: Options, memory: Memory, errors: dict[str, E
                 _advance(Stack(split, stack.phase, stack.refresh, [piece]), options, memory, errors)
             return
         name = pieces[0].work.name
+        if step.in_place and step.refresh and not split.pipeline.selector.decomposes:  # what it began with is no longer there
+            kind = kind_of(type(split.pipeline.selector))
+            raise RuntimeError(
+                f"a decomposition for '{name}' failed in selector '{kind}', which says that its refresh takes none: load the last "
+                "checkpoint, and let its `decomposes` be True"
+            ) from error
         errors[name] = error
         if step.first:  # there is no basis to go on with: it begins with the next gradient
             pieces[0].work.held = len(pieces[0].work.row.splits) == 1 and pieces[0].block.total == 1

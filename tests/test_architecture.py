@@ -35,7 +35,7 @@ ARROWS: dict[str, set[str]] = {
     "work": {"lowbit", "plan", "split", "update", "views"},
     "survey": {"work"},
     "stacks": {"algebra", "lowbit", "plan", "split", "views", "work"},
-    "engine": {"algebra", "boxes", "linalg", "plan", "split", "stacks", "update", "views", "work"},
+    "engine": {"algebra", "boxes", "linalg", "plan", "registry", "split", "stacks", "update", "views", "work"},
     "boxes": set(),
     "files": set(),
     "parts": {"boxes", "plan", "split", "views"},

@@ -30,6 +30,7 @@ from subspace_opt import Dim, NonFiniteGradient, SubspaceOptimizer, engine, load
 from subspace_opt.engine import MOST_FAILURES
 from subspace_opt.plan import COUNTERS
 from subspace_opt.registry import kinds
+from subspace_opt.selectors.fft import Fft
 from subspace_opt.spec import Route
 from subspace_opt.update import FORMATS, stochastic, update_weight
 
@@ -316,6 +317,20 @@ def test_there_are_presets_that_decompose() -> None:
 
 def bases(opt: SubspaceOptimizer) -> dict[str, Tensor]:
     return {k: v.clone() for k, v in flat(opt) if k.split(".")[-1] in ("basis", "left_basis", "index", "rotation")}
+
+
+def test_a_selector_that_fails_although_it_says_it_cannot_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Error feedback is written in its place then, so there is nothing to go on with."""
+
+    def fails(self: Fft, *args: Any) -> Any:
+        raise torch.linalg.LinAlgError("broken on purpose")
+
+    params = parameters({"tall": (7, 4)})
+    opt = optimizer("dct-adamw", params)
+    train(opt, params, range(2))
+    monkeypatch.setattr(Fft, "refresh", fails)
+    with pytest.raises(RuntimeError, match="a decomposition for 'tall' failed in selector 'fft', which says that its refresh takes none"):
+        train(opt, params, range(2, 3))
 
 
 @pytest.mark.parametrize("preset", DECOMPOSING)
