@@ -29,8 +29,8 @@ def cpu_has_tiles() -> bool:
 
 
 FUSED = ("cpu", "cuda", "mps", "xpu")  # devices for which PyTorch has fused kernels of optimizers
-PANEL = 128  # rows of a symmetric product that are made together, at least
-TILED_PANEL = 640  # the same for bfloat16 in tiles: there mirroring a small matrix costs as much as it saves
+PANEL = 160  # rows of a symmetric product that are made together, at least
+TILED_PANEL = 768  # the same for bfloat16 in tiles: there mirroring a small matrix costs as much as it saves
 
 
 def _panels(a: Tensor) -> int:
@@ -38,7 +38,7 @@ def _panels(a: Tensor) -> int:
     if a.device.type != "cpu":
         return 1
     tiled = a.dtype == torch.bfloat16 and cpu_has_tiles()
-    return min(int(a.size(-2)) // (TILED_PANEL if tiled else PANEL), 6)
+    return min(int(a.size(-2)) // (TILED_PANEL if tiled else PANEL), 4)
 
 
 def mm(a: Tensor, b: Tensor) -> Tensor:
@@ -87,8 +87,13 @@ def symmetric(a: Tensor, b: Tensor, c: Tensor | None = None, *, beta: float = 1.
             panel.addmm_(a[low:high], b[:, low:], beta=beta, alpha=alpha)
         else:
             torch.addmm(c[low:high, low:], a[low:high], b[:, low:], beta=beta, alpha=alpha, out=panel)
-        out[low:high, :low] = out[:low, low:high].mT
+        out[low:high, :low] = _turned(out[:low, low:high])
     return out if c is not None or alpha == 1.0 else out * alpha
+
+
+def _turned(block: Tensor) -> Tensor:
+    """The transpose of a part of a matrix. Rows a multiple of 2 KiB apart share a few lines of the cache, and are brought together first."""
+    return block.contiguous().mT.contiguous() if block.stride(0) * block.itemsize % 2048 == 0 else block.mT
 
 
 def norm(x: Tensor) -> Tensor:
