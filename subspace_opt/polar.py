@@ -100,25 +100,23 @@ def newton_schulz(
         dtype: In which to iterate (default: that of `x`). The result has it too, and may be laid out by columns.
     """
     dtype = dtype or x.dtype
-    alone = x.size(0) == 1 and x.device.type == "cpu"
     size = norm(x)
     size = size.clamp_min(eps) if floor else size + eps
     # Not as a factor in the first polynomial, which would save a pass: oneDNN compiles a product anew for every number it is scaled by.
     if dtype == torch.bfloat16 and x.dtype == torch.float32:  # of the same range, so it can be divided where it is half as large
         inverse = 1.0 / size
+        alone = x.size(0) == 1 and x.device.type == "cpu"
         y = x.to(dtype).mul_(inverse.item() if alone else inverse)  # by a tensor of another dtype it would be copied there and back
     else:
         y = (x / size).to(dtype)
     y = y[0] if x.size(0) == 1 else y
     tall = y.size(-2) > y.size(-1)
     if tall:
-        # Tiles take twice as long for YY' if Y is laid out by columns. Half as large it is also turned back more quickly than later.
-        y = y.mT.contiguous() if alone else y.mT
+        y = y.mT
     together = _together(y.size(-2), y.size(-1), tuple(polynomials), dtype)
     for start in range(0, len(polynomials), together):
         y = _group(y, polynomials[start : start + together])
-    if tall:
-        y = y.mT.contiguous() if alone else y.mT
+    y = y.mT if tall else y
     return y.unsqueeze(0) if x.size(0) == 1 else y
 
 
