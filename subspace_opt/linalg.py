@@ -92,7 +92,7 @@ def symmetric(a: Tensor, b: Tensor, c: Tensor | None = None, *, beta: float = 1.
 
 
 def _turned(block: Tensor) -> Tensor:
-    """The transpose of a part of a matrix. Rows a multiple of 2 KiB apart share a few lines of the cache, and are brought together first."""
+    """The transpose of a part of a matrix. Rows a multiple of 2 KiB apart share few lines of the cache: they are brought together first."""
     return block.contiguous().mT.contiguous() if block.stride(0) * block.itemsize % 2048 == 0 else block.mT
 
 
