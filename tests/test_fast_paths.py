@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from subspace_opt import SubspaceOptimizer, build, linalg, load_spec, polar, stacks
+from subspace_opt import SubspaceOptimizer, build, linalg, load_spec, polar, stacks, update
 from subspace_opt.lab.measure import peak_temporaries
 from subspace_opt.selectors.fft import Fft
 from subspace_opt.spec import preset_names
@@ -572,3 +572,34 @@ def test_state_written_in_its_place_is_the_same_to_the_bit(preset: str, stacking
         runs.append(snapshot(opt, own))
         monkeypatch.setattr("subspace_opt.engine.gather", lambda *args: (stacks.gather(*args)[0], False))
     assert same(*runs)
+
+
+# ------------------------------------------------------------------------------------------------------- one pass over a weight
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("after", [False, True])
+def test_decay_and_update_in_one_pass_are_the_two_operations(after: bool, dtype: torch.dtype) -> None:
+    weight, change = random(1, 9, 7), random(1, 9, 7, seed=1)
+    lr, decay, factor = 3e-2, 0.1, -0.37
+    plain = (weight - lr * factor * change) * (1 - lr * decay) if after else weight * (1 - lr * decay) - lr * factor * change
+    for by_rows in (True, False):  # what lies by columns has no kernel
+        w, u = (t.to(dtype).clone() if by_rows else t.to(dtype).mT.contiguous().mT for t in (weight, change))
+        given = u.clone()
+        assert update.in_one_pass([w.clone()], [u], lr, decay, factor, after) is by_rows
+        update.update_weight(w, u, lr, decay, factor=factor, decay_after=after)
+        torch.testing.assert_close(w.double(), plain, rtol=0, atol=8 * torch.finfo(dtype).eps)
+        assert torch.equal(u, given)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_an_update_that_is_multiplied_into_the_weight_is_the_update(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Factors, rows or columns that are picked, and what passes the subspace: each added to the weight, and never made whole."""
+    params = parameters({"tall": (9, 6), "wide": (6, 9), "square": (7, 7)}, torch.float64)
+    twins = copied(params)
+    for own in (params, twins):
+        opt = optimizer(small(preset, 3, every=2), own, weight_decay=0.1, stacking="never")
+        train(opt, own, range(6))
+        monkeypatch.setattr("subspace_opt.engine._takes_products", lambda stack: False)
+    for name, p in params.items():
+        torch.testing.assert_close(p, twins[name], rtol=0, atol=1e-9)
