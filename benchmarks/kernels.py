@@ -95,6 +95,8 @@ def main(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
     """Time the ways there are of computing what a step is made of."""
+    if rank > width:
+        raise typer.BadParameter(f"a matrix of width {width} has no {rank} orthonormal columns", param_hint="--rank")
     torch.set_num_threads(1)
     torch.manual_seed(0)
     settle_allocator()

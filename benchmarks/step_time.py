@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import median, quantiles
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -239,8 +239,8 @@ def main(
     presets: Annotated[str, typer.Option(help="Names with commas between, all if omitted; NAME@RANK, NAME! does not look for NaN.")] = "",
     peer: Annotated[list[str] | None, typer.Option(help="A peer to run; AdamW and Muon always run, the others if omitted.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="Of weights and gradients: float32 or bfloat16.")] = "float32",
-    precision: Annotated[str, typer.Option(help="Of float32 products, for all: highest, high or medium.")] = "highest",
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of weights and gradients.")] = "float32",
+    precision: Annotated[Literal["highest", "high", "medium"], typer.Option(help="Of float32 products, for all.")] = "highest",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
     """Time `step()` of presets and of torch's own optimizers on the hidden matrices of a LLaMA."""

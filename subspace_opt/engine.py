@@ -20,7 +20,7 @@ from .plan import Row
 from .registry import kind_of
 from .split import Product, Split
 from .stacks import Memory, counted, gather, refreshed, scatter, stacks
-from .update import generator, in_one_pass, update_weight
+from .update import generator, update_weight, update_weights
 from .views import Block
 from .work import Options, Phase, Piece, Stack, Work
 
@@ -416,19 +416,11 @@ def _updated_together(stack: Stack, update: Tensor, options: Options, factor: fl
     low = first.param.dtype != update.dtype
     if any(p.work.param.dtype != first.param.dtype for p in pieces) or (low and options.rounding != "nearest"):
         return False
-    weights = [p.work.param for p in pieces]
+    weights, after = [p.work.param for p in pieces], stack.split.pipeline.decay == "after"
     if low:
         together = torch.stack(weights).to(update.dtype)
-        update_weight(together, update, rate, decay, factor=factor, decay_after=stack.split.pipeline.decay == "after")
+        update_weight(together, update, rate, decay, factor=factor, decay_after=after)
         torch._foreach_copy_(weights, together.unbind(0))
-        return True
-    after = stack.split.pipeline.decay == "after"
-    updates = list(update.unbind(0))
-    if in_one_pass(weights, updates, rate, decay, factor, after):
-        return True
-    if decay and not after:
-        torch._foreach_mul_(weights, 1 - rate * decay)
-    torch._foreach_add_(weights, updates, alpha=-rate * factor)
-    if decay and after:
-        torch._foreach_mul_(weights, 1 - rate * decay)
+    else:
+        update_weights(weights, list(update.unbind(0)), rate, decay, factor=factor, decay_after=after)
     return True

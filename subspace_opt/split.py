@@ -284,7 +284,8 @@ class Split:
         p = self.pipeline
         moment = Step(t=torch.ones(()), age=torch.ones(()))
         numbers = all(rule.multiplier(self.rows.size, self.cols.size, moment) is not None for rule in p.finish)
-        return self.opens and (not self.leaves or self.passes) and bool(p.inside) and p.mix.inside > 0 and numbers
+        alone = not self.leaves or (self.passes and p.mix.complement == 1)
+        return self.opens and alone and bool(p.inside) and p.mix.inside > 0 and numbers
 
     @property
     def passes(self) -> bool:
@@ -390,9 +391,9 @@ class Split:
         source = g = self._turn(grad)
         weight = None if weight is None else self._turn(weight)
         sources = {"gradient": source, "weight": weight}
-        cut = None
+        fresh = cut = None
         if step.refresh and self.refreshes_first:  # before anything is written to: it is what may fail
-            cut = self._refresh(_given(sources[p.selector.source]), new, step)
+            fresh, cut = self._refresh(_given(sources[p.selector.source]), new, step)
         if p.decay == "coupled":
             g = g + step.decay * _given(weight)  # rules see it, selectors do not
         x = self._run("momentum", p.momentum, g, g, new, step)
@@ -400,7 +401,7 @@ class Split:
             update = self._run("complement", p.complement, x, g, new, step)
             update = update if p.mix.complement == 1 else update * p.mix.complement
         else:
-            own = self._split(x, g, sources | {"momentum": x}, cut, new, step, factored=factored and self.factored)
+            own = self._split(x, g, sources | {"momentum": x}, fresh, cut, new, step, factored=factored and self.factored)
             if isinstance(own, Product):
                 factor = self._numbers(step) * (p.mix.inside if own.rest is None else 1.0)
                 return own.transposed if self.turned else own, factor, new
@@ -448,6 +449,7 @@ class Split:
         x: Tensor,
         g: Tensor,
         sources: dict[str, Tensor | None],
+        fresh: Basis | None,
         cut: Tensor | None,
         new: State,
         step: Step,
@@ -458,8 +460,8 @@ class Split:
         p, selector = self.pipeline, self.pipeline.selector
         source = _given(sources[selector.source])
         if step.refresh and not self.refreshes_first and (selector.timing == "before" or step.first):
-            cut = self._refresh(source, new, step)
-        basis = selector.basis(_part("selector", new), step)
+            fresh, cut = self._refresh(source, new, step)
+        basis = selector.basis(_part("selector", new), step) if fresh is None else fresh
 
         handed = new.pop("selector.coords", None)  # of the source
         c = handed if handed is not None and x is source else project(x, basis)
@@ -471,7 +473,7 @@ class Split:
             # X less its part in the subspace, and in its place the update: one lift does both.
             own = p.mix.complement
             change = (inner if p.mix.inside == 1 else inner * p.mix.inside).sub(c, alpha=own)
-            update = add_lift(x, change, basis, own=own) if u is None or own != 1 else Product(change, _flipped(u), x)
+            update = add_lift(x, change, basis, own=own) if u is None else Product(change, _flipped(u), x)
         elif u is not None:
             update = Product(inner, _flipped(u))
         else:
@@ -515,8 +517,11 @@ class Split:
         last = _nobodys(outer, like, grad, *new.values())
         return add_lift(outer, inner, basis, p.mix.inside, own=p.mix.complement, in_place=last)
 
-    def _refresh(self, source: Tensor, new: State, step: Step) -> Tensor | None:
-        """A new basis; what is kept in coordinates is carried over. Returns what that lost, if it is to be fed back."""
+    def _refresh(self, source: Tensor, new: State, step: Step) -> tuple[Basis | None, Tensor | None]:
+        """A new basis; what is kept in coordinates is carried over.
+
+        Returns the basis, where carrying over needed it, and what was lost on the way, if that is to be fed back.
+        """
         selector, before = self.pipeline.selector, _part("selector", new)
         keyed = _keyed("inside", self.pipeline.inside)
         inner = {name: value for key, _ in keyed for name, value in _part(key, new).items()}
@@ -525,7 +530,7 @@ class Split:
         self._store("selector", after, new)
         carried = [(key, rule, slots) for key, rule in keyed if (slots := rule.slots(*self.inner))]
         if step.first or not carried:
-            return None
+            return None, None
         now = selector.basis(after, step)
         old = selector.basis(before, step) if selector.keeps_basis else Basis()  # then nothing is rotated, see the validator
         change = Change(old, now, *self.inner, order, places(old, now))
@@ -539,7 +544,7 @@ class Split:
                 there, here, weight = cut
                 gap = lift(there, old, self.rows.size, self.cols.size) - lift(here, now, self.rows.size, self.cols.size)
                 lost = gap * weight if lost is None else lost + gap * weight
-        return lost
+        return now, lost
 
     def _run(self, place: str, rules: tuple[Rule, ...], x: Tensor, grad: Tensor, new: State, step: Step) -> Tensor:
         return self._through(_keyed(place, rules), x, grad, new, step)

@@ -34,7 +34,8 @@ def update_weight(
     expectation is exact; `noise` uniform in [0, 1)), or with what rounding lost carried to the next update (`compensation`).
     """
     same = w.dtype == update.dtype
-    if same and not isinstance(lr, Tensor) and in_one_pass([w], [update], lr, weight_decay, factor, decay_after):
+    if same and not isinstance(lr, Tensor):
+        update_weights([w], [update], lr, weight_decay, factor=factor, decay_after=decay_after)
         return
     y = w if same else w.to(update.dtype)
     if compensation is not None:
@@ -54,28 +55,37 @@ def update_weight(
         compensation.copy_(y - w.to(y.dtype))
 
 
-def in_one_pass(weights: list[Tensor], updates: list[Tensor], lr: float, weight_decay: float, factor: float, decay_after: bool) -> bool:
-    """`W <- a W - b U`, which is decay and update of many weights, by PyTorch's fused SGD; it reads a weight once where two operations
-    read it twice. False, with nothing done, where there is no decay or no kernel.
+def update_weights(
+    weights: list[Tensor], updates: list[Tensor], lr: float, weight_decay: float, *, factor: float, decay_after: bool
+) -> None:
+    """`update_weight` for many weights that have the dtype of their updates.
+
+    Where there is decay, PyTorch's fused SGD on `U + (wd / factor) W` reads a weight once, and two operations twice.
     """
-    rate = lr * factor * (1 - lr * weight_decay if decay_after else 1.0)
-    if weight_decay == 0 or rate == 0 or not 1e-20 < abs(factor) < 1e20:  # the kernel divides decay by the factor
-        return False
-    if not all(w.device.type in linalg.FUSED and w.is_contiguous() and u.is_contiguous() for w, u in zip(weights, updates, strict=True)):
-        return False
-    torch._fused_sgd_(
-        weights,
-        updates,
-        [],
-        weight_decay=lr * weight_decay / rate,
-        momentum=0.0,
-        lr=rate,
-        dampening=0.0,
-        nesterov=False,
-        maximize=False,
-        is_first_step=False,
-    )
-    return True
+    kept = 1 - lr * weight_decay
+    rate = lr * factor * (kept if decay_after else 1.0)
+    if weight_decay != 0 and rate != 0 and 1e-20 < abs(factor) < 1e20 and all(map(_has_kernel, weights, updates)):
+        decay = lr * weight_decay / rate
+        torch._fused_sgd_(
+            weights,
+            updates,
+            [],
+            weight_decay=decay,
+            momentum=0.0,
+            lr=rate,
+            dampening=0.0,
+            nesterov=False,
+            maximize=False,
+            is_first_step=False,
+        )
+        return
+    if weight_decay != 0:
+        torch._foreach_mul_(weights, kept)
+    torch._foreach_add_(weights, updates, alpha=-rate)
+
+
+def _has_kernel(w: Tensor, update: Tensor) -> bool:
+    return w.device.type in linalg.FUSED and w.is_contiguous() and update.is_contiguous()
 
 
 def stochastic(y: Tensor, dtype: torch.dtype, noise: Tensor) -> Tensor:
