@@ -23,7 +23,7 @@ from step_time import hidden_matrices, named, now, settle_allocator, spread
 from torch import Tensor
 from torch.optim._muon import _zeropower_via_newtonschulz
 
-from subspace_opt import linalg, polar
+from subspace_opt.algebra import linalg, polar
 from subspace_opt.lab.device import choose_device
 
 KELLER = polar.schedule("keller", 5)

@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 
 from subspace_opt import Entry, Plan, build, load_spec, make_plan
+from subspace_opt.distributed.meshes import Mesh, Placed, make_mesh, place
+from subspace_opt.distributed.parts import is_elementwise
 from subspace_opt.lab import meta_model
 from subspace_opt.lab.report import readable_bytes
-from subspace_opt.meshes import Mesh, Placed, make_mesh, place
-from subspace_opt.parts import is_elementwise
 from subspace_opt.plan import Row
 from subspace_opt.rules.orthogonal import Orthogonalize
 

@@ -21,10 +21,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from subspace_opt import build
+from subspace_opt.algebra.storage import StateDtype
 from subspace_opt.lab import TrainConfig, train
 from subspace_opt.lab.corpus import Corpus
 from subspace_opt.lab.report import readable_bytes
-from subspace_opt.lowbit import StateDtype
 
 # A quarter of the width: the moments inside are then smaller than the weights, and still large enough for codes.
 OVERRIDES = {"cosmos": {"matrix.selector.rank": 0.25}, "galore": {"matrix.selector.rank": 0.25}}

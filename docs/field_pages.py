@@ -9,9 +9,9 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 from subspace_opt.algebra import Rule
+from subspace_opt.algebra.pipeline import Pipeline
 from subspace_opt.registry import kind_of
 from subspace_opt.spec import Spec, load_spec, preset_names
-from subspace_opt.split import Pipeline
 from subspace_opt.testing.parity import Parity, measure_all
 
 ROOT = Path(__file__).parent.parent

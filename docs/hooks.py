@@ -172,7 +172,7 @@ def preset_page(name: str, spec: Spec) -> str:
         f"# {name}",
         f"Source: {sources(spec)}" if spec.source else "",
         spec.about,
-        f'```yaml title="subspace_opt/presets/{name}.yaml"\n{body}```',
+        f'```yaml title="subspace_opt/spec/presets/{name}.yaml"\n{body}```',
         f'```python\nfrom subspace_opt import build\n\noptimizer = build("{name}", model)\n```',
         "## Cost of a matrix\n\n" + cost_table(spec),
         "## Published settings\n\n" + "\n".join(f"- {line}" for line in spec.published) if spec.published else "",

@@ -2,13 +2,13 @@
 
 from .algebra import Basis, Change, Coords, Dim, LowRank, Order, Rule, Selector, Slot, State, Step, Transport
 from .checkpoint import CheckpointError
+from .engine.gradients import NonFiniteGradient
+from .engine.lowbit import LowBitError
 from .in_backward import BackwardOptimizer, step_in_backward
-from .lowbit import LowBitError
 from .optimizer import SubspaceOptimizer, build
 from .plan import Entry, Plan, make_plan
 from .registry import RegistryError, load_plugin, register
 from .spec import Spec, SpecError, load_spec
-from .survey import NonFiniteGradient
 
 __version__ = "0.1.0"
 

@@ -13,9 +13,9 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from .engine.gradients import NonFiniteGradient
 from .optimizer import Params, SpecLike, SubspaceOptimizer, named_parameters
 from .plan import Row
-from .survey import NonFiniteGradient
 
 Place = tuple[dict[str, Any], Tensor, Row]
 

@@ -13,24 +13,25 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 from torch import Tensor, nn
 
-from . import engine, lowbit
+from .algebra.storage import StateDtype
 from .checkpoint import STATE_VERSION, matched
-from .lowbit import StateDtype
-from .modules import canonical_name, module_kinds, refuse_flat
+from .engine import lowbit
+from .engine import step as engine
+from .engine.gradients import survey
+from .engine.stacking import Memory
+from .engine.weights import Rounding
+from .engine.work import Nonfinite, Options, Stacking, Work, allocate
 from .plan import Entry, Plan, Row, make_plan
+from .plan.modules import canonical_name, module_kinds, refuse_flat
 from .registry import suggest
 from .spec import Spec, SpecError, load_spec, with_state_dtype
-from .stacks import Memory
-from .survey import survey
-from .update import Rounding
-from .work import Nonfinite, Options, Stacking, Work, allocate
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-    from .layout import Share
-    from .sharding import Team, Teams
-    from .shared import Item
+    from .distributed.exchange import Team, Teams
+    from .distributed.placement import Share
+    from .distributed.shards import Item
 
 SpecLike = Spec | Mapping[str, Any] | str | os.PathLike[str]
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
@@ -244,7 +245,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         key = tuple((id(p), p.shape, getattr(p, "placements", None)) for p in params)
         if self._placed is None or self._placed[:2] != (key, plan):
             sizes = [len(group["params"]) for group in self.param_groups]
-            from . import sharding, shared  # late: PyTorch's distributed tensors take half a second to import
+            from .distributed import exchange as sharding  # late: PyTorch's distributed tensors take half a second to import
+            from .distributed import shards as shared
 
             self._teams = self._teams or sharding.Teams()
             self._placed = (key, plan, shared.shares(params, plan.rows, sizes, self._group, self._teams))
@@ -284,7 +286,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         """What is to be updated of some parameters: those with a gradient, looked at, and with state; and those that ranks share."""
         work, items = [], []
         if shares := self._shares():
-            from . import shared, together
+            from .distributed import shards as shared
+            from .distributed import step as together
         for group, p, row in given:
             if id(p) in shares:
                 if p.requires_grad:  # whether there is a gradient is asked of all ranks
@@ -311,7 +314,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         """Update what is ready."""
         engine.take_step(work, self._options, self._memory, self.failures)
         if items:
-            from . import together
+            from .distributed import step as together
 
             together.take_step(items, self.state, self._options, self._memory, self.failures)
 
@@ -348,7 +351,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         shares = self._shares()
         if not shares:
             return super().state_dict()
-        from . import shared
+        from .distributed import shards as shared
 
         own = self.state
         self.state = shared.exported(shares, own)
@@ -370,7 +373,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             state_dict = state_dict if changed is None else changed
         readers = {}
         if shares := self._shares():
-            from . import shared
+            from .distributed import shards as shared
 
             readers = {key: shared.reader(*both) for key, both in shares.items()}
         state, groups = matched(state_dict, self.param_groups, self.plan, readers)

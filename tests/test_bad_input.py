@@ -32,7 +32,7 @@ from subspace_opt import (
     registry,
 )
 from subspace_opt.cli import main
-from subspace_opt.presets import built_in
+from subspace_opt.spec.presets import built_in
 
 ROOT = Path(__file__).parents[1]
 RANK = "should be a number of columns, 1 or more, or a part of the short side between 0 and 1, not "

@@ -20,8 +20,8 @@ from subspace_opt.cli.progress import RunProgress
 from subspace_opt.cli.tables import layers, split_name
 from subspace_opt.lab import Ended, Evaluated, LabError, Saved, Started, Stepped, TrainConfig, make_model, meta_model
 from subspace_opt.lab.measure import measured_bytes
-from subspace_opt.presets import built_in
 from subspace_opt.spec import json_schema, parse_spec
+from subspace_opt.spec.presets import built_in
 
 Run = Callable[..., str]
 

@@ -508,7 +508,7 @@ class Halved(Rule):
         ("svdd", "no rule, selector or module 'svdd'; did you mean 'svd'?"),
         ("no.such.module:Thing", "module 'no.such.module' cannot be imported"),
         ("subspace_opt.selectors.svd:Thing", "'Thing' of 'subspace_opt.selectors.svd' is no rule or selector; it has LowRank, Svd"),
-        ("subspace_opt.linalg", "'subspace_opt.linalg' defines no rule or selector; it has none at all"),
+        ("subspace_opt.algebra.linalg", "'subspace_opt.algebra.linalg' defines no rule or selector; it has none at all"),
         ("no_such_file.py", "plugin file 'no_such_file.py' does not exist"),
         ("svd={rank: 3}", "the options are not JSON"),
         ("svd=3", "the options are not a mapping"),

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
-from subspace_opt.document import MAX_BYTES, Document, DocumentError, parse_document, read_document
+from subspace_opt.spec.document import MAX_BYTES, Document, DocumentError, parse_document, read_document
 
 
 def refusal(text: str, format: str = "yaml") -> str:

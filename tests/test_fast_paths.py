@@ -11,7 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from subspace_opt import SubspaceOptimizer, build, linalg, load_spec, polar, stacks, update
+from subspace_opt import SubspaceOptimizer, build, load_spec
+from subspace_opt.algebra import linalg, polar
+from subspace_opt.engine import stacking as stacks
+from subspace_opt.engine import weights as update
 from subspace_opt.lab.measure import peak_temporaries
 from subspace_opt.selectors.fft import Fft
 from subspace_opt.spec import preset_names
@@ -254,7 +257,7 @@ def test_presets_run_the_same_on_cholesky_factors(preset: str, monkeypatch: pyte
     params = parameters({"tall": (12, 7), "wide": (7, 12)}, torch.float64)
     twins = copied(params)
     train(optimizer(small(preset, 3), params), params, range(6))
-    monkeypatch.setattr("subspace_opt.linalg.orthonormal", linalg.cholesky_qr)
+    monkeypatch.setattr("subspace_opt.algebra.linalg.orthonormal", linalg.cholesky_qr)
     train(optimizer(small(preset, 3), twins), twins, range(6))
     for name in params:
         torch.testing.assert_close(params[name], twins[name], rtol=0, atol=1e-9)
@@ -310,7 +313,7 @@ def test_a_kernel_equals_the_rule(preset: str, dtype: torch.dtype, monkeypatch: 
     params = parameters(dtype=dtype)
     twins = copied(params)
     train(optimizer(preset, params, weight_decay=0.1), params, range(8))
-    monkeypatch.setattr("subspace_opt.engine._fits_a_kernel", lambda item: False)
+    monkeypatch.setattr("subspace_opt.engine.step._fits_a_kernel", lambda item: False)
     train(optimizer(preset, twins, weight_decay=0.1), twins, range(8))
     for name in params:
         torch.testing.assert_close(params[name], twins[name], rtol=0, atol=1e-13 if dtype == torch.float64 else 2e-6)
@@ -434,7 +437,7 @@ def test_spread_refreshes_go_on_to_the_bit_and_hang_on_names_alone(preset: str) 
 
 def test_propagate_looks_at_no_gradient_but_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    import subspace_opt.survey as module
+    import subspace_opt.engine.gradients as module
 
     own = module._peaks
     monkeypatch.setattr(module, "_peaks", lambda work: seen.append(len(work)) or own(work))
@@ -476,7 +479,7 @@ WHOLE = {"soap", "soap-one-sided"}
 @pytest.mark.parametrize("preset", PRESETS)
 def test_temporaries_of_a_step_are_a_small_part_of_the_weights(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The state is there already; at most 0.15 of the weights' bytes are held beside it at any moment of a step."""
-    monkeypatch.setattr("subspace_opt.stacks.CACHED", stacks.CACHED // 4)  # as its matrices have a quarter of the entries
+    monkeypatch.setattr("subspace_opt.engine.stacking.CACHED", stacks.CACHED // 4)  # as its matrices have a quarter of the entries
     model = Model()
     # SOAP leaves sides above 10000 as they are, which a vocabulary has and this one is too small for.
     opt = build(preset, model, overrides={"matrix.selector.max_dim": 1000} if preset.startswith("soap") else None)
@@ -499,7 +502,7 @@ def test_rows_in_passes_are_the_whole_matrix(preset: str, dtype: torch.dtype, mo
     twins = copied(params)
     runs = []
     for own, entries in ((params, 2**18), (twins, 40)):
-        monkeypatch.setattr("subspace_opt.stacks.PASS", entries)
+        monkeypatch.setattr("subspace_opt.engine.stacking.PASS", entries)
         use = "other" if "other" in spec.pipelines else "all"
         opt = SubspaceOptimizer([{"params": list(own.items()), "use": use}], spec, weight_decay=0.1, stacking="never", rounding="kahan")
         train(opt, own, range(5))
@@ -525,11 +528,11 @@ def test_rows_that_are_updated_each_by_itself_are_the_whole_matrix(preset: str, 
     params = {"w": nn.Parameter(random(30, width)), "embedding": nn.Parameter(random(41, width))}
     twins = copied(params)
     in_passes = stacks._in_passes
-    monkeypatch.setattr("subspace_opt.stacks._in_passes", lambda *args: (passes.append(s) or s for s in in_passes(*args)))
+    monkeypatch.setattr("subspace_opt.engine.stacking._in_passes", lambda *args: (passes.append(s) or s for s in in_passes(*args)))
     runs = []
     for own, rows in ((params, 2**18), (twins, 6 * width)):
-        monkeypatch.setattr("subspace_opt.stacks.ROWS", rows)
-        monkeypatch.setattr("subspace_opt.stacks.LONG", 2 * rows)
+        monkeypatch.setattr("subspace_opt.engine.stacking.ROWS", rows)
+        monkeypatch.setattr("subspace_opt.engine.stacking.LONG", 2 * rows)
         opt = SubspaceOptimizer([{"params": list(own.items()), "use": use}], spec, weight_decay=0.1, stacking="never")
         train(opt, own, range(8))
         runs.append((own, opt))
@@ -570,7 +573,7 @@ def test_state_written_in_its_place_is_the_same_to_the_bit(preset: str, stacking
         opt = optimizer(small(preset, 3, every=2), own, weight_decay=0.1, stacking=stacking)
         train(opt, own, range(6))
         runs.append(snapshot(opt, own))
-        monkeypatch.setattr("subspace_opt.engine.gather", lambda *args: (stacks.gather(*args)[0], False))
+        monkeypatch.setattr("subspace_opt.engine.step.gather", lambda *args: (stacks.gather(*args)[0], False))
     assert same(*runs)
 
 
@@ -600,6 +603,6 @@ def test_an_update_that_is_multiplied_into_the_weight_is_the_update(preset: str,
     for own in (params, twins):
         opt = optimizer(small(preset, 3, every=2), own, weight_decay=0.1, stacking="never")
         train(opt, own, range(6))
-        monkeypatch.setattr("subspace_opt.engine._takes_products", lambda stack: False)
+        monkeypatch.setattr("subspace_opt.engine.step._takes_products", lambda stack: False)
     for name, p in params.items():
         torch.testing.assert_close(p, twins[name], rtol=0, atol=1e-9)

@@ -17,11 +17,12 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from subspace_opt import Entry, Plan, build, load_spec, make_plan, meshes
-from subspace_opt.boxes import Box, Cut, shards, whole
+from subspace_opt import Entry, Plan, build, load_spec, make_plan
+from subspace_opt.distributed import meshes
+from subspace_opt.distributed.boxes import Box, Cut, shards, whole
+from subspace_opt.distributed.meshes import MESH_KINDS, MeshError, make_mesh, place
+from subspace_opt.distributed.placement import Layout, Share
 from subspace_opt.lab import meta_model
-from subspace_opt.layout import Layout, Share
-from subspace_opt.meshes import MESH_KINDS, MeshError, make_mesh, place
 from subspace_opt.plan import Row
 
 SHAPES = st.lists(st.integers(1, 9), min_size=1, max_size=4).map(tuple)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 import subspace_opt
 from subspace_opt import Basis, Dim, LowRank, Selector, Slot, State, Step, SubspaceOptimizer
 from subspace_opt.algebra import Order
+from subspace_opt.algebra.pipeline import Pipeline
 from subspace_opt.registry import unregister
-from subspace_opt.split import Pipeline
 
 SHAPES = {"tall": (9, 5), "wide": (4, 7), "square": (6, 6)}
 STEPS = 9

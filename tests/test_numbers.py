@@ -10,29 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from common import (
-    PRESETS,
-    differences,
-    finite,
-    flat,
-    give,
-    gradient,
-    optimizer,
-    parameters,
-    same,
-    small,
-    snapshot,
-    train,
-)
+from common import PRESETS, differences, finite, flat, give, gradient, optimizer, parameters, same, small, snapshot, train
 from torch import Tensor, nn
 
-from subspace_opt import Dim, NonFiniteGradient, SubspaceOptimizer, engine, load_spec
-from subspace_opt.engine import MOST_FAILURES
+from subspace_opt import Dim, NonFiniteGradient, SubspaceOptimizer, load_spec
+from subspace_opt.engine import step as engine
+from subspace_opt.engine.step import MOST_FAILURES
+from subspace_opt.engine.weights import FORMATS, stochastic, update_weight
 from subspace_opt.plan import COUNTERS
 from subspace_opt.registry import kinds
 from subspace_opt.selectors.fft import Fft
 from subspace_opt.spec import Route
-from subspace_opt.update import FORMATS, stochastic, update_weight
 
 every_preset = pytest.mark.parametrize("preset", PRESETS)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

@@ -6,25 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from common import (
-    LINEAR,
-    PRESETS,
-    SHAPES,
-    Params,
-    flat,
-    give,
-    optimizer,
-    parameters,
-    small,
-    train,
-)
+from common import LINEAR, PRESETS, SHAPES, Params, flat, give, optimizer, parameters, small, train
 from torch import Tensor, nn
 
 from subspace_opt import Entry, Spec, SpecError, SubspaceOptimizer, build, load_spec, make_plan
-from subspace_opt.modules import canonical_name, module_kinds
+from subspace_opt.engine.work import Piece
 from subspace_opt.plan import COUNTERS
+from subspace_opt.plan.modules import canonical_name, module_kinds
 from subspace_opt.spec import Route
-from subspace_opt.work import Piece
 
 every_preset = pytest.mark.parametrize("preset", PRESETS)
 
@@ -475,7 +464,7 @@ def test_a_fused_weight_moves_like_its_parts_alone(preset: str, kind: str, monke
 
 def same_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     """Random draws go by name, block and step; here they are to be alike for a part and its twin."""
-    from subspace_opt import engine
+    from subspace_opt.engine import step as engine
 
     def noise(piece: Piece, call: int, shape: tuple[int, ...], seed: int) -> Tensor:
         one = torch.randn(shape, generator=torch.Generator().manual_seed(call))

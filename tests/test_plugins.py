@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from subspace_opt import SpecError, load_spec, presets
+from subspace_opt import SpecError, load_spec
+from subspace_opt.cli.scaffold import Kind, ScaffoldError, new_plugin
 from subspace_opt.registry import RegistryError
-from subspace_opt.scaffold import Kind, ScaffoldError, new_plugin
-from subspace_opt.spec import preset_names
+from subspace_opt.spec import preset_names, presets
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = sorted(path.parent for path in (ROOT / "plugins").glob("*/pyproject.toml"))

@@ -16,28 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from common import (
-    LINEAR,
-    PRESETS,
-    SHAPES,
-    copied,
-    flat,
-    give,
-    optimizer,
-    parameters,
-    same,
-    small,
-    snapshot,
-    train,
-)
+from common import LINEAR, PRESETS, SHAPES, copied, flat, give, optimizer, parameters, same, small, snapshot, train
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
-from subspace_opt import CheckpointError, SubspaceOptimizer, checkpoint, load_spec
+from subspace_opt import CheckpointError, SubspaceOptimizer, load_spec
+from subspace_opt.checkpoint import state_dict as checkpoint
 from subspace_opt.plan import COUNTERS
 
 every_preset = pytest.mark.parametrize("preset", PRESETS)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 
 import subspace_opt
+from subspace_opt.distributed.exchange import ShardingError
 from subspace_opt.lab.measure import measured_bytes
-from subspace_opt.sharding import ShardingError
 from subspace_opt.spec import preset_names
 
 STEPS = 20

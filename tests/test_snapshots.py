@@ -28,7 +28,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 import subspace_opt
-from subspace_opt import CheckpointError, checkpoint, snapshots
+from subspace_opt import CheckpointError, snapshots
+from subspace_opt.checkpoint import state_dict as checkpoint
 from subspace_opt.snapshots import SnapshotError, manifest
 
 # What makes an optimizer of named parameters; one that takes sharded parameters also stands in SHARDED.

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from subspace_opt import Spec, SpecError, build, load_spec
-from subspace_opt.presets import built_in
 from subspace_opt.registry import kinds
 from subspace_opt.spec import STANDARD_OTHER, Route, json_schema, parse_spec
+from subspace_opt.spec.presets import built_in
 
 ROOT = Path(__file__).parents[1]
 NAMES = list(built_in())

@@ -12,11 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from subspace_opt import Dim, Rule, Selector, State, Step, SubspaceOptimizer, engine, load_spec
+from subspace_opt import Dim, Rule, Selector, State, Step, SubspaceOptimizer, load_spec
 from subspace_opt.algebra import lift, project
+from subspace_opt.algebra.frame import Split
+from subspace_opt.algebra.pipeline import Pipeline
+from subspace_opt.engine import step as engine
+from subspace_opt.engine.work import Piece
 from subspace_opt.registry import Component, kinds
-from subspace_opt.split import Pipeline, Split
-from subspace_opt.work import Piece
 
 every_preset = pytest.mark.parametrize("preset", PRESETS)
 

@@ -15,8 +15,9 @@ from common import LINEAR, PRESETS, Params, copied, flat, give, optimizer, param
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
-from subspace_opt import CheckpointError, SpecError, SubspaceOptimizer, build, load_spec, lowbit
+from subspace_opt import CheckpointError, SpecError, SubspaceOptimizer, build, load_spec
 from subspace_opt.cli.tables import show_explained
+from subspace_opt.engine import lowbit
 from subspace_opt.lab.measure import measured_bytes
 from subspace_opt.plan import COUNTERS
 from subspace_opt.spec import parse_spec
@@ -184,7 +185,7 @@ def test_rows_in_passes_are_the_whole_matrix(shape: tuple[int, int], word: Any, 
     assert shape[0] * shape[1] % 256 == 0
     runs = []
     for entries in (2**20, 600):
-        monkeypatch.setattr("subspace_opt.stacks.PASS", entries)
+        monkeypatch.setattr("subspace_opt.engine.stacking.PASS", entries)
         monkeypatch.setitem(lowbit.RUN, "cpu", 2**17 if entries > 600 else 512)
         params = parameters({"w": shape})
         opt = made("adamw", params, word)
@@ -196,7 +197,7 @@ def test_rows_in_passes_are_the_whole_matrix(shape: tuple[int, int], word: Any, 
 
 def test_no_kernel_writes_to_what_is_stored_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[str] = []
-    import subspace_opt.engine as engine
+    import subspace_opt.engine.step as engine
 
     own = engine._run_kernel
     monkeypatch.setattr(engine, "_run_kernel", lambda items: ran.extend(i.name for i in items) or own(items))

@@ -35,10 +35,7 @@ from common import (
 )
 from torch import Tensor, nn
 from torch.optim import lr_scheduler as schedulers
-from torch.optim.optimizer import (
-    register_optimizer_step_post_hook,
-    register_optimizer_step_pre_hook,
-)
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import subspace_opt
 from subspace_opt import SubspaceOptimizer

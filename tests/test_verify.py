@@ -72,7 +72,7 @@ def test_a_full_basis_is_told(certificates: list[Certificate]) -> None:
 
 def go_astray(rank: int) -> None:
     """An optimizer that is wrong on rank 1 alone: a weight a little off, and a message more."""
-    from subspace_opt import together
+    from subspace_opt.distributed import step as together
 
     step = together.take_step
 

@@ -17,12 +17,12 @@ import typer
 
 from .. import __version__
 from ..checkpoint import CheckpointError
-from ..document import DocumentError
+from ..distributed.meshes import MeshError
+from ..engine.lowbit import LowBitError
 from ..lab import LabError
-from ..lowbit import LowBitError
-from ..meshes import MeshError
 from ..registry import RegistryError
 from ..spec import SpecError
+from ..spec.document import DocumentError
 from . import fidelity, memory, plugins, ranks, specs, training
 
 BAD_INPUT = (SpecError, DocumentError, RegistryError, CheckpointError, LabError, LowBitError, MeshError)

@@ -9,8 +9,8 @@ from typing import Annotated
 import torch
 import typer
 
+from ..distributed.meshes import MeshError, MeshKind, place
 from ..lab import meta_model
-from ..meshes import MeshError, MeshKind, place
 from ..optimizer import build
 from ..plan import Plan
 from ..spec import load_spec

@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from ..document import DocumentError, parse_document
 from ..registry import load_plugin
 from ..spec import SpecError
+from ..spec.document import DocumentError, parse_document
 
 
 def parse_override(given: str) -> tuple[str, Any]:

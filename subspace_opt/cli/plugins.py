@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..scaffold import Kind, new_plugin
+from .scaffold import Kind, new_plugin
 
 
 def new(

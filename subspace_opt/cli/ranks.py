@@ -12,8 +12,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from ..distributed.meshes import Mesh, MeshError, MeshKind, Placed, make_mesh
 from ..lab.report import readable_bytes
-from ..meshes import Mesh, MeshError, MeshKind, Placed, make_mesh
 from ..spec import load_spec
 from .options import AsJson, Overrides, Plugins, SpecName, overrides, print_json
 from .tables import console, make_table, split_name

@@ -11,9 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
-from .. import presets
 from ..registry import Component, failures, kinds, plugin_entry_points
-from ..spec import Spec, SpecError, json_schema, load_spec
+from ..spec import Spec, SpecError, json_schema, load_spec, presets
 from .options import AsJson, Overrides, Plugins, SpecName, overrides, print_json
 from .tables import console, show_catalogue
 

@@ -14,9 +14,9 @@ import torch
 import typer
 from pydantic import ValidationError
 
+from ..engine.gradients import NonFiniteGradient
 from ..lab import LabError, Result, TrainConfig
 from ..spec import load_spec
-from ..survey import NonFiniteGradient
 from .options import AsJson, Overrides, Plugins, SpecName, overrides, print_json
 from .progress import RunProgress
 from .tables import console, show_results

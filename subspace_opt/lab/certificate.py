@@ -28,8 +28,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import SubspaceOptimizer, build, load_plugin, load_spec
-from ..boxes import Box, whole
-from ..meshes import BY_INPUTS, BY_OUTPUTS, Mesh, Placed, make_mesh, place
+from ..distributed.boxes import Box, whole
+from ..distributed.meshes import BY_INPUTS, BY_OUTPUTS, Mesh, Placed, make_mesh, place
 from .errors import LabError
 from .measure import measured_bytes
 from .model import make_model

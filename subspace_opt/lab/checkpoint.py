@@ -13,7 +13,7 @@ from zipfile import BadZipFile, ZipFile
 
 import torch
 
-from ..files import flush_names
+from ..checkpoint.files import flush_names
 from .errors import LabError
 
 FORMAT = 1

@@ -8,8 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from .. import linalg
-from ..algebra import Dim, Rule, Slot, State, Step, Transport, averaged, averaged_square
+from ..algebra import Dim, Rule, Slot, State, Step, Transport, averaged, averaged_square, linalg
 from ..registry import register
 
 FOREVER = 10**9  # updates after which beta^t is 0

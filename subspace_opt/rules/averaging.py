@@ -8,8 +8,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from .. import linalg
-from ..algebra import Dim, Rule, Slot, State, Step, Transport, averaged
+from ..algebra import Dim, Rule, Slot, State, Step, Transport, averaged, blocks
 from ..registry import register
 
 Beta: float = Field(0.95, ge=0.0, lt=1.0, description="Part of the average that is kept at each update.")
@@ -64,25 +63,25 @@ class HeavyBall(Rule):
         return self
 
     def by_rows(self, rows: Dim, cols: Dim) -> bool:
-        return self.state == "float" or cols.size % linalg.BLOCK == 0
+        return self.state == "float" or cols.size % blocks.BLOCK == 0
 
     def slots(self, rows: Dim, cols: Dim) -> dict[str, Slot]:
         if self.state == "float":
             return {"momentum_buffer": Slot((rows, cols), self.on_refresh)}
-        blocks = Dim("blocks", -(-rows.size * cols.size // linalg.BLOCK))
+        codes = Dim("blocks", -(-rows.size * cols.size // blocks.BLOCK))
         return {
             "momentum_buffer": Slot((rows, cols), self.on_refresh, torch.int8),
-            "scale": Slot((blocks,), self.on_refresh),
+            "scale": Slot((codes,), self.on_refresh),
         }
 
     def apply(self, x: Tensor, grad: Tensor, state: State, step: Step) -> tuple[Tensor, State]:
         before = state["momentum_buffer"]
         if self.state == "int8":
-            before = linalg.from_codes(before, state["scale"])
+            before = blocks.from_codes(before, state["scale"])
         m = torch.add(x, before, alpha=self.beta, out=before if step.in_place and self.state == "float" else None)
         kept = {"momentum_buffer": m}
         if self.state == "int8":
-            kept["momentum_buffer"], kept["scale"] = linalg.to_codes(m)
+            kept["momentum_buffer"], kept["scale"] = blocks.to_codes(m)
         out = x.add(m, alpha=self.beta) if self.nesterov else m
         if self.debias:
             clock = step.age if self.on_refresh == "reset" else step.t

@@ -9,8 +9,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from .. import linalg
-from ..algebra import Dim, Rule, Slot, State, Step
+from ..algebra import Dim, Rule, Slot, State, Step, linalg
 from ..registry import register
 
 

@@ -7,8 +7,7 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from .. import linalg
-from ..algebra import Change, Slot, State, Step, Transport
+from ..algebra import Change, Slot, State, Step, Transport, linalg
 from ..registry import register
 from .adaptive import Adam
 

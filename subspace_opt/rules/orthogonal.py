@@ -9,8 +9,7 @@ import torch
 from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 from torch import Tensor
 
-from .. import linalg, polar
-from ..algebra import Dim, Rule, State, Step
+from ..algebra import Dim, Rule, State, Step, linalg, polar
 from ..registry import register
 
 Named = Literal["keller", "quintic", "cubic", "classical", "cans"]

@@ -7,8 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
-from .. import linalg
-from ..algebra import Rule, State, Step, add_lift, lift, project
+from ..algebra import Rule, State, Step, add_lift, lift, linalg, project
 from ..registry import register
 
 

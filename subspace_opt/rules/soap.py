@@ -7,8 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
-from .. import linalg
-from ..algebra import Dim, Rule, Slot, State, Step, averaged_square
+from ..algebra import Dim, Rule, Slot, State, Step, averaged_square, linalg
 from ..registry import register
 from .adaptive import precondition
 

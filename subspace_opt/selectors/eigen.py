@@ -7,8 +7,7 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from .. import linalg
-from ..algebra import Dim, LowRank, Order, Rank, Slot, State, Step
+from ..algebra import Dim, LowRank, Order, Rank, Slot, State, Step, linalg
 from ..registry import register
 
 

@@ -10,8 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from .. import linalg
-from ..algebra import Basis, Dim, LowRank, Order, Slot, State, Step
+from ..algebra import Basis, Dim, LowRank, Order, Slot, State, Step, dct, linalg
 from ..registry import register
 
 
@@ -39,8 +38,8 @@ class Fft(LowRank):
     def constants(self, rows: Dim, cols: Dim) -> dict[str, Callable[[], Tensor]]:
         n = cols.size
         if self.transform == "table":
-            return {f"{self.dictionary}.{n}": lambda: linalg.dct_table(n, self.dictionary)}
-        return {f"cosines.{n}": lambda: linalg.cosines(n)}
+            return {f"{self.dictionary}.{n}": lambda: dct.dct_table(n, self.dictionary)}
+        return {f"cosines.{n}": lambda: dct.cosines(n)}
 
     def refresh_flops(self, rows: Dim, cols: Dim) -> float:
         m, n = rows.size, cols.size
@@ -50,7 +49,7 @@ class Fft(LowRank):
         (table,) = step.constants.values()
         index = state["index"]
         if self.transform == "fft":
-            return Basis(right=linalg.dct_atoms(index, table, self.dictionary), atoms=index)
+            return Basis(right=dct.dct_atoms(index, table, self.dictionary), atoms=index)
         picked = table.index_select(1, index[0]).unsqueeze(0) if index.size(0) == 1 else table.mT[index].mT
         return Basis(right=picked, atoms=index)  # (B, n, r)
 
@@ -60,7 +59,7 @@ class Fft(LowRank):
         if self.transform == "table" and _rounding_pays(x, rank):
             chosen = self._chosen_roughly(x, table, rank)
         else:
-            chosen = self._weights(x @ table if self.transform == "table" else linalg.dct(x, self.dictionary)).topk(rank).indices
+            chosen = self._weights(x @ table if self.transform == "table" else dct.dct(x, self.dictionary)).topk(rank).indices
         # In ascending order a column that stays selected moves little in position.
         return {"index": chosen.sort().values}, None
 

@@ -8,8 +8,7 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
-from .. import linalg
-from ..algebra import Basis, Dim, Order, Selector, Side, Slot, State, Step
+from ..algebra import Basis, Dim, Order, Selector, Side, Slot, State, Step, linalg
 from ..registry import register
 
 

@@ -8,8 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from .. import linalg
-from ..algebra import Dim, LowRank, Order, Slot, State, Step
+from ..algebra import Dim, LowRank, Order, Slot, State, Step, linalg
 from ..registry import register
 
 

@@ -7,8 +7,7 @@ from typing import Literal
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from .. import linalg
-from ..algebra import Basis, Dim, LowRank, Order, Slot, State, Step, lift
+from ..algebra import Basis, Dim, LowRank, Order, Slot, State, Step, lift, linalg
 from ..registry import register
 
 

@@ -9,8 +9,7 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from .. import linalg
-from ..algebra import Basis, Dim, LowRank, Order, Slot, State, Step
+from ..algebra import Basis, Dim, LowRank, Order, Slot, State, Step, linalg
 from ..registry import register
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import MOST, CheckpointError
-from ..files import flush_names
+from ..checkpoint.files import flush_names
 
 FORMAT = 1
 MANIFEST = "manifest.json"

@@ -14,9 +14,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 from ..algebra import Dim, LowRank, Selector
+from ..algebra.frame import Split
+from ..algebra.pipeline import Pipeline
 from ..registry import find, kind_of, names_of
 from ..spec import Spec, json_schema
-from ..split import Pipeline, Split
 from . import trial
 from .drive import DTYPES, SHAPES, Trace, drive, placed
 from .models import stack

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..algebra import Rule, Selector, State, Step
-from ..split import Pipeline, Split
+from ..algebra.frame import Split
+from ..algebra.pipeline import Pipeline
 from .models import stack
 from .probe import Notes, is_fake, probed
 

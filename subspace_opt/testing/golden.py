@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import engine, linalg
-from ..algebra import Order, State, Step
+from ..algebra import Order, State, Step, linalg
+from ..engine import step as engine
+from ..engine.work import Piece
 from ..selectors.fft import Fft
-from ..work import Piece
 
 
 @dataclass

@@ -8,7 +8,7 @@ import torch
 from pydantic import ValidationError
 
 from ..algebra import Basis, Coords, Dim, Rule, Selector, Step, Transport, project
-from ..split import Pipeline
+from ..algebra.pipeline import Pipeline
 from .subject import SMALL
 
 SUBSPACE = {"kind": "svd", **SMALL}

@@ -14,10 +14,10 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from ..algebra.pipeline import Pipeline
+from ..engine.gradients import NonFiniteGradient
 from ..optimizer import SubspaceOptimizer, build
 from ..spec import Spec
-from ..split import Pipeline
-from ..survey import NonFiniteGradient
 from .models import Shapes, Small, stack
 from .probe import ConformanceError
 

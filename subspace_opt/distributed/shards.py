@@ -7,16 +7,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from . import engine, sharding
+from ..engine import step as engine
+from ..engine.weights import update_weight
+from ..engine.work import Options, Work
+from ..plan import Row
+from . import exchange as sharding
 from .boxes import Box
-from .layout import Layout, Message, Share, Way
+from .exchange import Team, Teams
 from .parts import Part
-from .plan import Row
-from .sharding import Team, Teams
-from .update import update_weight
-from .work import Options, Work
+from .placement import Layout, Message, Share, Way
 
 
 @dataclass(eq=False)
@@ -115,7 +117,7 @@ def apply(team: Team, item: Item, box: Box, weight: Tensor, update: Tensor, opti
     row, here = item.share.row, box.within(item.share.boxes[team.rank])
     low = weight.dtype != update.dtype
     compensation = item.work.state["compensation"][here] if row.compensated else None
-    noise = engine.rounding_noise(row, box, item.work.count, options, update) if low and options.rounding == "stochastic" else None
+    noise = _rounding_noise(row, box, item.work.count, options, update) if low and options.rounding == "stochastic" else None
     update_weight(
         weight,
         update,
@@ -132,3 +134,15 @@ def messages(team: Team, items: Sequence[Item], way: Way) -> tuple[list[Message]
     """Those of this rank, numbered by item, and whether any rank has one for another."""
     told = [item.share.messages(way, team.rank) for item in items]
     return [m._replace(item=i) for i, (own, _) in enumerate(told) for m in own], any(travels for _, travels in told)
+
+
+def _rounding_noise(row: Row, box: Box, count: int, options: Options, like: Tensor) -> Tensor:
+    """The uniform draws of stochastic rounding for a box of a parameter, as they would be if it were whole."""
+    whole = torch.empty(row.entry.shape, dtype=like.dtype, device=like.device)
+    blocks = row.view.cut(row.view.whole(whole))
+    for block, matrices in zip(row.view.blocks, blocks, strict=True):
+        for i, one in enumerate(matrices):
+            one.copy_(engine.rounding_draw(row.entry.name, block, i, count, options, like))
+    if blocks and blocks[0].untyped_storage().data_ptr() != whole.untyped_storage().data_ptr():
+        whole = row.view.restore(blocks, whole.shape)
+    return whole[tuple(slice(a, b) for a, b in zip(box.start, box.stop, strict=True))]

@@ -7,9 +7,10 @@ import re
 from pathlib import Path
 from typing import Literal, get_args
 
-from . import __all__ as public_names
-from . import __version__, presets
-from .registry import RegistryError, find, owner
+from .. import __all__ as public_names
+from .. import __version__
+from ..registry import RegistryError, find, owner
+from ..spec import presets
 
 Kind = Literal["selector", "rule", "preset"]
 

@@ -7,14 +7,15 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from . import engine, sharding
+from ..engine import step as engine
+from ..engine.stacking import Memory, due
+from ..engine.work import Options, Phase
+from . import exchange as sharding
 from .boxes import Box
 from .boxes import whole as all_of
-from .layout import BASIS, Message
-from .sharding import Exchange, Move, Team
-from .shared import Item, apply, given, messages
-from .stacks import Memory, due
-from .work import Options, Phase
+from .exchange import Exchange, Move, Team
+from .placement import BASIS, Message
+from .shards import Item, apply, given, messages
 
 
 def refreshes(item: Item) -> bool:

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from . import linalg
+from ..algebra import linalg
 
 Rounding = Literal["nearest", "stochastic", "kahan"]
 

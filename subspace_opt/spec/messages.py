@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from .registry import Component, find, near, suggest
+from ..registry import Component, find, near, suggest
 
 Path = tuple[int | str, ...]
 

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..algebra import State
+from ..algebra.frame import Split
+from ..plan import state_key
+from ..plan.views import Block
 from . import lowbit
-from .algebra import State
-from .plan import state_key
-from .split import Split
-from .views import Block
 from .work import Options, Phase, Piece, Stack, Work
 
 CACHED = 400_000  # entries of a stack on a CPU: one calls less often, but what leaves the cache costs more than it saves

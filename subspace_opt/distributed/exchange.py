@@ -14,11 +14,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
-from . import lowbit
+from ..algebra.storage import Codes
+from ..engine import lowbit
+from ..plan import COUNTERS
 from .boxes import NOTHING, Box, Cut, distinct, shards, whole
-from .layout import Message, Share
-from .lowbit import Codes
-from .plan import COUNTERS
+from .placement import Message, Share
 
 
 class ShardingError(ValueError):

@@ -13,15 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import linalg
-from .algebra import Constants, State, Step
-from .boxes import Box
-from .plan import Row
-from .registry import kind_of
-from .split import Product, Split
-from .stacks import Memory, counted, gather, refreshed, scatter, stacks
-from .update import generator, update_weight, update_weights
-from .views import Block
+from ..algebra import Constants, State, Step, linalg
+from ..algebra.frame import Product, Split
+from ..plan.views import Block
+from ..registry import kind_of
+from .stacking import Memory, counted, gather, refreshed, scatter, stacks
+from .weights import generator, update_weight, update_weights
 from .work import Options, Phase, Piece, Stack, Work
 
 MOST_FAILURES = 3  # decompositions of one parameter that may fail in a row
@@ -335,7 +332,7 @@ def _update(stack: Stack, update: Tensor | None, options: Options, factor: float
         if low and options.rounding == "stochastic":
             noise = torch.empty_like(part)
             for i, one in enumerate(noise, piece.start):
-                one.copy_(_rounding_draw(work.name, piece.block, i, work.count, options, one))
+                one.copy_(rounding_draw(work.name, piece.block, i, work.count, options, one))
         update_weight(
             w,
             part,
@@ -349,24 +346,12 @@ def _update(stack: Stack, update: Tensor | None, options: Options, factor: float
         )
 
 
-def _rounding_draw(name: str, block: Block, i: int, count: int, options: Options, like: Tensor) -> Tensor:
+def rounding_draw(name: str, block: Block, i: int, count: int, options: Options, like: Tensor) -> Tensor:
     """Uniform draws for matrix `i` of a block, or for the cut of it that a rank holds: how stacks and shards are cut must not matter."""
     top, left, rows, cols = block.window or (0, 0, block.rows, block.cols)
     words = (options.seed, "rounding", name, block.name, block.first + i, count)
     whole = torch.empty(rows, cols, dtype=like.dtype, device=like.device).uniform_(generator=generator(like.device, *words))
     return whole[top : top + block.rows, left : left + block.cols]
-
-
-def rounding_noise(row: Row, box: Box, count: int, options: Options, like: Tensor) -> Tensor:
-    """The uniform draws of stochastic rounding for a box of a parameter, as they would be if it were whole."""
-    whole = torch.empty(row.entry.shape, dtype=like.dtype, device=like.device)
-    blocks = row.view.cut(row.view.whole(whole))
-    for block, matrices in zip(row.view.blocks, blocks, strict=True):
-        for i, one in enumerate(matrices):
-            one.copy_(_rounding_draw(row.entry.name, block, i, count, options, like))
-    if blocks and blocks[0].untyped_storage().data_ptr() != whole.untyped_storage().data_ptr():
-        whole = row.view.restore(blocks, whole.shape)
-    return whole[tuple(slice(a, b) for a, b in zip(box.start, box.stop, strict=True))]
 
 
 def _decay(piece: Piece, split: Split) -> float:

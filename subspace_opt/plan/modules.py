@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal, get_args
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
-
-ModuleKind = Literal["embedding", "head", "linear", "conv", "norm", "transposed"]
-MODULE_KINDS: tuple[str, ...] = get_args(ModuleKind)
 
 # Put between the names by wrappers that change nothing about the parameter.
 WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")

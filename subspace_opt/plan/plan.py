@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from . import lowbit
-from .lowbit import Codes
+from ..algebra import storage
+from ..algebra.frame import Split
+from ..algebra.storage import Codes
+from ..spec import Route, Spec, SpecError
 from .modules import canonical_name
-from .spec import Route, Spec, SpecError
-from .split import Split
 from .views import Block, View, ViewError, make_view
 
 STEP_BYTES = 4  # the float32 counter of a parameter
@@ -74,7 +74,7 @@ class Row:
         for block, split in self.splits:
             for key, slot in split.slots.items():
                 shape = slot.shape if block.count == 1 else (block.count, *slot.shape)
-                named = torch.float32 if key in split.codes else lowbit.DTYPES.get(split.wanted.get(key, ""))
+                named = torch.float32 if key in split.codes else storage.DTYPES.get(split.wanted.get(key, ""))
                 out[state_key(block, key)] = (shape, named or slot.dtype or self.compute_dtype)
         if any(slot.transport == "reset" for _, split in self.splits for slot in split.slots.values()):
             out["refreshed"] = ((), torch.float32)  # what begins anew at a refresh is bias-corrected from there
@@ -93,7 +93,7 @@ class Row:
         out = {}
         for block, split in self.splits:
             for key, wanted in split.wanted.items():
-                why = lowbit.why_not(wanted, prod(split.slots[key].shape))
+                why = storage.why_not(wanted, prod(split.slots[key].shape))
                 out[state_key(block, key)] = f"{_short(self.compute_dtype)} ({why})" if why else wanted
         return out
 

@@ -9,15 +9,17 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field, NonNegativeInt, PlainValidator, PositiveInt
 from pydantic_core import PydanticCustomError
 from torch import Tensor
 
-from . import linalg
-from .registry import Component
+from ..registry import Component
+
+if TYPE_CHECKING:
+    from .transport import Change
 
 State = dict[str, Tensor]
 Order = dict[str, Tensor]  # name of a coordinate dimension -> permutation (B, size) of its coordinates
@@ -107,89 +109,6 @@ class Step(NamedTuple):
     constants: Constants = {}  # noqa: RUF012 -- the selector's shared tables
 
 
-# ------------------------------------------------------------------------------------------------------- project and lift
-
-
-def _picks(u: Tensor) -> bool:
-    return u.dtype == torch.int64
-
-
-def _project_right(x: Tensor, u: Tensor | tuple[Tensor | int, ...]) -> Tensor:
-    if isinstance(u, tuple):
-        return _by_modes(x, u, transpose=False)
-    if _picks(u):
-        return x.gather(-1, u.unsqueeze(-2).expand(-1, x.size(-2), -1))
-    return linalg.mm(x, u)
-
-
-def _lift_right(c: Tensor, u: Tensor | tuple[Tensor | int, ...], size: int) -> Tensor:
-    if isinstance(u, tuple):
-        return _by_modes(c, u, transpose=True)
-    if _picks(u):
-        index = u.unsqueeze(-2).expand(-1, c.size(-2), -1)
-        return c.new_zeros(*c.shape[:-1], size).scatter(-1, index, c)
-    return linalg.mm(c, u.mT)
-
-
-def _by_modes(x: Tensor, factors: tuple[Tensor | int, ...], transpose: bool) -> Tensor:
-    """`X (Q_1 x Q_2 x ...)`, factor by factor, without the product."""
-    sizes = [f if isinstance(f, int) else f.size(-1) for f in factors]
-    y = x.reshape(*x.shape[:-1], *sizes)  # (B, m, n_1, n_2, ...)
-    for i, factor in enumerate(factors):
-        if isinstance(factor, Tensor):
-            q = factor.mT if transpose else factor
-            moved = y.movedim(2 + i, -1)
-            flat = linalg.mm(moved.reshape(x.size(0), -1, sizes[i]), q)
-            y = flat.reshape(moved.shape).movedim(-1, 2 + i)
-    return y.reshape(x.shape)
-
-
-def _gated(c: Tensor, basis: Basis) -> Tensor:
-    return c if basis.gate is None else c * basis.gate.to(c.dtype)[:, None, None]
-
-
-def project(x: Tensor, basis: Basis) -> Tensor:
-    """Coordinates `P' X U` of a stack `(B, m, n)` in a basis."""
-    if basis.right is not None:
-        x = _project_right(x, basis.right)
-    if isinstance(basis.left, Tensor) and not _picks(basis.left):
-        x = linalg.mm(basis.left.mT, x)  # and not the transpose of X' P, whose layout would slow down all that follows
-    elif basis.left is not None:
-        x = _project_right(x.mT, basis.left).mT
-    return _gated(x, basis)
-
-
-def lift(c: Tensor, basis: Basis, rows: int, cols: int, *, turned: bool = False) -> Tensor:
-    """`P C U'`, the matrices `(B, rows, cols)` with coordinates `c`; `turned`: laid out by columns, if that costs nothing."""
-    if turned and basis.left is None and basis.gate is None and isinstance(basis.right, Tensor) and not _picks(basis.right):
-        return linalg.mm(basis.right, c.mT).mT
-    if isinstance(basis.left, Tensor) and not _picks(basis.left):
-        c = linalg.mm(basis.left, c)
-    elif basis.left is not None:
-        c = _lift_right(c.mT, basis.left, rows).mT
-    if basis.right is not None:
-        c = _lift_right(c, basis.right, cols)
-    return _gated(c, basis)
-
-
-def same_storage(a: Tensor, b: Tensor) -> bool:
-    """Whether what is written to one tensor may show in the other."""
-    return bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)
-
-
-def add_lift(y: Tensor, c: Tensor, basis: Basis, weight: float = 1.0, *, own: float = 1.0, in_place: bool = False) -> Tensor:
-    """`own Y + weight P C U'`, in one product where the basis is dense and one-sided; `in_place`: Y is needed no longer."""
-    u = basis.alone
-    if u is not None and not _picks(u):
-        return linalg.addmm(y, c, u.mT, beta=own, alpha=weight, in_place=in_place)
-    if own != 1.0:
-        y = y * own
-    return y.add(lift(c, basis, y.size(-2), y.size(-1)), alpha=weight)
-
-
-# ----------------------------------------------------------------------------------------------------------------- averages
-
-
 def averaged(m: Tensor, x: Tensor, beta: float, step: Step) -> Tensor:
     """`beta M + (1 - beta) X`, in the place of M where the step allows it."""
     return m.lerp_(x, 1 - beta) if step.in_place else m.lerp(x, 1 - beta)
@@ -198,90 +117,6 @@ def averaged(m: Tensor, x: Tensor, beta: float, step: Step) -> Tensor:
 def averaged_square(v: Tensor, x: Tensor, beta: float, step: Step) -> Tensor:
     """`beta V + (1 - beta) X.X`, in the place of V where the step allows it."""
     return (v.mul_(beta) if step.in_place else v * beta).addcmul_(x, x, value=1 - beta)
-
-
-# --------------------------------------------------------------------------------------------------------------- transport
-
-
-class Change(NamedTuple):
-    """A refresh, as the inner rules see it: old and new basis, and the order in which kept coordinates now stand."""
-
-    old: Basis
-    new: Basis
-    rows: Dim
-    cols: Dim
-    order: Order | None
-    places: tuple[Tensor, Tensor] | None = None  # where each new atom stands among the old, and whether it does; where both have atoms
-
-    def sides(self, dim: Dim) -> tuple[Any, Any] | None:
-        """Old and new basis of the side whose coordinates run along `dim`; None where nothing changes along it."""
-        for own, old, new in ((self.cols, self.old.right, self.new.right), (self.rows, self.old.left, self.new.left)):
-            if dim == own and old is not None and new is not None:
-                return old, new
-        return None
-
-    def rotation(self, dim: Dim) -> Tensor | None:
-        """`U_old' U_new` `(B, r_old, r_new)` of a coordinate dimension; None where nothing changes along `dim`."""
-        both = self.sides(dim)
-        if both is None:
-            return None
-        if isinstance(both[0], tuple):
-            raise ValueError(f"coordinates along '{dim.name}' are those of a Kronecker product; `carry` turns them factor by factor")
-        return overlap(*both)
-
-    def _turned(self, flat: Tensor, dim: Dim) -> Tensor:
-        """`C U_old' U_new` of coordinates `(B, k, r)` along a side, by the cheaper association."""
-        both = self.sides(dim)
-        if both is None:
-            return flat
-        old, new = both
-        if dim == self.cols and self.places is not None:
-            place, kept = self.places
-            there = flat.gather(-1, place.unsqueeze(-2).expand(-1, flat.size(-2), -1))
-            return there.mul_(kept.unsqueeze(-2))
-        if isinstance(old, tuple) and isinstance(new, tuple):
-            return _by_modes(_by_modes(flat, old, transpose=True), new, transpose=False)
-        dense = isinstance(old, Tensor) and isinstance(new, Tensor) and not _picks(old)
-        if dense and flat.size(-2) < old.size(-2) == old.size(-1):  # few coordinates and a square basis: no need of U_old' U_new
-            return linalg.mm(linalg.mm(flat, old.mT), new)
-        return linalg.mm(flat, overlap(old, new).to(flat.dtype))
-
-    def carry(self, value: Tensor, slot: Slot) -> Tensor:
-        """One slot's value after the refresh, by its declared transport."""
-        if slot.transport == "reset":
-            return torch.zeros_like(value)
-        if slot.transport == "keep":
-            for axis, dim in enumerate(slot.dims, 1):
-                order = None if self.order is None else self.order.get(dim.name)
-                if order is not None:
-                    shape = [value.size(0)] + [1] * (value.dim() - 1)
-                    shape[axis] = dim.size
-                    value = value.gather(axis, order.view(shape).expand_as(value))
-            return value
-        for axis, dim in enumerate(slot.dims, 1):
-            if self.sides(dim) is not None:
-                moved = value.movedim(axis, -1)  # (B, ..., r_old)
-                turned = self._turned(moved.reshape(moved.size(0), -1, moved.size(-1)), dim)
-                value = turned.reshape(*moved.shape[:-1], turned.size(-1)).movedim(-1, axis).contiguous()
-        return value.abs() if slot.transport == "project_abs" else value
-
-
-def places(old: Basis, new: Basis) -> tuple[Tensor, Tensor] | None:
-    """Where each of the new atoms `(B, r)` stands among the old, and whether it does; None where a basis has none."""
-    if old.atoms is None or new.atoms is None:
-        return None
-    same = old.atoms.unsqueeze(-1) == new.atoms.unsqueeze(-2)  # (B, r_old, r_new)
-    return same.to(torch.uint8).argmax(-2), same.any(-2)
-
-
-def overlap(old: Tensor, new: Tensor) -> Tensor:
-    """`U_old' U_new` of two bases of one side, `(B, r_old, r_new)`."""
-    if _picks(old):
-        return (old.unsqueeze(-1) == new.unsqueeze(-2)).to(torch.get_default_dtype())
-    return linalg.mm(old.mT, new)
-
-
-# ---------------------------------------------------------------------------------------------------------------- families
 
 
 class Rule(Component, family="rule"):

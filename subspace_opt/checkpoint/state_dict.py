@@ -11,9 +11,9 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from . import lowbit
-from .plan import COUNTERS, Plan, Row
-from .spec import Spec
+from ..engine import lowbit
+from ..plan import COUNTERS, Plan, Row
+from ..spec import Spec
 
 MOST = 5  # differences shown
 STATE_VERSION = 1  # of the layout of a state dictionary; every parameter group carries it

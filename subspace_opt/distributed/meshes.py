@@ -21,9 +21,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from ..plan import COUNTERS, Entry, Plan
 from .boxes import Box, Cut, copy_of, distinct, shards, whole
-from .layout import Layout, Share, add_state
-from .plan import COUNTERS, Entry, Plan
+from .placement import Layout, Share, add_state
 
 MeshKind = Literal["fsdp", "hsdp", "ddp", "tp", "fsdp+tp"]
 MESH_KINDS: tuple[MeshKind, ...] = get_args(MeshKind)

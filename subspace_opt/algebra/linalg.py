@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 from typing import Literal
 
 import torch
@@ -319,71 +318,3 @@ def sketched_right(x: Tensor, rank: int, start: Tensor, iterations: int = 1) -> 
     u = mm(q, v)
     signs = _signs(u)
     return u * signs, mm(image, v * signs)
-
-
-# ------------------------------------------------------------------------------------------------- discrete cosine transform
-
-
-def cosines(n: int) -> Tensor:
-    """`cos(pi k / 2n)` for k in [0, 4n), float64: every entry of the transforms of size n is one of these."""
-    return torch.cos(math.pi / (2 * n) * torch.arange(4 * n, dtype=torch.float64))
-
-
-def dct_table(n: int, kind: Literal["dct2", "dct3"]) -> Tensor:
-    """The orthonormal `(n, n)` float64 table whose columns are the atoms of the DCT-II (or, transposed, of the DCT-III).
-
-    `(DCT-II atom i)_j = sqrt(2/n) c_i cos(pi i (2j + 1) / 2n)`, c_0 = 1/sqrt(2), else 1.
-    """
-    return dct_atoms(torch.arange(n), cosines(n), kind)
-
-
-def dct_atoms(index: Tensor, cosine: Tensor, kind: Literal["dct2", "dct3"]) -> Tensor:
-    """Columns `index` `(..., r)` of `dct_table(n)`, `(..., n, r)`, from `cosine = cosines(n)`, whose dtype they have."""
-    n = cosine.size(0) // 4
-    along = torch.arange(n, device=index.device)[:, None]
-    picked = index.unsqueeze(-2)
-    i, j = (picked, along) if kind == "dct2" else (along, picked)
-    # The angle is reduced in integers: in floating point a large argument of cos loses digits.
-    table = cosine[(i * (2 * j + 1)) % (4 * n)] * math.sqrt(2.0 / n)
-    return torch.where(i == 0, table * math.sqrt(0.5), table)
-
-
-def dct(x: Tensor, kind: Literal["dct2", "dct3"]) -> Tensor:
-    """`X T` with `T = dct_table(n, kind)` for `X` `(..., n)` by an n-point FFT (Makhoul 1980), O(n log n) a row."""
-    n = x.size(-1)
-    k = torch.arange(n, device=x.device)
-    twist = torch.exp(-0.5j * math.pi / n * k.double()).to(torch.complex128 if x.dtype == torch.float64 else torch.complex64)
-    unit = torch.full((n,), math.sqrt(2.0 / n), dtype=x.dtype, device=x.device)
-    unit[0] = math.sqrt(1.0 / n)
-    order = torch.cat([k[::2], k[1::2].flip(0)])
-    if kind == "dct2":
-        coefficients: Tensor = (torch.fft.fft(x[..., order]) * twist).real
-        return coefficients * unit
-    # The DCT-III is the inverse of the DCT-II: undo the scaling, the twist and the permutation.
-    y = x * (unit * n / 2)
-    y = torch.cat([y[..., :1] * 2, y[..., 1:]], dim=-1)
-    imaginary = torch.cat([torch.zeros_like(y[..., :1]), y[..., 1:].flip(-1)], dim=-1)
-    v = torch.fft.ifft(torch.complex(y, -imaginary) * twist.conj()).real
-    out = torch.empty_like(v)
-    out[..., order] = v
-    return out
-
-
-# ---------------------------------------------------------------------------------------------------------------- 8-bit blocks
-
-BLOCK = 128  # entries that share a scale
-
-
-def to_codes(x: Tensor) -> tuple[Tensor, Tensor]:
-    """`round(127 x / s)` int8 in the shape of `x` `(B, m, n)`, and s `(B, blocks)`, the largest of each 128 entries in row-major order."""
-    flat = x.flatten(1)
-    padded = torch.nn.functional.pad(flat, (0, -flat.size(1) % BLOCK)).unflatten(1, (-1, BLOCK))
-    scale = padded.abs().amax(-1)
-    codes = (padded * (127 / torch.where(scale > 0, scale, torch.ones_like(scale))).unsqueeze(-1)).round().to(torch.int8)
-    return codes.flatten(1)[:, : flat.size(1)].reshape(x.shape), scale
-
-
-def from_codes(codes: Tensor, scale: Tensor) -> Tensor:
-    """The entries that `to_codes` rounded, in the dtype of `scale`."""
-    each = scale.repeat_interleave(BLOCK, dim=1)[:, : codes[0].numel()]
-    return (codes.flatten(1).to(scale.dtype) * (each / 127)).reshape(codes.shape)

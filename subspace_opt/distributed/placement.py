@@ -16,10 +16,10 @@ from functools import cached_property
 from math import prod
 from typing import Literal, NamedTuple
 
+from ..algebra.frame import Split
+from ..plan import COUNTERS, Row
 from .boxes import Box, Cut, chunk, copy_of, distinct, turns, whole
 from .parts import Part, cut_runs, is_elementwise, run_axis, view_of
-from .plan import COUNTERS, Row
-from .split import Split
 
 Way = Literal["incoming", "outgoing", "copies", "projected", "lifted"]
 

@@ -14,11 +14,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..algebra.frame import Split
+from ..plan import COUNTERS, Row, state_key
+from ..plan.views import Block
 from . import lowbit
-from .plan import COUNTERS, Row, state_key
-from .split import Split
-from .update import Rounding
-from .views import Block
+from .weights import Rounding
 
 Nonfinite = Literal["raise", "skip", "propagate"]
 Stacking = Literal["auto", "always", "never"]

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+from ..algebra.frame import Split
+from ..plan import Row, state_key
+from ..plan.views import View
 from .boxes import Box, chunk, whole
-from .plan import Row, state_key
-from .split import Split
-from .views import View
 
 
 @dataclass(frozen=True)

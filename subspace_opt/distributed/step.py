@@ -17,17 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import engine
+from ..engine import step as engine
+from ..engine.gradients import judged, largest, nonfinite, transferred
+from ..engine.stacking import Memory
+from ..engine.work import Options, Work, allocate
+from ..plan import COUNTERS
 from .boxes import Box
 from .coordinates import gather_bases, refreshes, runs, scatter_bases, update_in_coordinates
-from .layout import BASIS, Message, Share
+from .exchange import Exchange, ShardingError, Team
 from .parts import Part
-from .plan import COUNTERS
-from .sharding import Exchange, ShardingError, Team
-from .shared import Item, apply, given, messages
-from .stacks import Memory
-from .survey import judged, largest, nonfinite, transferred
-from .work import Options, Work, allocate
+from .placement import BASIS, Message, Share
+from .shards import Item, apply, given, messages
 
 FAILED, SILENT, HELD = 1, 2, 4  # what became of a part: a decomposition failed; there is no update; and the first one is not counted
 

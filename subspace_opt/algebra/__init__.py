@@ -1,0 +1,49 @@
+"""The mathematics, pure, on stacks of matrices `(B, m, n)`.
+
+In: a gradient, the state, the step. Out: an update and the new state. `core` is what a rule or a selector is written against;
+`pipeline` names the places, `frame` runs them. Nothing here knows parameters, devices or files.
+"""
+
+from .core import (
+    Basis,
+    Constants,
+    Coords,
+    Dim,
+    LowRank,
+    Order,
+    Rank,
+    Rule,
+    Selector,
+    Side,
+    Slot,
+    State,
+    Step,
+    Transport,
+    averaged,
+    averaged_square,
+)
+from .projection import add_lift, lift, project
+from .transport import Change
+
+__all__ = [
+    "Basis",
+    "Change",
+    "Constants",
+    "Coords",
+    "Dim",
+    "LowRank",
+    "Order",
+    "Rank",
+    "Rule",
+    "Selector",
+    "Side",
+    "Slot",
+    "State",
+    "Step",
+    "Transport",
+    "add_lift",
+    "averaged",
+    "averaged_square",
+    "lift",
+    "project",
+]

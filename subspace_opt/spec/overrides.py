@@ -1,0 +1,81 @@
+"""Overrides: one value of a spec set by its dotted path, such as `matrix.selector.rank`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from ..registry import find, suggest
+from .model import STANDARD_OTHER, Spec, SpecError
+
+
+def to_mutable(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: to_mutable(v) for key, v in value.items()}
+    return [to_mutable(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def apply_override(data: dict[str, Any], path: str, value: Any) -> tuple[int | str, ...]:
+    """Set one value by dotted path and return its place; the first part is a field of the spec or the name of a pipeline."""
+    if not isinstance(path, str) or not all(path.split(".")):
+        raise SpecError(f"override {path!r}: give a dotted path, such as 'matrix.selector.rank'")
+    parts = path.split(".")
+    if parts[0] not in Spec.model_fields:
+        _name_pipeline(data, parts[0], path)
+        parts = ["pipelines", *parts]
+    node: Any = data
+    place: list[int | str] = []
+    for i, part in enumerate(parts):
+        last, where = i == len(parts) - 1, ".".join(parts[:i])
+        if isinstance(node, dict) and "kind" in node and part == "0" and not last:
+            continue  # one rule may stand for a list of one
+        if isinstance(node, list) and len(node) == 1 and not part.isdigit():
+            place.append(0)  # and a list of one for its rule
+            node = _opened(node, 0, path, where)
+        if isinstance(node, list) and (not part.isdigit() or int(part) >= len(node)):
+            raise SpecError(f"override '{path}': {where} is a list of {len(node)}; give a number below that, or the whole list")
+        key = int(part) if isinstance(node, list) else part
+        place.append(key)
+        if last:
+            node[key] = value
+        else:
+            node = _opened(node, key, path, f"{where}.{part}" if where else part)
+    return tuple(place)
+
+
+def _name_pipeline(data: dict[str, Any], name: str, path: str) -> None:
+    """Check the name of a pipeline; the standard one is written out, so that it can be changed."""
+    pipelines = data.setdefault("pipelines", {})
+    if not isinstance(pipelines, dict):
+        return
+    known = [*pipelines] if data.get("routes") else [*pipelines, "other"]
+    if name not in known:
+        raise SpecError(
+            f"override '{path}': '{name}' is neither a pipeline nor a field of a spec; {suggest(name, [*known, *Spec.model_fields])}"
+        )
+    pipelines.setdefault(name, copy.deepcopy(STANDARD_OTHER))
+
+
+def _opened(node: Any, key: int | str, path: str, where: str) -> Any:
+    """The mapping or list at `key`, made of nothing or of a bare kind if need be."""
+    value = node.get(key) if isinstance(node, dict) else node[key]
+    if value is None:
+        value = {}
+    elif isinstance(value, str) and key != "kind" and (find("rule", value) or find("selector", value)):
+        value = {"kind": value}
+    if not isinstance(value, dict | list):
+        raise SpecError(f"override '{path}': {where} is {value!r}, which has no parts")
+    node[key] = value
+    return value
+
+
+def has_path(data: Any, path: tuple[int | str, ...]) -> bool:
+    for part in path:
+        if not isinstance(data, dict | list):
+            return False
+        try:
+            data = data[part]  # type: ignore[index]
+        except (KeyError, IndexError, TypeError):
+            return False
+    return True
