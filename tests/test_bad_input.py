@@ -210,25 +210,26 @@ MAKES_NO_SENSE = {
 NO_SPEC_FILE = {
     "duplicate key": (
         matrix("complement: muon\ncomplement: sign"),
-        "FILE:5:5: the key 'complement' stands here and on line 4; keep one of the two",
+        "FILE:5:5: the key 'complement' is given twice, first on line 4; keep one of the two",
     ),
-    "empty": ("", "FILE: empty, where a mapping belongs; start with `version: 1` and `pipelines:`"),
-    "list": ("- a\n- b", "FILE:1:1: a list where a mapping belongs; start with `version: 1` and `pipelines:`"),
+    "empty": ("", "FILE: the file is empty, but a spec is a mapping; start with `version: 1` and `pipelines:`"),
+    "list": ("- a\n- b", "FILE:1:1: found a list, but a spec is a mapping; start with `version: 1` and `pipelines:`"),
     "python object": (
         matrix("complement: !!python/object/apply:os.mkdir [pwned]"),
-        "FILE:4:17: the tag 'tag:yaml.org,2002:python/object/apply:os.mkdir'; a spec is plain data, never objects, so remove it",
+        "FILE:4:17: the tag 'tag:yaml.org,2002:python/object/apply:os.mkdir' is not allowed: "
+        "a spec holds plain data, never objects; remove the tag",
     ),
     "alias bomb": (
         "a: &a [x, x]\nb: &b [*a, *a]\nc: &c [*b, *b]",
-        "FILE:1:4: the anchor '&a'; remove it and write the value at each place of its use",
+        "FILE:1:4: the anchor '&a' is not allowed; remove it and repeat the value wherever it is used",
     ),
     "1 MB of nesting": (
         "[" * 1_000_000,
-        "FILE: larger than 256 kB; a spec is a few kB, so is this the right file?",
+        "FILE: larger than 256 kB; a spec has a few kB, so check that this is the right file",
     ),
     "nesting that fits": (
         matrix("complement: " + "{a: " * 20_000),
-        "FILE:4:165: nested more than 40 levels deep; a spec needs a handful, so flatten it",
+        "FILE:4:165: nested more than 40 levels deep; a spec needs about six levels, so flatten it",
     ),
 }
 
@@ -280,8 +281,8 @@ def test_missing_file(tmp_path: Path) -> None:
     near = tmp_path / "cosmo.yaml"
     assert refused(near) == f"{near}: no such file; did you mean 'cosmos.yaml'?"
     lost = tmp_path / "no" / "s.yaml"
-    assert refused(lost) == f"{lost}: no such file; there is no folder '{lost.parent}' either"
-    assert refused(tmp_path) == f"{tmp_path}: a directory; name a .yaml, .yml or .json file"
+    assert refused(lost) == f"{lost}: no such file, and no folder '{lost.parent}'; check the path"
+    assert refused(tmp_path) == f"{tmp_path}: a directory; give a .yaml, .yml or .json file"
 
 
 @pytest.mark.parametrize(

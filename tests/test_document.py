@@ -151,44 +151,45 @@ def test_locate_without_positions_names_the_source() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "s.yaml: empty, where a mapping belongs; start with `version: 1` and `pipelines:`"),
-        ("# nothing\n---\n", "s.yaml: empty, where a mapping belongs; start with `version: 1` and `pipelines:`"),
+        ("", "s.yaml: the file is empty, but a spec is a mapping; start with `version: 1` and `pipelines:`"),
+        ("# nothing\n---\n", "s.yaml: the file is empty, but a spec is a mapping; start with `version: 1` and `pipelines:`"),
         (
             "\n- 1\n",
-            "s.yaml:2:1: a list where a mapping belongs; start with `version: 1` and `pipelines:`",
+            "s.yaml:2:1: found a list, but a spec is a mapping; start with `version: 1` and `pipelines:`",
         ),
         (
             "cosmos",
-            "s.yaml:1:1: the plain value 'cosmos' where a mapping belongs; start with `version: 1` and `pipelines:`",
+            "s.yaml:1:1: found the value 'cosmos', but a spec is a mapping; start with `version: 1` and `pipelines:`",
         ),
-        ("lr: 1\nwd: 0\nlr: 2\n", "s.yaml:3:1: the key 'lr' stands here and on line 1; keep one of the two"),
-        ("a: {b: 1,\n 'b': 2}\n", "s.yaml:2:2: the key 'b' stands here and on line 1; keep one of the two"),
+        ("lr: 1\nwd: 0\nlr: 2\n", "s.yaml:3:1: the key 'lr' is given twice, first on line 1; keep one of the two"),
+        ("a: {b: 1,\n 'b': 2}\n", "s.yaml:2:2: the key 'b' is given twice, first on line 1; keep one of the two"),
         (
             "a: !!python/object/apply:os.system [ls]",
-            "s.yaml:1:4: the tag 'tag:yaml.org,2002:python/object/apply:os.system'; a spec is plain data, never objects, so remove it",
+            "s.yaml:1:4: the tag 'tag:yaml.org,2002:python/object/apply:os.system' is not allowed: "
+            "a spec holds plain data, never objects; remove the tag",
         ),
         (
             "a: !!int 3",
-            "s.yaml:1:4: the tag 'tag:yaml.org,2002:int'; a spec is plain data, never objects, so remove it",
+            "s.yaml:1:4: the tag 'tag:yaml.org,2002:int' is not allowed: a spec holds plain data, never objects; remove the tag",
         ),
-        ("a: !x {}", "s.yaml:1:4: the tag '!x'; a spec is plain data, never objects, so remove it"),
+        ("a: !x {}", "s.yaml:1:4: the tag '!x' is not allowed: a spec holds plain data, never objects; remove the tag"),
         (
             "a: &x {b: 1}\nc: *x",
-            "s.yaml:1:4: the anchor '&x'; remove it and write the value at each place of its use",
+            "s.yaml:1:4: the anchor '&x' is not allowed; remove it and repeat the value wherever it is used",
         ),
-        ("a: *x", "s.yaml:1:4: the alias '*x'; write the value itself here"),
-        ("a:\n  <<: {b: 1}", "s.yaml:2:3: a merge key (<<); write the merged entries themselves here"),
-        ("a: 1\n---\nb: 2", "s.yaml:2:1: a second document; a spec is one, so put each in a file of its own"),
+        ("a: *x", "s.yaml:1:4: the alias '*x' is not allowed; write the value itself here"),
+        ("a:\n  <<: {b: 1}", "s.yaml:2:3: the merge key `<<` is not allowed; write the merged entries themselves here"),
+        ("a: 1\n---\nb: 2", "s.yaml:2:1: a second YAML document starts here; put each spec into a file of its own"),
         (
             "%YAML 1.1\n---\na: no",
-            "s.yaml:2:1: a % directive before this line; a spec is YAML 1.2 as it is, so remove it",
+            "s.yaml:2:1: a % directive before this line is not allowed: a spec is read as YAML 1.2; remove the directive",
         ),
         ("1: a", "s.yaml:1:1: the key 1 is not text; put it in quotes"),
         ("True: a", "s.yaml:1:1: the key true is not text; put it in quotes"),
         ("? \n: a", "s.yaml:1:2: the key null is not text; put it in quotes"),
-        ("[a]: 1", "s.yaml:1:1: a list where a key belongs; a key is text"),
-        ("{a: 1}: 1", "s.yaml:1:1: a mapping where a key belongs; a key is text"),
-        ("a:\n\tb: 1", "s.yaml:2:1: a tab, where YAML allows only spaces; replace it by spaces"),
+        ("[a]: 1", "s.yaml:1:1: found a list as a key; a key must be text"),
+        ("{a: 1}: 1", "s.yaml:1:1: found a mapping as a key; a key must be text"),
+        ("a:\n\tb: 1", "s.yaml:2:1: a tab is not allowed here; replace it with spaces"),
         ("a: b: c", "s.yaml:1:5: not YAML: mapping values are not allowed here"),
         (
             "a: [1,\n",
@@ -200,7 +201,7 @@ def test_locate_without_positions_names_the_source() -> None:
         ("a: " + "1" * 5000, "s.yaml:1:4: a number of 5,000 characters; write one of at most 100"),
         (
             "k" * 500 + ": 1\n" + "k" * 500 + ": 1\n",
-            f"s.yaml:2:1: the key '{'k' * 116}... stands here and on line 1; keep one of the two",
+            f"s.yaml:2:1: the key '{'k' * 116}... is given twice, first on line 1; keep one of the two",
         ),
     ],
 )
@@ -211,14 +212,14 @@ def test_refused_yaml(text: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (" \n", "s.json: empty, where a mapping belongs; start with `version: 1` and `pipelines:`"),
-        ("null", "s.json: empty, where a mapping belongs; start with `version: 1` and `pipelines:`"),
-        ("[{}]", "s.json:1:1: a list where a mapping belongs; start with `version: 1` and `pipelines:`"),
+        (" \n", "s.json: the file is empty, but a spec is a mapping; start with `version: 1` and `pipelines:`"),
+        ("null", "s.json: the file is empty, but a spec is a mapping; start with `version: 1` and `pipelines:`"),
+        ("[{}]", "s.json:1:1: found a list, but a spec is a mapping; start with `version: 1` and `pipelines:`"),
         (
             "false",
-            "s.json:1:1: the plain value false where a mapping belongs; start with `version: 1` and `pipelines:`",
+            "s.json:1:1: found the value false, but a spec is a mapping; start with `version: 1` and `pipelines:`",
         ),
-        ('{"a": 1,\n "\\u0061": 2}', "s.json:2:2: the key 'a' stands here and on line 1; keep one of the two"),
+        ('{"a": 1,\n "\\u0061": 2}', "s.json:2:2: the key 'a' is given twice, first on line 1; keep one of the two"),
         ('{"a" 1}', "s.json:1:6: not JSON: Expecting ':' delimiter"),
         ("{'a': 1}", "s.json:1:2: not JSON: Expecting property name enclosed in double quotes"),
         ('{"a": 1}\n{}', "s.json:2:1: not JSON: Extra data"),
@@ -236,8 +237,8 @@ def test_refused_json(text: str, message: str) -> None:
     assert refusal(text, "json") == message
 
 
-DEEP = "nested more than 40 levels deep; a spec needs a handful, so flatten it"
-MANY = "more than 20,000 values; a spec has some dozens, so is this the right file?"
+DEEP = "nested more than 40 levels deep; a spec needs about six levels, so flatten it"
+MANY = "more than 20,000 values; a spec has a few dozen, so check that this is the right file"
 
 
 @pytest.mark.parametrize(
@@ -247,13 +248,13 @@ MANY = "more than 20,000 values; a spec has some dozens, so is this the right fi
         ("a: " + "[" * 100_000 + "]" * 100_000, "yaml", f"s.yaml:1:43: {DEEP}"),
         ("{a: " * 60_000, "yaml", f"s.yaml:1:161: {DEEP}"),
         ("- " * 120_000, "yaml", f"s.yaml:1:81: {DEEP}"),
-        ("? " * 120_000, "yaml", "s.yaml:1:3: a mapping where a key belongs; a key is text"),
+        ("? " * 120_000, "yaml", "s.yaml:1:3: found a mapping as a key; a key must be text"),
         ("a: [" + "1," * 120_000 + "]", "yaml", f"s.yaml:1:40003: {MANY}"),
-        ("---\n" * 60_000, "yaml", "s.yaml:2:1: a second document; a spec is one, so put each in a file of its own"),
+        ("---\n" * 60_000, "yaml", "s.yaml:2:1: a second YAML document starts here; put each spec into a file of its own"),
         (
             "a0: &a0 x\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 60)),
             "yaml",
-            "s.yaml:1:5: the anchor '&a0'; remove it and write the value at each place of its use",
+            "s.yaml:1:5: the anchor '&a0' is not allowed; remove it and repeat the value wherever it is used",
         ),
         ('{"a": ' + "[" * 200_000, "json", f"s.json:1:46: {DEEP}"),
         ('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}", "json", f"s.json:1:46: {DEEP}"),
@@ -262,12 +263,12 @@ MANY = "more than 20,000 values; a spec has some dozens, so is this the right fi
         (
             "[" * 1_000_000,
             "yaml",
-            "s.yaml: larger than 256 kB; a spec is a few kB, so is this the right file?",
+            "s.yaml: larger than 256 kB; a spec has a few kB, so check that this is the right file",
         ),
         (
             "[" * 1_000_000,
             "json",
-            "s.json: larger than 256 kB; a spec is a few kB, so is this the right file?",
+            "s.json: larger than 256 kB; a spec has a few kB, so check that this is the right file",
         ),
     ],
     ids=lambda value: value[:12] if isinstance(value, str) else None,
@@ -294,18 +295,18 @@ def test_refused_files(tmp_path: Path) -> None:
     assert message(missing) == f"{missing}: no such file; did you mean 'cosmos.yaml'?"
     assert message(tmp_path / "zzz") == f"{tmp_path / 'zzz'}: no such file; check the path"
     lost = tmp_path / "no" / "cosmos.yaml"
-    assert message(lost) == f"{lost}: no such file; there is no folder {str(lost.parent)!r} either"
-    assert message(tmp_path) == f"{tmp_path}: a directory; name a .yaml, .yml or .json file"
+    assert message(lost) == f"{lost}: no such file, and no folder {str(lost.parent)!r}; check the path"
+    assert message(tmp_path) == f"{tmp_path}: a directory; give a .yaml, .yml or .json file"
 
     other, bare = tmp_path / "s.toml", tmp_path / "s"
-    for path, what in ((other, "the ending '.toml'"), (bare, "no ending")):
+    for path, what in ((other, "the ending '.toml' is neither YAML nor JSON"), (bare, "the file name has no ending")):
         path.write_text("")
         remedy = "rename the file to .yaml, .yml or .json"
-        assert message(path) == f"{path}: {what} tells neither YAML nor JSON; {remedy}"
+        assert message(path) == f"{path}: {what}; {remedy}"
 
     big = tmp_path / "big.yaml"
     big.write_bytes(b"a" * (MAX_BYTES + 1))
-    assert message(big) == f"{big}: larger than 256 kB; a spec is a few kB, so is this the right file?"
+    assert message(big) == f"{big}: larger than 256 kB; a spec has a few kB, so check that this is the right file"
     latin = tmp_path / "latin.yaml"
     latin.write_bytes("version: 1\nname: é\n".encode("latin-1"))
     assert message(latin) == f"{latin}:2:7: the byte 0xe9 is not UTF-8; save the file as UTF-8"
@@ -319,7 +320,7 @@ def test_a_fifo_and_a_device_are_refused_without_opening_them(tmp_path: Path) ->
     fifo = tmp_path / "fifo.yaml"
     os.mkfifo(fifo)
     for path in (fifo, Path("/dev/zero")):
-        with pytest.raises(DocumentError, match=r": not a regular file; name a \.yaml, \.yml or \.json file$"):
+        with pytest.raises(DocumentError, match=r": not a regular file; give a \.yaml, \.yml or \.json file$"):
             read_document(path)
 
 
