@@ -9,11 +9,16 @@ from .core import (
     Constants,
     Coords,
     Dim,
+    Kernel,
     LowRank,
     Order,
     Rank,
+    Refreshed,
     Rule,
+    RuleTraits,
     Selector,
+    SelectorFlops,
+    SelectorTraits,
     Side,
     Slot,
     State,
@@ -22,6 +27,7 @@ from .core import (
     averaged,
     averaged_square,
 )
+from .linear import Linear
 from .projection import add_lift, lift, project
 from .transport import Change
 
@@ -31,11 +37,17 @@ __all__ = [
     "Constants",
     "Coords",
     "Dim",
+    "Kernel",
+    "Linear",
     "LowRank",
     "Order",
     "Rank",
+    "Refreshed",
     "Rule",
+    "RuleTraits",
     "Selector",
+    "SelectorFlops",
+    "SelectorTraits",
     "Side",
     "Slot",
     "State",

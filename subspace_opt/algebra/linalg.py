@@ -131,15 +131,27 @@ def divisor(size: Tensor) -> Tensor:
     return torch.where(size == 0, torch.ones_like(size), size)
 
 
+def ratio(a: Tensor | float, size: Tensor) -> Tensor:
+    """`a / size`, and 0 if that overflows: a size of 0 or a subnormal size makes no infinite number."""
+    found: Tensor = a / size
+    return found.masked_fill(found.isinf(), 0.0)
+
+
+def quotient(x: Tensor, size: Tensor) -> Tensor:
+    """`X / size` entry by entry, and 0 for an entry whose size is 0 or whose quotient overflows."""
+    found: Tensor = x / size
+    return found.masked_fill(found.isinf() | (size == 0), 0.0)
+
+
 def unit(x: Tensor) -> Tensor:
     """Every matrix divided by its size, so that products of entries neither overflow nor vanish; 0 stays 0."""
     return x / divisor(magnitude(x))
 
 
 def unit_columns(x: Tensor, eps: float) -> Tensor:
-    """Every column divided by its norm plus eps."""
+    """Every column divided by its norm plus eps; with eps 0, a column of 0 stays 0."""
     size: Tensor = torch.linalg.vector_norm(x, dim=-2, keepdim=True)
-    return x / (size + eps)
+    return quotient(x, size) if eps == 0 else x / (size + eps)
 
 
 # ------------------------------------------------------------------------------------------------------------ decompositions

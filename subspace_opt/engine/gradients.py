@@ -1,4 +1,4 @@
-"""One look at all gradients before anything changes: are they finite, can they be squared, is there any?"""
+"""The inspection of all gradients before anything changes: are they finite, can they be squared, are they all 0?"""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .work import Nonfinite, Work
 
-LARGE = 2**16  # entries from which a scalar product is quicker than a norm, its call included
+LARGE = 2**16  # entries from which a scalar product is faster than a norm, including its call
 
 
 class NonFiniteGradient(FloatingPointError):  # noqa: N818  the gradient is what is wrong
@@ -18,10 +18,13 @@ class NonFiniteGradient(FloatingPointError):  # noqa: N818  the gradient is what
 
 
 def survey(work: list[Work], policy: Nonfinite) -> tuple[list[Work], list[str]]:
-    """Look at the size of every gradient once.
+    """Measure every gradient once.
 
-    Returns what is to be updated, and the names of parameters skipped for non-finite gradients. With policy `propagate` only parameters
-    without an update yet are looked at: a later gradient passes unseen, and no host waits for a device.
+    With policy `propagate` only parameters without an update yet are measured: a later gradient passes unseen, and no host waits for a
+    device.
+
+    Returns:
+        The parameters to update, and the names of those skipped for non-finite gradients.
 
     Raises:
         NonFiniteGradient: with policy `raise`; nothing has been changed.
@@ -36,7 +39,7 @@ def survey(work: list[Work], policy: Nonfinite) -> tuple[list[Work], list[str]]:
 
 
 def judged(sizes: Iterable[tuple[Work, float]]) -> list[str]:
-    """Scale what is too large, mark what has no gradient but 0 yet, and name what is not finite."""
+    """Scale gradients that are too large, mark parameters whose gradients were all 0 so far, and name non-finite ones."""
     bad = []
     for item, peak in sizes:
         if not math.isfinite(peak):
@@ -45,8 +48,8 @@ def judged(sizes: Iterable[tuple[Work, float]]) -> list[str]:
         limit = largest(item.row.compute_dtype)
         item.scale = limit / peak if peak > limit else 1.0
         if item.count == 0 and peak == 0.0:
-            # A parameter starts with its first gradient that is not zero: until then there is nothing to take a basis from and
-            # nothing to average, and a checkpoint that initialises state by a step with zero gradients changes nothing.
+            # A parameter begins with its first gradient that is not 0. Until then no basis can be taken from it, and a checkpoint that
+            # initialises state by a step with zero gradients changes nothing.
             item.count = -1
     return bad
 
@@ -61,11 +64,12 @@ def nonfinite(names: list[str]) -> NonFiniteGradient:
 
 
 def _peaks(work: list[Work]) -> list[float]:
-    """The size of each gradient: its Frobenius norm, or its entry of largest magnitude where the norm says too little. NaN where there is
-    one. One transfer a device, and one more where the largest entry had to be found.
+    """The size of each gradient: its Frobenius norm, or its largest magnitude if the norm leaves the range; NaN if it holds NaN.
+
+    One transfer per device, and one more if the largest magnitude was needed.
     """
     norms = transferred([item.grad for item in work], norms=True)
-    # A norm in range bounds every entry. One of 0 or infinity may be that of squares that left the range, in the gradient's own dtype.
+    # A norm in range bounds every entry. A norm of 0 or infinity may only mean that squares left the range of the gradient's dtype.
     unsure = [i for i, item in enumerate(work) if not 0.0 < norms[i] <= largest(item.row.compute_dtype)]
     for i, peak in zip(unsure, transferred([work[i].grad for i in unsure], norms=False), strict=True):
         norms[i] = peak
@@ -73,11 +77,11 @@ def _peaks(work: list[Work]) -> list[float]:
 
 
 def transferred(grads: list[Tensor], *, norms: bool) -> list[float]:
-    """The Frobenius norm of each gradient, or its entry of largest magnitude, by one transfer a device."""
+    """The Frobenius norm of each gradient, or its largest magnitude, by one transfer per device."""
     out = [0.0] * len(grads)
     for device in {grad.device for grad in grads}:
         there = [i for i, grad in enumerate(grads) if grad.device == device]
-        # Not the infinity norm: on a CPU it takes twenty times as long as the entry of largest magnitude.
+        # `abs().amax()`: on a CPU `vector_norm(ord=inf)` is 20x slower.
         found = _norms([grads[i] for i in there]) if norms else [grads[i].abs().amax() for i in there]
         dtype = torch.float64 if any(f.dtype == torch.float64 for f in found) else torch.float32
         if len({f.dtype for f in found}) > 1:
@@ -88,7 +92,7 @@ def transferred(grads: list[Tensor], *, norms: bool) -> list[float]:
 
 
 def _norms(grads: list[Tensor]) -> list[Tensor]:
-    """Frobenius norms. On a CPU those of large gradients by a scalar product, which runs at the speed of memory."""
+    """Frobenius norms. On a CPU large gradients take a scalar product, which runs at the speed of memory."""
     large = [g.numel() >= LARGE and g.device.type == "cpu" and g.dtype == torch.float32 and g.is_contiguous() for g in grads]
     others = [g for g, is_large in zip(grads, large, strict=True) if not is_large]
     found = iter(torch._foreach_norm(others) if others else [])

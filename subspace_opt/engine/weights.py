@@ -1,50 +1,117 @@
-"""The last move: decay and update a weight in its own dtype, with a choice of rounding."""
+"""Decay and update of weights: an expression is subtracted from the weight in the weight's own dtype, with a choice of rounding.
+
+    W <- W (1 - lr wd) - lr U        or, with decay after the update:        W <- (W - lr U)(1 - lr wd)
+
+Three ways compute the same: many weights in one operation, lifts multiplied straight into one weight, and the plain way.
+"""
 
 from __future__ import annotations
 
-import hashlib
-from typing import Literal
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..algebra import linalg
+from ..algebra.linear import Lift, Linear
+from ..algebra.projection import one_sided, picks
+from .rounding import Rounding, rounding_draw, stochastic
+from .work import Options, Piece, Stack
 
-Rounding = Literal["nearest", "stochastic", "kahan"]
 
-# dtype -> (bits of mantissa, exponent of the smallest positive number)
-FORMATS = {torch.bfloat16: (7, -133), torch.float16: (10, -24)}
+class Rates(NamedTuple):
+    """How a weight meets its update: learning rate, decay, and a number by which the update is multiplied."""
+
+    lr: float | Tensor
+    decay: float
+    decay_after: bool = False
+    factor: float = 1.0
+
+
+def update_stack(stack: Stack, update: Linear | None, options: Options) -> None:
+    """Decay and update the weights of a stack; without an update, decay alone."""
+    if update is None:
+        for piece in stack.pieces:
+            _update_piece(piece, None, 1.0, options)
+        return
+    if _takes_lifts(stack, update):
+        _subtract_lifts(stack.pieces[0], update)
+        return
+    entries, factor = _settled(update)
+    if _update_together(stack, entries, factor, options):
+        return
+    for piece, part in zip(stack.pieces, entries.split(stack.sizes), strict=True):
+        _update_piece(piece, part, factor, options)
+
+
+def _settled(update: Linear) -> tuple[Tensor, float]:
+    """Entries of the update, and a factor that is left to the update of the weight."""
+    entries, factor, number = update.sum.value(), update.factor, update.number
+    if number is None:
+        return entries, factor
+    if _is_readable(number):
+        return entries, factor * number.item()
+    return entries * number, factor
+
+
+def _is_readable(number: Tensor) -> bool:
+    """True if reading the number makes no host wait for a device."""
+    return number.numel() == 1 and number.device.type == "cpu" and type(number) is Tensor
+
+
+def _update_piece(piece: Piece, part: Tensor | None, factor: float, options: Options) -> None:
+    work = piece.work
+    if work.outbox is not None:  # the weights are on other ranks
+        if part is not None:
+            piece.of(work.outgoing).copy_(part * factor)
+        return
+    w = piece.of(work.weights)
+    if part is None:
+        part = torch.zeros(w.shape, dtype=work.row.compute_dtype, device=w.device)
+    noise = None
+    if w.dtype != part.dtype and options.rounding == "stochastic":
+        noise = torch.empty_like(part)
+        for i, one in enumerate(noise, piece.start):
+            one.copy_(rounding_draw(work.key, piece.block, i, work.count, options.seed, one))
+    compensation = piece.of(work.compensations) if work.compensations else None
+    update_weight(w, part, _rates(piece, factor), rounding=options.rounding, compensation=compensation, noise=noise)
+
+
+def _rates(piece: Piece, factor: float = 1.0) -> Rates:
+    place = piece.split.pipeline.decay
+    return Rates(piece.work.lr, 0.0 if place == "coupled" else piece.work.weight_decay, place == "after", factor)
+
+
+# ----------------------------------------------------------------------------------------------------------- the plain way
 
 
 def update_weight(
     w: Tensor,
     update: Tensor,
-    lr: float | Tensor,
-    weight_decay: float,
+    rates: Rates,
     *,
-    factor: float = 1.0,
-    decay_after: bool = False,
     rounding: Rounding = "nearest",
     compensation: Tensor | None = None,
     noise: Tensor | None = None,
 ) -> None:
-    """`W <- W (1 - lr wd) - lr factor U`, in place; with `decay_after`, `W <- (W - lr factor U)(1 - lr wd)`.
+    """Decay and update one weight in place.
 
-    A weight of lower precision than the update is computed in the update's dtype and rounded once: to nearest, stochastically (the
-    expectation is exact; `noise` uniform in [0, 1)), or with what rounding lost carried to the next update (`compensation`).
+    A weight of lower precision than the update is computed in the update's dtype and rounded once: to nearest, stochastically (`noise`:
+    uniform draws in [0, 1)), or with the rounding error carried to the next update (`compensation`).
     """
     same = w.dtype == update.dtype
+    lr, decay, after, factor = rates
     if same and not isinstance(lr, Tensor):
-        update_weights([w], [update], lr, weight_decay, factor=factor, decay_after=decay_after)
+        update_weights([w], [update], rates)
         return
     y = w if same else w.to(update.dtype)
     if compensation is not None:
         y = y + compensation.to(update.dtype)
-    if weight_decay != 0 and not decay_after:
-        y = y.mul_(1 - lr * weight_decay)
+    if decay != 0 and not after:
+        y = y.mul_(1 - lr * decay)
     y = y.sub_(update * (lr * factor)) if isinstance(lr, Tensor) else y.sub_(update, alpha=lr * factor)
-    if weight_decay != 0 and decay_after:
-        y = y.mul_(1 - lr * weight_decay)
+    if decay != 0 and after:
+        y = y.mul_(1 - lr * decay)
     if same:
         return
     if rounding == "stochastic" and noise is not None:
@@ -55,22 +122,21 @@ def update_weight(
         compensation.copy_(y - w.to(y.dtype))
 
 
-def update_weights(
-    weights: list[Tensor], updates: list[Tensor], lr: float, weight_decay: float, *, factor: float, decay_after: bool
-) -> None:
-    """`update_weight` for many weights that have the dtype of their updates.
+def update_weights(weights: list[Tensor], updates: list[Tensor], rates: Rates) -> None:
+    """Decay and update weights of the updates' dtype in place.
 
-    Where there is decay, PyTorch's fused SGD on `U + (wd / factor) W` reads a weight once, and two operations twice.
+    With decay, PyTorch's fused SGD on `U + (wd / factor) W` reads a weight once; decay and update apart read it twice.
     """
-    kept = 1 - lr * weight_decay
-    rate = lr * factor * (kept if decay_after else 1.0)
-    if weight_decay != 0 and rate != 0 and 1e-20 < abs(factor) < 1e20 and all(map(_has_kernel, weights, updates)):
-        decay = lr * weight_decay / rate
+    lr, decay, after, factor = rates
+    assert not isinstance(lr, Tensor)
+    kept = 1 - lr * decay
+    rate = lr * factor * (kept if after else 1.0)
+    if decay != 0 and rate != 0 and 1e-20 < abs(factor) < 1e20 and all(map(has_kernel, weights, updates)):
         torch._fused_sgd_(
             weights,
             updates,
             [],
-            weight_decay=decay,
+            weight_decay=lr * decay / rate,
             momentum=0.0,
             lr=rate,
             dampening=0.0,
@@ -79,28 +145,84 @@ def update_weights(
             is_first_step=False,
         )
         return
-    if weight_decay != 0:
+    if decay != 0:
         torch._foreach_mul_(weights, kept)
     torch._foreach_add_(weights, updates, alpha=-rate)
 
 
-def _has_kernel(w: Tensor, update: Tensor) -> bool:
+def has_kernel(w: Tensor, update: Tensor) -> bool:
+    """True if PyTorch's fused SGD can update the weight."""
     return w.device.type in linalg.FUSED and w.is_contiguous() and update.is_contiguous()
 
 
-def stochastic(y: Tensor, dtype: torch.dtype, noise: Tensor) -> Tensor:
-    """`y` rounded to one of its two neighbours in `dtype`, the nearer more often, so that the expectation is y.
-
-    What is in `dtype` already stays: a weight that is not updated does not wander.
-    """
-    bits, smallest = FORMATS[dtype]
-    exponent = torch.frexp(y).exponent - 1  # y = 1.f * 2^exponent
-    ulp = torch.ldexp(torch.ones_like(y), (exponent - bits).clamp_min(smallest))
-    below = (y / ulp).floor()  # exact: a power of two divides, and what is left has few digits
-    return ((below + (noise < y / ulp - below)) * ulp).to(dtype)
+# -------------------------------------------------------------------------------------------------- many weights in one operation
 
 
-def generator(device: torch.device, *words: object) -> torch.Generator:
-    """A private generator whose seed is a hash of `words`: the same on every rank and after every resume."""
-    digest = hashlib.sha256("/".join(map(str, words)).encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+def _update_together(stack: Stack, update: Tensor, factor: float, options: Options) -> bool:
+    """Update all weights of a stack in one operation if they are whole parameters with one dtype, lr and decay; else return False."""
+    pieces = stack.pieces
+    first, rates = pieces[0].work, _rates(pieces[0], factor)
+    if len(pieces) < 2 or isinstance(rates.lr, Tensor) or any(p.work.outbox is not None for p in pieces):
+        return False
+    if not all(p.work.is_matrix and _rates(p, factor) == rates and p.work.param.dtype == first.param.dtype for p in pieces):
+        return False
+    low = first.param.dtype != update.dtype
+    if low and options.rounding != "nearest":
+        return False
+    weights = [p.work.param for p in pieces]
+    if low:
+        together = torch.stack(weights).to(update.dtype)
+        update_weight(together, update, rates)
+        torch._foreach_copy_(weights, together.unbind(0))
+    else:
+        update_weights(weights, list(update.unbind(0)), rates)
+    return True
+
+
+# ------------------------------------------------------------------------------------------------------ lifts into one weight
+
+
+def _takes_lifts(stack: Stack, update: Linear) -> bool:
+    """True if the lifts of an update can be multiplied into the weight, and computing the update over its dense matrix is not cheaper."""
+    piece, s = stack.pieces[0], update.sum
+    work = piece.work
+    alone = len(stack.pieces) == 1 and piece.size == 1 and work.outbox is None
+    if not alone or work.param.dtype != stack.dtype or isinstance(work.lr, Tensor) or not s.lifts:
+        return False
+    numbers = update.number is None or _is_readable(update.number)
+    return numbers and (s.dense is None or not s.writable) and all(one_sided(part.basis) for part in s.lifts)
+
+
+def _subtract_lifts(piece: Piece, update: Linear) -> None:
+    """`W <- (1 - lr wd) W - lr (D + L(C, U) + ...)`, one pass over W for each term."""
+    s = update.sum
+    factor = update.factor * (1.0 if update.number is None else update.number.item())
+    lr, decay, after, _ = rates = _rates(piece)
+    assert not isinstance(lr, Tensor)
+    weights = piece.of(piece.work.weights)
+    kept = 1 - lr * decay
+    alpha = -lr * factor * (kept if after else 1.0)
+    if s.dense is not None:
+        update_weight(weights, s.dense, rates._replace(factor=factor * s.weight))
+        kept = 1.0
+    for part in s.lifts:
+        _add_lift(weights[0], part, alpha * part.weight, kept)
+        kept = 1.0
+
+
+def _add_lift(w: Tensor, part: Lift, alpha: float, kept: float) -> None:
+    """`W <- kept W + alpha P C U'` of one weight in place; picked rows or columns are scattered into it."""
+    (c,), basis = part.coords, part.basis
+    side = basis.right if basis.left is None else basis.left
+    assert isinstance(side, Tensor)
+    if not picks(side):
+        a, b = (c, side[0].mT) if basis.left is None else (side[0], c)
+        w.addmm_(a, b, beta=kept, alpha=alpha)
+        return
+    if kept != 1.0:
+        w.mul_(kept)
+    if basis.left is not None:
+        w.index_add_(0, side[0], c, alpha=alpha)
+    else:  # index_add_ on columns is several times slower
+        index = side.expand(w.size(0), -1)
+        w.scatter_(1, index, w.gather(1, index).add_(c, alpha=alpha))

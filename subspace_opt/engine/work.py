@@ -1,4 +1,4 @@
-"""What one step works on: parameters, pieces of them, and stacks of pieces that are computed together.
+"""The units of one step: parameters, pieces of them, and stacks of pieces that are computed together.
 
 A *piece* is a run of matrices of one parameter; a *stack* is pieces of equal shape, pipeline and age.
 """
@@ -14,11 +14,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..algebra.frame import Split
+from ..algebra.frame import Frame
 from ..plan import COUNTERS, Row, state_key
 from ..plan.views import Block
 from . import lowbit
-from .weights import Rounding
+from .rounding import Rounding
+from .strategies import part_of_rows
 
 Nonfinite = Literal["raise", "skip", "propagate"]
 Stacking = Literal["auto", "always", "never"]
@@ -26,7 +27,7 @@ Stacking = Literal["auto", "always", "never"]
 
 @dataclass(frozen=True)
 class Options:
-    """What the engine is told beside the spec."""
+    """Options of the engine beside the spec."""
 
     nonfinite: Nonfinite = "raise"
     rounding: Rounding = "nearest"
@@ -46,19 +47,24 @@ class Work:
     weight_decay: float
     state: dict[str, Any] = field(default_factory=dict)
     scale: float = 1.0  # brings a gradient too large to be squared back into range
-    refresh: bool = False  # asked for by a call, or to make up for one that failed
-    count: int = 0  # updates before this one; -1: there was no gradient but 0 until now
-    held: bool = False  # the first update came to nothing and is not counted
-    silent: set[int] = field(default_factory=set)  # matrices, or experts, that are left as they are: no update, no decay
-    outbox: Tensor | None = None  # takes the update, where the weights are elsewhere; of the parameter's shape
+    refresh: bool = False  # requested by a call, or repeated after a failure
+    count: int = 0  # updates before this one; -1: all gradients so far were 0
+    held: bool = False  # the first update failed and is not counted
+    silent: set[int] = field(default_factory=set)  # matrices, or experts, that get neither update nor decay
+    outbox: Tensor | None = None  # receives the update, of the parameter's shape, if the weights are on other ranks
 
     @property
     def name(self) -> str:
         return self.row.entry.name
 
+    @property
+    def key(self) -> str:
+        """The name that random draws and refresh offsets depend on."""
+        return self.row.key
+
     @cached_property
     def weights(self) -> list[Tensor]:
-        """Per block, `(count, rows, cols)`, in the parameter's own storage where that allows it."""
+        """One stack `(count, rows, cols)` per block, in the parameter's own storage if its strides allow it."""
         return self.row.view.cut(self.row.view.whole(self.param.detach()))
 
     @cached_property
@@ -67,7 +73,7 @@ class Work:
 
     @property
     def outgoing(self) -> list[Tensor]:
-        """The outbox as the weights are seen."""
+        """The outbox, viewed as the weights are."""
         assert self.outbox is not None
         return self.row.view.cut(self.row.view.whole(self.outbox))
 
@@ -79,27 +85,27 @@ class Work:
 
     @cached_property
     def is_matrix(self) -> bool:
-        """Whether the parameter itself is the one matrix that it is seen as."""
+        """True if the parameter itself is the one matrix of its view."""
         view = self.row.view
         return len(view.blocks) == 1 and not view.transposed and tuple(self.param.shape) == (view.rows, view.cols)
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Matrices `start` to `stop` of one block of a parameter, or `rows` of them where every entry is updated by itself."""
+    """Matrices `start` to `stop` of one block of a parameter, or some rows of one."""
 
     work: Work
     index: int
     start: int
     stop: int
-    rows: tuple[int, int] | None = None  # first, and first beyond
+    rows: tuple[int, int] | None = None  # first row, and first row beyond
 
     @property
     def block(self) -> Block:
         return self.work.row.splits[self.index][0]
 
     @property
-    def split(self) -> Split:
+    def frame(self) -> Frame:
         return self.work.row.splits[self.index][1]
 
     @property
@@ -108,7 +114,7 @@ class Piece:
 
     @property
     def whole(self) -> bool:
-        """Whether these are all matrices of the block."""
+        """True if these are all matrices of the block."""
         return self.size == self.block.count
 
     def of(self, blocks: list[Tensor]) -> Tensor:
@@ -117,35 +123,35 @@ class Piece:
         return part if self.rows is None else part[:, slice(*self.rows)]
 
     def stored(self, key: str) -> Tensor:
-        """A state tensor of the block as it is kept, without a stack dimension for one matrix."""
+        """A state tensor of the block as it is stored, without a stack dimension for one matrix."""
         value: Tensor = self.work.state[state_key(self.block, key)]
         return value
 
     def be_silent(self) -> None:
-        """Note that these matrices are left as they are."""
+        """Note that these matrices get no update and no decay."""
         each = self.block.heads if self.work.row.view.count > 1 else 1  # an expert is cut into heads
         self.work.silent |= {i // each for i in range(self.start, self.stop)}
 
     def slot(self, key: str) -> Tensor:
-        """The piece of a state tensor, with a leading stack dimension; a copy where it is kept as codes."""
+        """The piece of a state tensor, with a leading stack dimension; a copy if it is stored as codes."""
         value = self.stored(key)
-        if key in self.split.codes:
-            shape = self.split.slots[key].shape
+        if key in self.frame.codes:
+            shape = self.frame.slots[key].shape
             rows = shape if self.rows is None else (self.rows[1] - self.rows[0], *shape[1:])
             return lowbit.read(value, *self._entries(shape), self.work.row.compute_dtype).view(self.size, *rows)
-        if self.rows is not None and (part := self.split.cut(key, *self.rows)) is not None:
-            value = value[..., part, :] if len(self.split.slots[key].dims) > 1 else value[..., part]
+        if self.rows is not None and (part := part_of_rows(self.frame, key, *self.rows)) is not None:
+            value = value[..., part, :] if len(self.frame.slots[key].dims) > 1 else value[..., part]
         return value.unsqueeze(0) if self.block.count == 1 else value[self.start : self.stop]
 
     def put(self, key: str, value: Tensor) -> None:
-        """Write the piece of a state tensor back to where, and as what, it is kept."""
-        if key in self.split.codes:
-            lowbit.write(self.stored(key), self._entries(self.split.slots[key].shape)[0], value.reshape(-1))
+        """Write the piece of a state tensor back to its storage, coded if it is stored as codes."""
+        if key in self.frame.codes:
+            lowbit.write(self.stored(key), self._entries(self.frame.slots[key].shape)[0], value.reshape(-1))
         else:
             self.slot(key).copy_(value)
 
     def _entries(self, shape: tuple[int, ...]) -> tuple[int, int]:
-        """The first entry of the piece among those of the block's state tensor, and the first beyond."""
+        """First entry of the piece in the block's flat state tensor, and first entry beyond."""
         each = prod(shape)
         if self.rows is None:
             return self.start * each, self.stop * each
@@ -154,10 +160,10 @@ class Piece:
 
 
 class Phase(Enum):
-    """Where a matrix stands."""
+    """The state of a matrix."""
 
-    WAITING = "no gradient but 0 until now"
-    FIRST = "its first gradient"
+    WAITING = "all gradients so far were 0"
+    FIRST = "this is its first gradient"
     BEGUN = "it has state"
 
 
@@ -165,7 +171,7 @@ class Phase(Enum):
 class Stack:
     """Pieces that are computed together."""
 
-    split: Split
+    frame: Frame
     phase: Phase
     refresh: bool
     pieces: list[Piece]
@@ -180,7 +186,7 @@ class Stack:
 
 
 def allocate(row: Row, param: Tensor, state: dict[str, Any]) -> None:
-    """The parameter's state as the plan declares it, zeros, each tensor with a storage of its own."""
+    """Fill `state` with zeros as the plan declares it, each tensor in its own storage."""
     for key, (shape, dtype) in row.state.items():
         device = torch.device("cpu") if key in COUNTERS else param.device
         how = row.codes.get(key)

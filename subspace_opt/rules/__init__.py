@@ -1,5 +1,10 @@
-"""The built-in rules; importing this package registers them."""
+"""The built-in rules, one idea a file. Importing this package imports every file in it, and so registers its kinds.
 
-from . import adaptive, averaging, grouped, ldadam, orthogonal, residual, scaling, soap
+In: a signal, a gradient, the rule's state. Out: the new signal and the new state. A new rule is a new file here, and nothing else.
+"""
 
-__all__ = ["adaptive", "averaging", "grouped", "ldadam", "orthogonal", "residual", "scaling", "soap"]
+from importlib import import_module
+from pkgutil import iter_modules
+
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")

@@ -1,31 +1,32 @@
-"""Rules that act entry by entry with statistics of the gradient: Adam, sign."""
+"""Elementwise rules: Adam, sign, powers, Lion."""
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..algebra import Dim, Rule, Slot, State, Step, Transport, averaged, averaged_square, linalg
+from ..algebra import Dim, Kernel, Rule, RuleTraits, Slot, State, Step, Transport, averaged, averaged_square, linalg
 from ..registry import register
 
-FOREVER = 10**9  # updates after which beta^t is 0
+FOREVER = 10**9  # an update so late that beta^t is 0
 
-Beta2 = Field(0.999, ge=0.0, lt=1.0, description="Part of the second moment that is kept at each update.")
+Beta2 = Field(0.999, ge=0.0, lt=1.0, description="Decay rate of the second moment: the share of it that each update keeps.")
 Eps = Field(1e-8, ge=0.0, description="Added to the root of the second moment.")
 
 
 def precondition(x: Tensor, v: Tensor, correction: Tensor | float, eps: float, eps_inside: bool) -> Tensor:
     """`X / (sqrt(V / correction) + eps)`, or `X / sqrt((V + eps) / correction)` with eps inside the root."""
-    # In place where the tensor is our own: a pass over memory costs more than what it computes.
+    # In place on its own temporaries: a pass over memory costs more than the arithmetic.
     if eps_inside:
-        return x / (v + eps).div_(correction).sqrt_()
+        root = (v + eps).div_(correction).sqrt_()
+        return linalg.quotient(x, root) if eps == 0 else x / root
     root = v.sqrt()
     if not isinstance(correction, float) or correction != 1.0:
         root.div_(correction**0.5)
-    return torch.div(x, root.add_(eps), out=root)
+    return linalg.quotient(x, root) if eps == 0 else torch.div(x, root.add_(eps), out=root)
 
 
 @register
@@ -36,16 +37,14 @@ class Adam(Rule):
     form of Hugging Face and GaLore, where eps is not corrected.
     """
 
-    scale_free: ClassVar[bool] = True
-    elementwise: ClassVar[bool] = True
     kind: Literal["adam"] = "adam"
-    beta1: float = Field(0.9, ge=0.0, lt=1.0, description="Part of the first moment that is kept; 0 keeps no first moment.")
+    beta1: float = Field(0.9, ge=0.0, lt=1.0, description="Decay rate of the first moment; 0 keeps no first moment.")
     beta2: float = Beta2
     eps: float = Eps
     eps_inside: bool = Field(False, description="Add eps to the second moment before its root and its correction.")
-    debias: bool = Field(True, description="Divide both moments by the sum of their weights.")
-    on_refresh: Transport = Field("keep", description="What becomes of the moments when the subspace is refreshed.")
-    on_refresh_sq: Transport | None = Field(None, description="The same for the second moment, if it is something else.")
+    debias: bool = Field(True, description="Correct the bias of both moments: divide each by the sum of its weights.")
+    on_refresh: Transport = Field("keep", description="Transport of the moments when the subspace is refreshed.")
+    on_refresh_sq: Transport | None = Field(None, description="Transport of the second moment, if it differs.")
 
     def slots(self, rows: Dim, cols: Dim) -> dict[str, Slot]:
         second = self.on_refresh_sq or self.on_refresh
@@ -54,14 +53,16 @@ class Adam(Rule):
         slots = {"exp_avg": Slot((rows, cols), self.on_refresh), "exp_avg_sq": Slot((rows, cols), second, holds="unsigned")}
         return slots if self.beta1 else {"exp_avg_sq": slots["exp_avg_sq"]}
 
-    @property
-    def has_kernel(self) -> bool:
-        return self.debias and self.beta1 > 0 and not self.eps_inside
+    def traits(self, rows: Dim, cols: Dim) -> RuleTraits:
+        return RuleTraits(scale_free=True, elementwise=True, by_rows=True)
 
-    def update_in_place(
+    def kernel(self) -> Kernel | None:
+        return self._update_in_place if self.debias and self.beta1 > 0 and self.eps > 0 and not self.eps_inside else None
+
+    def _update_in_place(
         self, weights: list[Tensor], grads: list[Tensor], states: dict[str, list[Tensor]], t: int, lr: float | Tensor, decay: float
     ) -> None:
-        count = torch.full((), float(t), device=weights[0].device)
+        count = torch.full((), float(t), dtype=torch.float32, device=weights[0].device)
         torch._fused_adamw_(
             weights,
             grads,
@@ -92,15 +93,15 @@ class Adam(Rule):
         return out, new
 
     def _fits(self, x: Tensor, grad: Tensor, state: State) -> bool:
-        """Whether PyTorch's fused kernel can make the update: it knows one signal."""
-        plain = x is grad and x.device.type in linalg.FUSED and self.beta1 > 0 and not self.eps_inside
+        """True if PyTorch's fused kernel can make the update; the kernel takes one tensor as signal and gradient."""
+        plain = x is grad and x.device.type in linalg.FUSED and self.beta1 > 0 and self.eps > 0 and not self.eps_inside
         return plain and all(v.dtype == x.dtype and v.is_contiguous() for v in (x, *state.values()))
 
     def _in_one_pass(self, x: Tensor, state: State, clock: Tensor, step: Step) -> tuple[Tensor, State]:
-        """The update as what the kernel makes of a weight 0 with lr -1. Far out in time its bias correction is 1."""
+        """The change that the kernel makes to a weight of 0 with lr -1. Without `debias`, t is so late that the correction is 1."""
         out = torch.zeros_like(x)
         new = state if step.in_place else {name: value.clone() for name, value in state.items()}
-        self.update_in_place([out], [x], {name: [v] for name, v in new.items()}, int(clock) if self.debias else FOREVER, -1.0, 0.0)
+        self._update_in_place([out], [x], {name: [v] for name, v in new.items()}, int(clock) if self.debias else FOREVER, -1.0, 0.0)
         return out, new
 
 
@@ -108,10 +109,10 @@ class Adam(Rule):
 class Sign(Rule):
     """`sign(X)`; sign(0) = 0 (arXiv:1802.04434)."""
 
-    uses_grad: ClassVar[bool] = False
-    scale_free: ClassVar[bool] = True
-    elementwise: ClassVar[bool] = True
     kind: Literal["sign"] = "sign"
+
+    def traits(self, rows: Dim, cols: Dim) -> RuleTraits:
+        return RuleTraits(scale_free=True, reads_grad=False, elementwise=True, by_rows=True)
 
     def apply(self, x: Tensor, grad: Tensor, state: State, step: Step) -> tuple[Tensor, State]:
         return x.sign(), {}
@@ -121,11 +122,12 @@ class Sign(Rule):
 class Power(Rule):
     """`sign(X) |X|^beta`: steepest descent under an l_p norm, beta = 1 / (p - 1); power(0) = 0 (PowerStep, arXiv:2605.10335)."""
 
-    uses_grad: ClassVar[bool] = False
-    scale_free: ClassVar[bool] = True  # nearly: 1e-16 to the power 0.1 is 0.03
-    elementwise: ClassVar[bool] = True
     kind: Literal["power"] = "power"
-    beta: float = Field(0.1, gt=0.0, le=1.0, description="The exponent: 1 leaves the signal, towards 0 it tends to its sign.")
+    beta: float = Field(0.1, gt=0.0, le=1.0, description="The exponent: 1 leaves the signal as it is; near 0 the result is the sign.")
+
+    def traits(self, rows: Dim, cols: Dim) -> RuleTraits:
+        # Nearly scale-free: 1e-16 to the power 0.1 is 0.03.
+        return RuleTraits(scale_free=True, reads_grad=False, elementwise=True, by_rows=True)
 
     def apply(self, x: Tensor, grad: Tensor, state: State, step: Step) -> tuple[Tensor, State]:
         return x.abs().pow_(self.beta).copysign_(x), {}
@@ -135,16 +137,16 @@ class Power(Rule):
 class Lion(Rule):
     """`sign(b1 M + (1 - b1) X)`, then `M <- b2 M + (1 - b2) X` (arXiv:2302.06675)."""
 
-    scale_free: ClassVar[bool] = True
-    uses_grad: ClassVar[bool] = False
-    elementwise: ClassVar[bool] = True
     kind: Literal["lion"] = "lion"
     beta1: float = Field(0.9, ge=0.0, lt=1.0, description="Weight of the average in the update's direction.")
-    beta2: float = Field(0.99, ge=0.0, lt=1.0, description="Part of the average that is kept at each update.")
-    on_refresh: Transport = Field("keep", description="What becomes of the average when the subspace is refreshed.")
+    beta2: float = Field(0.99, ge=0.0, lt=1.0, description="Decay rate of the average: the share of it that each update keeps.")
+    on_refresh: Transport = Field("keep", description="Transport of the average when the subspace is refreshed.")
 
     def slots(self, rows: Dim, cols: Dim) -> dict[str, Slot]:
         return {"exp_avg": Slot((rows, cols), self.on_refresh)}
+
+    def traits(self, rows: Dim, cols: Dim) -> RuleTraits:
+        return RuleTraits(scale_free=True, reads_grad=False, elementwise=True, by_rows=True)
 
     def apply(self, x: Tensor, grad: Tensor, state: State, step: Step) -> tuple[Tensor, State]:
         m = state["exp_avg"]

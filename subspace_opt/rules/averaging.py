@@ -1,34 +1,36 @@
-"""Rules linear in the signal: moving averages, the identity, nothing."""
+"""Rules linear in the signal: moving averages, the identity, no update."""
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from ..algebra import Dim, Rule, Slot, State, Step, Transport, averaged, blocks
+from ..algebra import Dim, Rule, RuleTraits, Slot, State, Step, Transport, averaged, blocks
+from ..algebra.linear import S
 from ..registry import register
 
-Beta: float = Field(0.95, ge=0.0, lt=1.0, description="Part of the average that is kept at each update.")
-OnRefresh: Transport = Field("keep", description="What becomes of the average when the subspace it lives in is refreshed.")
+Beta: float = Field(0.95, ge=0.0, lt=1.0, description="Decay rate of the average: the share of it that each update keeps.")
+OnRefresh: Transport = Field("keep", description="Transport of the average when the subspace is refreshed.")
 
 
 @register
 class Ema(Rule):
-    """`M <- beta M + (1 - beta) X`, passed on as it is or looked ahead: `(1 - beta) X + beta M` (Nesterov)."""
+    """`M <- beta M + (1 - beta) X`; the result is M or, with `nesterov`, `(1 - beta) X + beta M`."""
 
-    uses_grad: ClassVar[bool] = False
-    elementwise: ClassVar[bool] = True
     kind: Literal["ema"] = "ema"
     beta: float = Beta
-    nesterov: bool = Field(False, description="Pass on the average that the next update would have for the same signal.")
-    debias: bool = Field(False, description="Divide by the sum of the weights of the signals seen, so that it is an average.")
+    nesterov: bool = Field(False, description="Look ahead: pass on the average after one more update with the same signal.")
+    debias: bool = Field(False, description="Correct the bias: divide by the sum of the weights of the signals so far.")
     on_refresh: Transport = OnRefresh
 
     def slots(self, rows: Dim, cols: Dim) -> dict[str, Slot]:
         return {"exp_avg": Slot((rows, cols), self.on_refresh)}
+
+    def traits(self, rows: Dim, cols: Dim) -> RuleTraits:
+        return RuleTraits(reads_grad=False, elementwise=True, by_rows=True)
 
     def apply(self, x: Tensor, grad: Tensor, state: State, step: Step) -> tuple[Tensor, State]:
         m = averaged(state["exp_avg"], x, self.beta, step)
@@ -36,25 +38,24 @@ class Ema(Rule):
         if self.debias:
             clock = step.age if self.on_refresh == "reset" else step.t
             weights = 1 - self.beta ** (clock + 1 if self.nesterov else clock)
-            out = out.div_(weights) if self.nesterov else out / weights  # looked ahead it is a tensor of its own
+            out = out.div_(weights) if self.nesterov else out / weights  # with nesterov `out` is a new tensor
         return out, {"exp_avg": m}
 
 
 @register
 class HeavyBall(Rule):
-    """`M <- beta M + X`, passed on as it is or looked ahead: `X + beta M` (Nesterov). Polyak 1964.
+    """`M <- beta M + X`; the result is M or, with `nesterov`, `X + beta M`. Polyak 1964.
 
-    With `state: int8` M is kept as 8-bit codes with one scale for each 128 entries (arXiv:2605.10335); what is passed on is the M that was
-    just computed, before it is rounded.
+    With `state: int8` M is stored as 8-bit codes with one scale for each 128 entries (arXiv:2605.10335); the result is the M before it is
+    rounded.
     """
 
-    uses_grad: ClassVar[bool] = False
     kind: Literal["heavy_ball"] = "heavy_ball"
     beta: float = Beta
-    nesterov: bool = Field(False, description="Pass on X + beta M, what the next update would have for the same signal.")
-    debias: bool = Field(False, description="Divide by the sum of the weights of the signals seen, so that it is an average.")
+    nesterov: bool = Field(False, description="Look ahead: pass on X + beta M.")
+    debias: bool = Field(False, description="Correct the bias: divide by the sum of the weights of the signals so far.")
     on_refresh: Transport = OnRefresh
-    state: Literal["float", "int8"] = Field("float", description="Keep M in the dtype of computation, or in 8 bits by blocks.")
+    state: Literal["float", "int8"] = Field("float", description="Store M in the dtype of computation, or in 8 bits by blocks.")
 
     @model_validator(mode="after")
     def _codes_stay(self) -> HeavyBall:
@@ -62,8 +63,8 @@ class HeavyBall(Rule):
             raise ValueError("`state: int8` cannot be rotated; use `on_refresh: keep` or `reset`, or `state: float`")
         return self
 
-    def by_rows(self, rows: Dim, cols: Dim) -> bool:
-        return self.state == "float" or cols.size % blocks.BLOCK == 0
+    def traits(self, rows: Dim, cols: Dim) -> RuleTraits:
+        return RuleTraits(reads_grad=False, by_rows=self.state == "float" or cols.size % blocks.BLOCK == 0)
 
     def slots(self, rows: Dim, cols: Dim) -> dict[str, Slot]:
         if self.state == "float":
@@ -86,30 +87,31 @@ class HeavyBall(Rule):
         if self.debias:
             clock = step.age if self.on_refresh == "reset" else step.t
             weights = (1 - self.beta**clock) / (1 - self.beta)
-            out = out.div_(1 + self.beta * weights) if self.nesterov else out / weights  # looked ahead it is a tensor of its own
+            out = out.div_(1 + self.beta * weights) if self.nesterov else out / weights  # with nesterov `out` is a new tensor
         return out, kept
 
 
 @register
 class Identity(Rule):
-    """`X`: the signal is the update; as a complement, plain SGD on what the subspace leaves."""
+    """`X`: the signal is the update; as a complement, plain SGD on the residual."""
 
-    uses_grad: ClassVar[bool] = False
-    passes: ClassVar[bool] = True
-    elementwise: ClassVar[bool] = True
     kind: Literal["identity", "sgd"] = "identity"
 
-    def apply(self, x: Tensor, grad: Tensor, state: State, step: Step) -> tuple[Tensor, State]:
+    def traits(self, rows: Dim, cols: Dim) -> RuleTraits:
+        return RuleTraits(reads_grad=False, elementwise=True, by_rows=True, lazy=True)
+
+    def apply(self, x: S, grad: S, state: State, step: Step) -> tuple[S, State]:
         return x, {}
 
 
 @register
 class Nothing(Rule):
-    """`0`: the place makes no update and is not computed."""
+    """`0`: the place makes no update and costs nothing."""
 
-    uses_grad: ClassVar[bool] = False
-    silent: ClassVar[bool] = True
     kind: Literal["none"] = "none"
+
+    def traits(self, rows: Dim, cols: Dim) -> RuleTraits:
+        return RuleTraits(reads_grad=False, silent=True)
 
     def apply(self, x: Tensor, grad: Tensor, state: State, step: Step) -> tuple[Tensor, State]:
         return x.new_zeros(x.shape), {}

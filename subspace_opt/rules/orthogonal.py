@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 from torch import Tensor
 
-from ..algebra import Dim, Rule, State, Step, linalg, polar
+from ..algebra import Dim, Rule, RuleTraits, State, Step, linalg, polar
 from ..registry import register
 
 Named = Literal["keller", "quintic", "cubic", "classical", "cans"]
@@ -17,7 +17,7 @@ ComputeDtype = Literal["auto", "bfloat16", "float16", "float32", "float64"]
 
 
 def _to_tuples(value: Any) -> Any:
-    """YAML has lists where the model is frozen and wants tuples."""
+    """Turn the lists of YAML into the tuples that a frozen model needs."""
     return tuple(tuple(p) if isinstance(p, list) else p for p in value) if isinstance(value, list) else value
 
 
@@ -25,7 +25,7 @@ Coefficients = Annotated[Named | tuple[tuple[float, float, float], ...], BeforeV
 
 
 def _quick(x: Tensor) -> torch.dtype:
-    """The dtype in which this device multiplies quickest: a CPU without instructions for bfloat16 is forty times slower in it."""
+    """The dtype in which this device multiplies fastest. A CPU without bfloat16 instructions is 40x slower in bfloat16 than in float32."""
     if x.dtype == torch.float64:
         return x.dtype
     slow = x.device.type == "cpu" and not linalg.cpu_has_bfloat16()
@@ -36,22 +36,20 @@ def _quick(x: Tensor) -> torch.dtype:
 class Orthogonalize(Rule):
     """`U V'` of `X = U S V'`: by Newton-Schulz (Muon), Polar Express (arXiv:2505.16932) or an exact SVD (arXiv:2505.24749)."""
 
-    uses_grad: ClassVar[bool] = False
-    scale_free: ClassVar[bool] = True
     kind: Literal["orthogonalize"] = "orthogonalize"
     method: Literal["newton_schulz", "polar_express", "svd"] = Field(
-        "newton_schulz", description="How the polar factor is found; `svd` is exact."
+        "newton_schulz", description="The method that computes the polar factor; `svd` is exact."
     )
     steps: PositiveInt = Field(5, description="Iterations of Newton-Schulz or Polar Express.")
     coefficients: Coefficients = Field(
-        "keller", description="The polynomials of `newton_schulz`: a named schedule or a list of [a, b, c], the last repeated."
+        "keller", description="The polynomials of `newton_schulz`: a named schedule, or a list of [a, b, c] whose last entry is repeated."
     )
-    safety: float = Field(1.02, ge=1.0, lt=2.0, description="How far above 1 singular values may lie with `polar_express` and `cans`.")
+    safety: float = Field(1.02, ge=1.0, lt=2.0, description="The largest singular value that `polar_express` and `cans` must tolerate.")
     eps: float = Field(1e-7, ge=0.0, description="Guards the division by the Frobenius norm.")
     eps_floor: bool = Field(False, description="Divide by max(norm, eps) instead of norm + eps.")
     dtype: ComputeDtype = Field(
         "auto",
-        description="In which to iterate; `auto`: float64 for float64 signals, else bfloat16, or float32 on a CPU without products of it.",
+        description="Dtype of the iteration; `auto`: float64 for float64, else bfloat16; float32 on a CPU without bfloat16 products.",
     )
 
     @model_validator(mode="after")
@@ -62,8 +60,8 @@ class Orthogonalize(Rule):
             raise ValueError("`coefficients` is an empty list; give at least one [a, b, c]")
         return self
 
-    def decomposes(self, rows: Dim, cols: Dim) -> bool:
-        return self.method == "svd"
+    def traits(self, rows: Dim, cols: Dim) -> RuleTraits:
+        return RuleTraits(scale_free=True, decomposes=self.method == "svd", reads_grad=False)
 
     def flops(self, rows: Dim, cols: Dim) -> float:
         k, l = sorted((rows.size, cols.size))  # noqa: E741
@@ -84,22 +82,22 @@ class Orthogonalize(Rule):
             return polar.polar(x)
         dtype = _quick(x) if self.dtype == "auto" else getattr(torch, self.dtype)
         o = polar.newton_schulz(x, self._polynomials(), eps=self.eps, floor=self.eps_floor, dtype=dtype)
-        # Laid out by rows, as weights are: what follows reads it faster.
+        # Row-major as weights are: the update of the weight then reads it faster.
         return o.to(x.dtype, memory_format=torch.contiguous_format).contiguous()
 
 
 @register
 class Muon(Orthogonalize):
-    """`O = UV'` of X, brought to root mean square 1 per entry: `sqrt(mn) O / (|O|_F + norm_eps)`; with `norm: none`, O itself."""
+    """`sqrt(mn) O / (|O|_F + norm_eps)`, `O = UV'` of X: root mean square 1 per entry; with `norm: none`, O itself."""
 
     kind: Literal["muon"] = "muon"  # type: ignore[assignment]
-    norm: Literal["rms", "none"] = Field("rms", description="Bring the result to root mean square 1 per entry, or leave it.")
-    norm_eps: float = Field(1e-8, ge=0.0, description="Added to the norm by which the result is divided.")
+    norm: Literal["rms", "none"] = Field("rms", description="Scale the result to root mean square 1 per entry, or leave it as it is.")
+    norm_eps: float = Field(1e-8, ge=0.0, description="Added to the norm that divides the result.")
 
     def apply(self, x: Tensor, grad: Tensor, state: State, step: Step) -> tuple[Tensor, State]:
         o = self.orthogonalized(x)
         if self.norm == "rms":
             size = linalg.norm(o) + self.norm_eps
-            factor = torch.where(size > 0, math.sqrt(x.size(-2) * x.size(-1)) / size, torch.zeros_like(size))
+            factor = linalg.ratio(math.sqrt(x.size(-2) * x.size(-1)), size)
             o = o.mul_(factor) if o is not x else o * factor
         return o, {}

@@ -1,15 +1,15 @@
-"""Rules that change the size of an update and not its direction."""
+"""Rules that change the size of an update and keep its direction."""
 
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
 
-from ..algebra import Dim, Rule, Slot, State, Step, linalg
+from ..algebra import Dim, Rule, RuleTraits, Slot, State, Step, linalg, linear
+from ..algebra.linear import S
 from ..registry import register
 
 
@@ -17,19 +17,16 @@ from ..registry import register
 class RmsNormalize(Rule):
     """`scale sqrt(mn) X / (|X|_F + eps)`: root mean square `scale` per entry."""
 
-    uses_grad: ClassVar[bool] = False
-    scale_free: ClassVar[bool] = True
     kind: Literal["rms_normalize"] = "rms_normalize"
     scale: float = Field(1.0, gt=0.0, description="Root mean square of the result's entries.")
     eps: float = Field(1e-8, ge=0.0, description="Added to the Frobenius norm.")
 
-    def apply(self, x: Tensor, grad: Tensor, state: State, step: Step) -> tuple[Tensor, State]:
-        return x * self.measured(x), {}
+    def traits(self, rows: Dim, cols: Dim) -> RuleTraits:
+        return RuleTraits(scale_free=True, reads_grad=False, lazy=True, measures=True)
 
-    def measured(self, x: Tensor) -> Tensor:
-        size = linalg.norm(x) + self.eps
-        factor = self.scale * math.sqrt(x.size(-2) * x.size(-1)) / size
-        return torch.where(size > 0, factor, torch.zeros_like(size))  # with eps 0, too: 0 stays 0
+    def apply(self, x: S, grad: S, state: State, step: Step) -> tuple[S, State]:
+        size = linear.norm(x) + self.eps
+        return x * linalg.ratio(self.scale * math.sqrt(x.size(-2) * x.size(-1)), size), {}
 
 
 @register
@@ -40,16 +37,15 @@ class Scale(Rule):
     the root mean square of AdamW (arXiv:2502.16982).
     """
 
-    uses_grad: ClassVar[bool] = False
     kind: Literal["scale"] = "scale"
-    factor: float = Field(1.0, gt=0.0, description="A constant.")
+    factor: float = Field(1.0, gt=0.0, description="A constant factor.")
     by: Literal["none", "keller", "spectral", "moonshot"] = Field("none", description="The shape factor s(m, n).")
 
-    def apply(self, x: Tensor, grad: Tensor, state: State, step: Step) -> tuple[Tensor, State]:
-        return x * self.multiplier(x.size(-2), x.size(-1), step), {}
+    def traits(self, rows: Dim, cols: Dim) -> RuleTraits:
+        return RuleTraits(reads_grad=False, lazy=True)
 
-    def multiplier(self, rows: int, cols: int, step: Step) -> float:
-        return self.factor * self.shape_factor(rows, cols)
+    def apply(self, x: S, grad: S, state: State, step: Step) -> tuple[S, State]:
+        return x * (self.factor * self.shape_factor(x.size(-2), x.size(-1))), {}
 
     def shape_factor(self, m: int, n: int) -> float:
         """s(m, n) for a weight of m rows (outputs) and n columns (inputs)."""
@@ -66,36 +62,44 @@ class Scale(Rule):
 
 @register
 class NormGrowth(Rule):
-    """`X` held to `gamma` times the norm it had at the update before (the limiter of Fira, arXiv:2410.01623, there gamma 1.01).
+    """`X` limited to `gamma` times the norm of the previous result (the limiter of Fira, arXiv:2410.01623, there gamma 1.01).
 
-    The first update, and one after an update of norm 0, passes.
+    The first update passes as it is. So does one whose norm exceeds the previous norm by more than 1 / `restart`: the previous gradients
+    were practically 0, and at a rate of `gamma` the limiter would need thousands of updates to come back. The authors' code has no restart.
     """
 
-    uses_grad: ClassVar[bool] = False
     kind: Literal["norm_growth"] = "norm_growth"
-    gamma: float = Field(1.01, gt=1.0, description="The most by which the norm may grow from one update to the next.")
-    eps: float = Field(1e-8, ge=0.0, description="Added to the norm of the update before.")
+    gamma: float = Field(1.01, gt=1.0, description="The largest growth of the norm from one update to the next.")
+    eps: float = Field(1e-8, ge=0.0, description="Added to the norm of the previous update.")
+    restart: float = Field(
+        1e-6,
+        ge=0.0,
+        lt=1.0,
+        description="Begin anew if the previous norm is below this share of the present one; 0 never begins anew.",
+    )
 
     def slots(self, rows: Dim, cols: Dim) -> dict[str, Slot]:
         return {"norm": Slot((), holds="unsigned")}
 
-    def apply(self, x: Tensor, grad: Tensor, state: State, step: Step) -> tuple[Tensor, State]:
-        size, before = linalg.norm(x), state["norm"][:, None, None]
-        growth = (size / (before + self.eps)).clamp_min(self.gamma) / self.gamma
-        growth = torch.where(before > 0, growth, torch.ones_like(growth))
-        return x / growth, {"norm": (size / growth)[:, 0, 0]}
+    def traits(self, rows: Dim, cols: Dim) -> RuleTraits:
+        return RuleTraits(reads_grad=False, lazy=True, measures=True)
+
+    def apply(self, x: S, grad: S, state: State, step: Step) -> tuple[S, State]:
+        size, before = linear.norm(x), state["norm"][:, None, None]
+        allowed = self.gamma * (before + self.eps)
+        limited = (before > 0) & (before >= self.restart * size) & (size > allowed)
+        shrink = torch.where(limited, linalg.ratio(allowed, size), torch.ones_like(size))
+        return x * shrink, {"norm": (size * shrink)[:, 0, 0]}
 
 
 @register
 class Debias(Rule):
     """`X sqrt(1 - beta2^t) / (1 - beta1^t)`: the bias correction of Adam on the whole update, as in Hugging Face's and GaLore's AdamW."""
 
-    uses_grad: ClassVar[bool] = False
-    elementwise: ClassVar[bool] = True
     kind: Literal["debias"] = "debias"
-    beta1: float | None = Field(None, ge=0.0, lt=1.0, description="That of the first moment; omitted, it is not corrected.", examples=[0.9])
+    beta1: float | None = Field(None, ge=0.0, lt=1.0, description="Decay rate of the first moment; omitted: no correction.", examples=[0.9])
     beta2: float | None = Field(
-        None, ge=0.0, lt=1.0, description="That of the second moment; omitted, it is not corrected.", examples=[0.999]
+        None, ge=0.0, lt=1.0, description="Decay rate of the second moment; omitted: no correction.", examples=[0.999]
     )
 
     @model_validator(mode="after")
@@ -104,10 +108,10 @@ class Debias(Rule):
             raise ValueError("`debias` needs the beta1 or beta2 of the average that it corrects")
         return self
 
-    def apply(self, x: Tensor, grad: Tensor, state: State, step: Step) -> tuple[Tensor, State]:
-        return x * self.multiplier(x.size(-2), x.size(-1), step), {}
+    def traits(self, rows: Dim, cols: Dim) -> RuleTraits:
+        return RuleTraits(reads_grad=False, elementwise=True, by_rows=True, lazy=True)
 
-    def multiplier(self, rows: int, cols: int, step: Step) -> float:
+    def apply(self, x: S, grad: S, state: State, step: Step) -> tuple[S, State]:
         t = float(step.t)
         root = 1.0 if self.beta2 is None else math.sqrt(1 - self.beta2**t)
-        return root if self.beta1 is None else root / (1 - self.beta1**t)
+        return x * (root if self.beta1 is None else root / (1 - self.beta1**t)), {}

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 from pydantic import Field
 from torch import Tensor
 
-from ..algebra import Dim, Rule, Slot, State, Step, averaged_square, linalg
+from ..algebra import Dim, Rule, RuleTraits, Slot, State, Step, averaged_square, linalg
 from ..registry import register
 from .adaptive import precondition
 
@@ -16,17 +16,16 @@ from .adaptive import precondition
 class Soap(Rule):
     """`V <- b2 V + (1 - b2) (G Q).(G Q); (X Q) / (sqrt(V^) + eps) Q'`, Q the eigenbasis of EMA(G'G) (arXiv:2409.11321).
 
-    Where the coordinates are eigen-coordinates already (selectors `eigen`, `kron_eigen`), Q = I and no covariance is kept. Elsewhere
-    the r x r covariance is, and Q follows it by one power iteration and a QR each update.
+    If the coordinates are eigen-coordinates already (selectors `eigen`, `kron_eigen`), Q = I and the rule keeps no covariance. Otherwise
+    it keeps the r x r covariance, and Q follows it by one power iteration and a QR at each update.
     """
 
-    scale_free: ClassVar[bool] = True
     kind: Literal["soap"] = "soap"
-    beta2: float = Field(0.95, ge=0.0, lt=1.0, description="Part of the second moment that is kept at each update.")
+    beta2: float = Field(0.95, ge=0.0, lt=1.0, description="Decay rate of the second moment.")
     eps: float = Field(1e-8, ge=0.0, description="Added to the root of the second moment.")
     eps_inside: bool = Field(False, description="Add eps to the second moment before its root and its correction.")
-    debias: bool = Field(True, description="Divide the second moment by the sum of its weights.")
-    cov_beta: float = Field(0.95, ge=0.0, lt=1.0, description="Part of the covariance kept at each update, where one is kept.")
+    debias: bool = Field(True, description="Correct the bias of the second moment.")
+    cov_beta: float = Field(0.95, ge=0.0, lt=1.0, description="Decay rate of the covariance, if the rule keeps one.")
 
     def slots(self, rows: Dim, cols: Dim) -> dict[str, Slot]:
         slots = {"exp_avg_sq": Slot((rows, cols), holds="unsigned")}
@@ -35,8 +34,8 @@ class Soap(Rule):
             slots["rotation"] = Slot((cols, Dim("eigen", cols.size)), "project", holds="basis")
         return slots
 
-    def decomposes(self, rows: Dim, cols: Dim) -> bool:
-        return not cols.eigen
+    def traits(self, rows: Dim, cols: Dim) -> RuleTraits:
+        return RuleTraits(scale_free=True, decomposes=not cols.eigen)
 
     def flops(self, rows: Dim, cols: Dim) -> float:
         m, r = rows.size, cols.size
@@ -50,8 +49,8 @@ class Soap(Rule):
         if step.first:
             q = linalg.fix_signs(linalg.eigh(cov)[1])
         else:
-            # After a refresh of the subspace the carried rotation is no longer orthonormal; the QR makes it so again. The ridge
-            # keeps directions without any covariance from being chosen by round-off.
+            # A refresh of the subspace projects the rotation, which is then no longer orthonormal; the QR makes it so again. The ridge
+            # keeps round-off from choosing the directions without covariance.
             ridge = cov.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] * 1e-6
             q = linalg.orthonormal(linalg.mm(cov, state["rotation"]) + ridge * state["rotation"])
         v = self._second_moment(linalg.mm(grad, q), state, step)

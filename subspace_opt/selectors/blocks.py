@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from ..algebra import Basis, Dim, Order, Selector, Slot, State, Step
+from ..algebra import Basis, Dim, Order, Selector, SelectorFlops, SelectorTraits, Slot, State, Step
 from ..registry import register
 
 
@@ -15,18 +15,16 @@ from ..registry import register
 class Blocks(Selector):
     """The whole space for a `share` of the pipeline's parameters, {0} for the others, in turn (arXiv:2411.07837).
 
-    State is laid out for every parameter, since each has its turn.
+    Every parameter has its turn, so the plan gives state to each.
     """
 
-    decomposes: ClassVar[bool] = False
     kind: Literal["blocks"] = "blocks"
-    every: PositiveInt | None = Field(200, description="Updates for which a turn lasts.")
-    share: float = Field(0.25, gt=0.0, le=1.0, description="Part of the parameters whose turn it is.")
-    order: Literal["ascending", "descending"] = Field("ascending", description="From the first parameter on, or from the last.")
+    every: PositiveInt | None = Field(200, description="Length of a turn in updates.")
+    share: float = Field(0.25, gt=0.0, le=1.0, description="Share of the parameters that are active at a time.")
+    order: Literal["ascending", "descending"] = Field("ascending", description="Begin with the first parameter, or with the last.")
 
-    @property
-    def gated(self) -> bool:
-        return True
+    def traits(self) -> SelectorTraits:
+        return SelectorTraits(decomposes=False, gated=True)
 
     def coords(self, rows: Dim, cols: Dim) -> tuple[Dim, Dim]:
         return rows, cols
@@ -37,11 +35,11 @@ class Blocks(Selector):
     def basis(self, state: State, step: Step) -> Basis:
         return Basis(gate=state["active"])
 
-    def project_flops(self, rows: Dim, cols: Dim) -> float:
-        return 0.0  # all or nothing
+    def flops(self, rows: Dim, cols: Dim) -> SelectorFlops:
+        return SelectorFlops(project=0.0)  # a matrix is in the subspace as a whole, or not at all
 
     def refresh(self, x: Tensor, state: State, step: Step) -> tuple[State, Order | None]:
-        assert step.position is not None  # the core tells every selector
+        assert step.position is not None  # the engine always gives it
         assert self.every is not None
         place, total = step.position[:, 0], step.position[:, 1]
         if self.order == "descending":

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from ..algebra import Dim, LowRank, Order, Rank, Slot, State, Step, linalg
+from ..algebra import Dim, LowRank, Order, Rank, SelectorFlops, Slot, State, Step, linalg
 from ..registry import register
 
 
@@ -15,13 +15,13 @@ from ..registry import register
 class Eigen(LowRank):
     """`U <- qr(beta U S + (1 - beta) G'(G U)); S <- beta T'S T + (1 - beta)(GU)'(GU), T = U_old' U` (arXiv:2502.17410).
 
-    `U S U'` stands for the covariance EMA(G'G) restricted to the subspace, so the n x n covariance is never formed. The first basis
-    is that of the first gradient's leading right singular vectors.
+    `U S U'` replaces the covariance EMA(G'G), restricted to the subspace, so the n x n covariance is never formed. The first basis holds
+    the first gradient's leading right singular vectors.
     """
 
     kind: Literal["eigen"] = "eigen"
-    rank: Rank = Field(64, description="Number of columns of the basis, clamped to the short side; below 1, that part of the short side.")
-    beta: float = Field(0.95, ge=0.0, lt=1.0, description="Part of the covariance that is kept at each update.")
+    rank: Rank = Field(64, description="Number of columns, at most the short side; a number below 1 is that part of the short side.")
+    beta: float = Field(0.95, ge=0.0, lt=1.0, description="Decay rate of the covariance.")
     init: Literal["gram", "exact", "randomized"] = Field(
         "gram",
         description="First basis: eigh of the smaller Gram matrix, a thin SVD, or a randomized range (cheapest, approximate).",
@@ -34,12 +34,9 @@ class Eigen(LowRank):
         rank = self.coords(rows, cols)[1]
         return {"basis": Slot((cols, rank)), "covariance": Slot((rank, rank))}
 
-    def refresh_flops(self, rows: Dim, cols: Dim) -> float:
+    def flops(self, rows: Dim, cols: Dim) -> SelectorFlops:
         m, n, r = rows.size, cols.size, self.columns(rows, cols)
-        return 4.0 * m * n * r + 8.0 * n * r * r + 8 / 3 * r**3
-
-    def observe_flops(self, rows: Dim, cols: Dim) -> float:
-        return 2.0 * rows.size * self.columns(rows, cols) ** 2
+        return SelectorFlops(refresh=4.0 * m * n * r + 8.0 * n * r * r + 8 / 3 * r**3, observe=2.0 * m * r * r)
 
     def draws(self, rows: Dim, cols: Dim, t: int = 1, first: bool = True) -> tuple[int, ...] | None:
         return (cols.size, self.columns(rows, cols)) if first and self.init == "randomized" else None
@@ -52,7 +49,7 @@ class Eigen(LowRank):
         u, s = state["basis"], state["covariance"]
         if step.first:
             return {"basis": linalg.leading_right(x, u.size(-1), self.init, step.noise), "covariance": s}, None
-        moved = linalg.mm(linalg.mm(x, u).mT, x).mT  # G'(G U), laid out by columns: no large matrix is read across its rows
+        moved = linalg.mm(linalg.mm(x, u).mT, x).mT  # G'(G U), column-major: no large matrix is read across its rows
         new = linalg.orthonormal(linalg.addmm(moved, u, s, beta=1 - self.beta, alpha=self.beta))
         turn = linalg.mm(u.mT, new)
         return {"basis": new, "covariance": linalg.mm(linalg.mm(turn.mT, s), turn)}, None

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..algebra import Basis, Dim, LowRank, Order, Slot, State, Step, dct, linalg
+from ..algebra import Basis, Dim, LowRank, Order, SelectorFlops, SelectorTraits, Slot, State, Step, dct, linalg
 from ..registry import register
 
 
 @register
 class Fft(LowRank):
-    """The `rank` atoms of the DCT whose coefficients in `X T` have the largest norm down the rows; state is their r indices."""
+    """The `rank` atoms of the DCT table T whose columns of `X T` have the largest norm; the state is their r indices."""
 
-    decomposes: ClassVar[bool] = False
     kind: Literal["fft"] = "fft"
-    dictionary: Literal["dct2", "dct3"] = Field("dct2", description="Which transform's atoms are the columns.")
+    dictionary: Literal["dct2", "dct3"] = Field("dct2", description="The transform whose atoms are the columns.")
     ranking: Literal["l1", "l2"] = Field(
-        "l2", description="Norm by which columns are ranked; l2 captures the most energy, l1 is the authors' choice."
+        "l2", description="Norm that ranks the columns; l2 captures the most energy, l1 is the authors' choice."
     )
     transform: Literal["table", "fft"] = Field(
         "table",
@@ -41,9 +40,12 @@ class Fft(LowRank):
             return {f"{self.dictionary}.{n}": lambda: dct.dct_table(n, self.dictionary)}
         return {f"cosines.{n}": lambda: dct.cosines(n)}
 
-    def refresh_flops(self, rows: Dim, cols: Dim) -> float:
+    def traits(self) -> SelectorTraits:
+        return SelectorTraits(decomposes=False)
+
+    def flops(self, rows: Dim, cols: Dim) -> SelectorFlops:
         m, n = rows.size, cols.size
-        return 2.0 * m * n * n if self.transform == "table" else 5.0 * m * n * math.log2(max(n, 2))
+        return SelectorFlops(refresh=2.0 * m * n * n if self.transform == "table" else 5.0 * m * n * math.log2(max(n, 2)))
 
     def basis(self, state: State, step: Step) -> Basis:
         (table,) = step.constants.values()
@@ -60,21 +62,21 @@ class Fft(LowRank):
             chosen = self._chosen_roughly(x, table, rank)
         else:
             chosen = self._weights(x @ table if self.transform == "table" else dct.dct(x, self.dictionary)).topk(rank).indices
-        # In ascending order a column that stays selected moves little in position.
+        # In ascending order a column that stays selected keeps nearly its place.
         return {"index": chosen.sort().values}, None
 
     def _weights(self, s: Tensor) -> Tensor:
-        """The norms `(B, n)` by which columns are ranked."""
+        """The norms `(B, n)` that rank the columns."""
         if self.ranking == "l1":
-            return s.abs().sum(-2, dtype=torch.promote_types(s.dtype, torch.float32))  # several times as fast as the norm of order 1
+            return s.abs().sum(-2, dtype=torch.promote_types(s.dtype, torch.float32))  # several times faster than vector_norm(ord=1)
         size: Tensor = torch.linalg.vector_norm(s, dim=-2, dtype=torch.promote_types(s.dtype, torch.float32))
         return size
 
     def _chosen_roughly(self, x: Tensor, table: Tensor, rank: int) -> Tensor:
-        """The same columns for one matrix: those that bfloat16 cannot tell from the last that is chosen are weighed again in full."""
+        """The same columns for one matrix. Columns that bfloat16 cannot tell from the last selected one are ranked again in full."""
         rough = self._weights(x[0].bfloat16() @ table.bfloat16())  # (n,)
         edge = rough.topk(rank + 1).values[-2:].mean()
-        # 2^-9 is the part by which rounding changes an entry at most; norms of hundreds of entries change by a tenth of that.
+        # Rounding changes an entry by at most the part 2^-9; norms of hundreds of entries change by a tenth of that.
         doubt = 2**-9 * (edge + rough.square().mean().sqrt())
         sure = (rough > edge + doubt).nonzero()[:, 0]
         unsure = ((rough - edge).abs() <= doubt).nonzero()[:, 0]
@@ -85,6 +87,6 @@ class Fft(LowRank):
 
 
 def _rounding_pays(x: Tensor, rank: int) -> bool:
-    """Whether bfloat16 is so much quicker here that columns in doubt may be weighed twice."""
+    """True if bfloat16 is so much faster here that ranking some columns twice pays."""
     alone = x.size(0) == 1 and x.device.type == "cpu" and x.dtype == torch.float32
     return alone and min(x.shape[-2:]) >= 256 and rank < x.size(-1) and linalg.cpu_has_bfloat16()

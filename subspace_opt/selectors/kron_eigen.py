@@ -8,12 +8,12 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
-from ..algebra import Basis, Dim, Order, Selector, Side, Slot, State, Step, linalg
+from ..algebra import Basis, Dim, Order, Selector, SelectorFlops, SelectorTraits, Side, Slot, State, Step, linalg
 from ..registry import register
 
 
 class _Mode(NamedTuple):
-    """One mode of the matrix: its place among the sizes `(rows..., cols...)`."""
+    """One mode of the matrix; `axis`: its index among the sizes `(rows..., cols...)`."""
 
     name: str
     side: str
@@ -26,35 +26,34 @@ class _Mode(NamedTuple):
 class KronEigen(Selector):
     """`L <- beta L + (1 - beta) GG', R <- beta R + (1 - beta) G'G; Q <- qr(P Q)` for P in {L, R}, Q first by eigh (arXiv:2409.11321).
 
-    Columns are sorted by the eigenvalues that they stand for before each QR, and kept second moments are permuted with them. A side longer
-    than `max_dim`, or with `sides: short` the longer one, is left as it is. Where the columns are several dimensions joined (route
-    `view: modes`), each has a basis of its own; neighbours are merged while their product is at most `merge`.
+    Columns are sorted by their estimated eigenvalues before each QR, and kept second moments are permuted with them. A side longer than
+    `max_dim` gets no basis, nor does the longer side with `sides: short`. If the columns are several joined dimensions (route
+    `view: modes`), each dimension gets a basis; neighbours are merged while their product is at most `merge`.
     """
 
     kind: Literal["kron_eigen"] = "kron_eigen"
     every: PositiveInt | None = Field(10, description="Updates between refreshes.")
     offset: NonNegativeInt | Literal["spread"] = Field(
         1,
-        description="Refresh on update t when t - 1 + offset is a multiple of `every`; with `spread` the offset is drawn "
-        "by the parameter's name, so that no step refreshes all.",
+        description="Refresh on update t if t - 1 + offset is a multiple of `every`; `spread` derives the offset from the "
+        "parameter's name, so that refreshes are spread over the steps.",
     )
     timing: Literal["before", "after"] = Field(
         "after", description="Refresh before the update is made, or after it; with `after`, the first gradient only sets the basis."
     )
-    beta: float = Field(0.95, ge=0.0, lt=1.0, description="Part of the covariances kept at each update.")
-    debias: bool = Field(False, description="Divide the covariances by the sum of their weights.")
-    solver: Literal["power", "eigh"] = Field("power", description="One power iteration and QR from the basis there is, or eigh.")
-    sort: bool = Field(True, description="Sort columns by eigenvalue before the QR, and permute what is kept in them.")
+    beta: float = Field(0.95, ge=0.0, lt=1.0, description="Decay rate of the covariances.")
+    debias: bool = Field(False, description="Correct the bias of the covariances.")
+    solver: Literal["power", "eigh"] = Field("power", description="One power iteration and QR from the present basis, or eigh.")
+    sort: bool = Field(True, description="Sort columns by eigenvalue before the QR, and permute kept coordinates with them.")
     sides: Literal["both", "short"] = Field("both", description="A basis for each side, or for the shorter one (rows if square).")
-    max_dim: PositiveInt = Field(10000, description="Longest side that gets a basis.")
+    max_dim: PositiveInt = Field(10000, description="The longest side that gets a basis.")
     merge: PositiveInt = Field(1, description="Merge neighbouring modes while their product is at most this.")
 
-    @property
-    def primes(self) -> bool:
-        return self.timing == "after"
+    def traits(self) -> SelectorTraits:
+        return SelectorTraits(primes=self.timing == "after")
 
     def modes(self, rows: Dim, cols: Dim) -> list[_Mode]:
-        """The modes of a matrix, in the order of its sizes, and whether each gets a basis."""
+        """The modes of a matrix, in the order of its sizes."""
         short = "rows" if rows.size <= cols.size else "cols"
         out: list[_Mode] = []
         for side, dim in (("rows", rows), ("cols", cols)):
@@ -75,15 +74,11 @@ class KronEigen(Selector):
                 out |= {f"{mode.name}.covariance": Slot((dim, dim)), f"{mode.name}.basis": Slot((dim, dim))}
         return out
 
-    def refresh_flops(self, rows: Dim, cols: Dim) -> float:
+    def flops(self, rows: Dim, cols: Dim) -> SelectorFlops:
         cost = 9.0 if self.solver == "eigh" else 2.0 + 8 / 3
-        return sum(cost * m.size**3 for m in self.modes(rows, cols) if m.rotated)
-
-    def observe_flops(self, rows: Dim, cols: Dim) -> float:
-        return sum(2.0 * m.size * rows.size * cols.size for m in self.modes(rows, cols) if m.rotated)
-
-    def project_flops(self, rows: Dim, cols: Dim) -> float:
-        return self.observe_flops(rows, cols)  # one product of that size for each basis, too
+        sizes = [m.size for m in self.modes(rows, cols) if m.rotated]
+        products = sum(2.0 * size * rows.size * cols.size for size in sizes)  # one for each basis
+        return SelectorFlops(refresh=sum(cost * size**3 for size in sizes), observe=products, project=products)
 
     def basis(self, state: State, step: Step) -> Basis:
         modes = self.modes(step.rows, step.cols)
@@ -96,7 +91,7 @@ class KronEigen(Selector):
         return factors[0] if len(factors) == 1 and isinstance(factors[0], Tensor) else tuple(factors)
 
     def observe(self, x: Tensor, c: Tensor, state: State, step: Step) -> State:
-        # A refresh before the update has taken the gradient in already.
+        # A refresh before the update has added the gradient already.
         return state if step.refresh and self.timing == "before" else self._accumulated(x, state, step)
 
     def refresh(self, x: Tensor, state: State, step: Step) -> tuple[State, Order | None]:
@@ -116,7 +111,7 @@ class KronEigen(Selector):
                 new[f"{mode.name}.basis"] = linalg.eigenbasis(p)
                 continue
             turned = linalg.mm(p, q)
-            # Directions that no gradient has had yet are round-off, whose order is chance: as 0 they stay in theirs.
+            # Directions without gradient so far hold round-off, whose order is random: set to 0, they keep their order.
             energy = (q * turned).sum(-2)  # diag(Q'PQ)
             energy = energy * (energy > mode.size * torch.finfo(p.dtype).eps * energy.amax(-1, keepdim=True))
             if self.sort:
@@ -126,8 +121,8 @@ class KronEigen(Selector):
         return new, self._order(orders, step) if orders else None
 
     def _accumulated(self, x: Tensor, state: State, step: Step) -> State:
-        """The covariances with the gradient taken in; debiased, by weights that make them an average from the first on."""
-        count = step.t.item() + (1 if self.primes else 0)
+        """The covariances with the gradient added; with `debias`, weighted so that they are averages from the first update on."""
+        count = step.t.item() + (1 if self.timing == "after" else 0)
         weight = (1 - self.beta) / (1 - self.beta**count) if self.debias else 1 - self.beta
         new = dict(state)
         modes = self.modes(step.rows, step.cols)

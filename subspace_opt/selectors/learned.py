@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..algebra import Dim, LowRank, Order, Slot, State, Step, linalg
+from ..algebra import Dim, LowRank, Order, SelectorFlops, SelectorTraits, Slot, State, Step, linalg
 from ..registry import register
 
 
@@ -16,24 +16,24 @@ from ..registry import register
 class Learned(LowRank):
     """`U <- step of AdamW or SGD on |G^ U U' - G^|_F^2`, `G^ = G / |G|_F`, after each update (arXiv:2408.12857).
 
-    At first leading right singular vectors of G. The columns are never made orthonormal again, which the objective itself only keeps near.
+    The first basis holds leading right singular vectors of G. The columns are never orthonormalised again; the objective keeps them nearly
+    orthonormal.
     """
 
     kind: Literal["learned"] = "learned"
-    timing: Literal["before", "after"] = Field("after", description="The update is made with the basis it started with.")
-    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="What moves the basis.")
+    timing: Literal["before", "after"] = Field("after", description="Refresh after the update, or before it.")
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="The optimizer of the basis.")
     init: linalg.Method = Field(
         "randomized", description="First basis: a thin SVD, eigh of the smaller Gram matrix, or one power iteration on random draws."
     )
     lr: float = Field(0.005, ge=0.0, description="Learning rate of the basis.")
-    beta1: float = Field(0.9, ge=0.0, lt=1.0, description="Of AdamW.")
-    beta2: float = Field(0.999, ge=0.0, lt=1.0, description="Of AdamW.")
-    eps: float = Field(1e-8, ge=0.0, description="Of AdamW.")
-    weight_decay: float = Field(0.01, ge=0.0, description="Of AdamW, on the basis.")
+    beta1: float = Field(0.9, ge=0.0, lt=1.0, description="AdamW's field of this name, for the basis.")
+    beta2: float = Field(0.999, ge=0.0, lt=1.0, description="AdamW's field of this name, for the basis.")
+    eps: float = Field(1e-8, ge=0.0, description="AdamW's field of this name, for the basis.")
+    weight_decay: float = Field(0.01, ge=0.0, description="AdamW's weight decay, on the basis.")
 
-    @property
-    def orthonormal(self) -> bool:
-        return False
+    def traits(self) -> SelectorTraits:
+        return SelectorTraits(orthonormal=False)
 
     def slots(self, rows: Dim, cols: Dim) -> dict[str, Slot]:
         slot = Slot((cols, self.coords(rows, cols)[1]))
@@ -42,8 +42,8 @@ class Learned(LowRank):
     def draws(self, rows: Dim, cols: Dim, t: int = 1, first: bool = True) -> tuple[int, ...] | None:
         return (cols.size, self.columns(rows, cols)) if first and self.init == "randomized" else None
 
-    def refresh_flops(self, rows: Dim, cols: Dim) -> float:
-        return 10.0 * rows.size * cols.size * self.columns(rows, cols)
+    def flops(self, rows: Dim, cols: Dim) -> SelectorFlops:
+        return SelectorFlops(refresh=10.0 * rows.size * cols.size * self.columns(rows, cols))
 
     def refresh(self, x: Tensor, state: State, step: Step) -> tuple[State, Order | None]:
         u = state["basis"]
@@ -53,11 +53,11 @@ class Learned(LowRank):
         gu = linalg.mm(g, u)
         error = linalg.addmm(g, gu, u.mT, beta=-1.0)  # G^ U U' - G^
         slope = 2 * (linalg.mm(g.mT, linalg.mm(error, u)) + linalg.mm(error.mT, gu))
-        # With a full basis nothing is left to learn, and AdamW would make a full step of round-off.
+        # A full basis has nothing to learn, and AdamW would turn round-off into a full step.
         slope = slope * (linalg.norm(slope) > 64 * torch.finfo(x.dtype).eps)
         if self.optimizer == "sgd":
             return {"basis": u - self.lr * slope}, None
-        count = step.t - 1  # the first basis is no step of AdamW
+        count = step.t - 1  # the first basis is not a step of AdamW
         m = state["exp_avg"].lerp(slope, 1 - self.beta1)
         v = state["exp_avg_sq"] * self.beta2 + slope * slope * (1 - self.beta2)
         update = m / (1 - self.beta1**count) / ((v / (1 - self.beta2**count)).sqrt() + self.eps)

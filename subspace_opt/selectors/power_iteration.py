@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from ..algebra import Basis, Dim, LowRank, Order, Slot, State, Step, lift, linalg
+from ..algebra import Basis, Dim, LowRank, Order, SelectorFlops, SelectorTraits, Slot, State, Step, lift, linalg
 from ..registry import register
 
 
@@ -15,13 +15,13 @@ from ..registry import register
 class PowerIteration(LowRank):
     """`U <- qr(B'(B U))`, `B = rho U M' / (1 - beta1^(t-1)) + (1 - rho) G` (arXiv:2410.16103); at first leading vectors of G.
 
-    M is the first moment that the rule inside keeps; with rho 0 the basis follows the source alone.
+    M is the first moment of the rule inside; with rho 0 the basis follows the source alone.
     """
 
     kind: Literal["power_iteration"] = "power_iteration"
-    rho: float = Field(0.0, ge=0.0, lt=1.0, description="Share of the inner first moment in the matrix that is iterated on.")
-    beta1: float = Field(0.908, ge=0.0, lt=1.0, description="That of the inner first moment, to debias it.")
-    method: Literal["power", "svd"] = Field("power", description="One power iteration from the last basis, or an SVD of B.")
+    rho: float = Field(0.0, ge=0.0, lt=1.0, description="Share of the inner first moment in the matrix B.")
+    beta1: float = Field(0.908, ge=0.0, lt=1.0, description="Decay rate of the inner first moment, to correct its bias.")
+    method: Literal["power", "svd"] = Field("power", description="One power iteration from the previous basis, or an SVD of B.")
     init: linalg.Method = Field(
         "randomized", description="First basis: a thin SVD, eigh of the smaller Gram matrix, or one power iteration on random draws."
     )
@@ -29,11 +29,11 @@ class PowerIteration(LowRank):
     def draws(self, rows: Dim, cols: Dim, t: int = 1, first: bool = True) -> tuple[int, ...] | None:
         return (cols.size, self.columns(rows, cols)) if first and self.init == "randomized" else None
 
-    def refresh_flops(self, rows: Dim, cols: Dim) -> float:
+    def flops(self, rows: Dim, cols: Dim) -> SelectorFlops:
         m, n, r = rows.size, cols.size, self.columns(rows, cols)
         mixed = 2.0 * m * n * r if self.rho else 0.0
         k, l = sorted((m, n))  # noqa: E741
-        return mixed + (6.0 * l * k * k + 20.0 * k**3 if self.method == "svd" else 4.0 * m * n * r + 4.0 * n * r * r)
+        return SelectorFlops(refresh=mixed + (6.0 * l * k * k + 20.0 * k**3 if self.method == "svd" else 4.0 * m * n * r + 4.0 * n * r * r))
 
     def refresh(self, x: Tensor, state: State, step: Step) -> tuple[State, Order | None]:
         u = state["basis"]
@@ -54,17 +54,16 @@ class PowerIteration(LowRank):
 class Dion(LowRank):
     """`P = qr(B'Q)`, the basis; `Q <- R / |R|` column by column, `R = B P` its coordinates (arXiv:2504.05295).
 
-    Q, the warm start, is kept; P is found anew from it at every update. Q is at first drawn from N(0, 1).
+    The state is Q, the warm start, from which every update finds P anew. The first Q is drawn from N(0, 1).
     """
 
     kind: Literal["dion"] = "dion"
-    every: Literal[1] = Field(1, description="The basis is found anew at every update.")
-    iterations: PositiveInt = Field(1, description="Power iterations an update.")
+    every: Literal[1] = Field(1, description="Every update finds the basis anew.")
+    iterations: PositiveInt = Field(1, description="Power iterations per update.")
     eps: float = Field(1e-8, ge=0.0, description="Added to the norm of a column of R.")
 
-    @property
-    def keeps_basis(self) -> bool:
-        return False
+    def traits(self) -> SelectorTraits:
+        return SelectorTraits(keeps_basis=False)
 
     def slots(self, rows: Dim, cols: Dim) -> dict[str, Slot]:
         return {"warm_start": Slot((rows, self.coords(rows, cols)[1]))}
@@ -72,9 +71,9 @@ class Dion(LowRank):
     def draws(self, rows: Dim, cols: Dim, t: int = 1, first: bool = True) -> tuple[int, ...] | None:
         return (rows.size, self.columns(rows, cols)) if first else None
 
-    def refresh_flops(self, rows: Dim, cols: Dim) -> float:
+    def flops(self, rows: Dim, cols: Dim) -> SelectorFlops:
         m, n, r = rows.size, cols.size, self.columns(rows, cols)
-        return self.iterations * (2.0 * m * n * r + 4.0 * n * r * r) + (self.iterations - 1) * 2.0 * m * n * r
+        return SelectorFlops(refresh=self.iterations * (2.0 * m * n * r + 4.0 * n * r * r) + (self.iterations - 1) * 2.0 * m * n * r)
 
     def basis(self, state: State, step: Step) -> Basis:
         return Basis(right=state["basis"])
@@ -82,7 +81,7 @@ class Dion(LowRank):
     def refresh(self, x: Tensor, state: State, step: Step) -> tuple[State, Order | None]:
         q = state["warm_start"]
         if step.first:
-            assert step.noise is not None  # the core draws what `draws` asks for
+            assert step.noise is not None  # the engine draws what `draws` asks for
             q = step.noise.to(x.dtype)
         basis = linalg.orthonormal(linalg.mm(q.mT, x).mT)
         for _ in range(self.iterations - 1):

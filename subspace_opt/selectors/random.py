@@ -9,7 +9,7 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from ..algebra import Basis, Dim, LowRank, Order, Slot, State, Step, linalg
+from ..algebra import Basis, Dim, LowRank, Order, SelectorFlops, SelectorTraits, Slot, State, Step, linalg
 from ..registry import register
 
 
@@ -20,10 +20,10 @@ class Random(LowRank):
 
     kind: Literal["random"] = "random"
     every: PositiveInt | None = Field(200, description="Updates between refreshes.")
-    draw: Literal["orthonormal", "gaussian", "coordinates"] = Field("orthonormal", description="What is drawn.")
+    draw: Literal["orthonormal", "gaussian", "coordinates"] = Field("orthonormal", description="The kind of random columns.")
 
     def limit(self, rows: Dim, cols: Dim) -> int:
-        # Picked columns need not be fewer than the rank that a gradient can have.
+        # More columns than a gradient's rank may be picked.
         return cols.size if self.draw == "coordinates" else super().limit(rows, cols)
 
     def slots(self, rows: Dim, cols: Dim) -> dict[str, Slot]:
@@ -33,22 +33,19 @@ class Random(LowRank):
     def basis(self, state: State, step: Step) -> Basis:
         return Basis(right=state["index" if self.draw == "coordinates" else "basis"])
 
-    @property
-    def orthonormal(self) -> bool:
-        return self.draw != "gaussian"
+    def traits(self) -> SelectorTraits:
+        return SelectorTraits(orthonormal=self.draw != "gaussian")
 
     def draws(self, rows: Dim, cols: Dim, t: int = 1, first: bool = True) -> tuple[int, ...] | None:
         return (cols.size,) if self.draw == "coordinates" else (cols.size, self.columns(rows, cols))
 
-    def refresh_flops(self, rows: Dim, cols: Dim) -> float:
-        return 4.0 * cols.size * self.columns(rows, cols) ** 2 if self.draw == "orthonormal" else 0.0
-
-    def project_flops(self, rows: Dim, cols: Dim) -> float:
-        return 0.0 if self.draw == "coordinates" else super().project_flops(rows, cols)
+    def flops(self, rows: Dim, cols: Dim) -> SelectorFlops:
+        made = 4.0 * cols.size * self.columns(rows, cols) ** 2 if self.draw == "orthonormal" else 0.0
+        return SelectorFlops(refresh=made, project=0.0 if self.draw == "coordinates" else None)
 
     def refresh(self, x: Tensor, state: State, step: Step) -> tuple[State, Order | None]:
         noise = step.noise
-        assert noise is not None  # the core draws what `draws` asks for
+        assert noise is not None  # the engine draws what `draws` asks for
         if self.draw == "coordinates":
             return {"index": noise.topk(state["index"].size(-1)).indices}, None
         noise = noise.to(x.dtype)

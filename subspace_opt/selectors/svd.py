@@ -8,7 +8,7 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from ..algebra import Basis, Dim, LowRank, Order, Slot, State, Step, linalg
+from ..algebra import Basis, Dim, LowRank, Refreshed, SelectorFlops, Slot, State, Step, linalg
 from ..registry import register
 
 
@@ -16,7 +16,7 @@ from ..registry import register
 class Svd(LowRank):
     """`U` = the leading `rank` right singular vectors of the source, kept between refreshes (arXiv:2403.03507).
 
-    With `sides: both` also the left ones, `P`; coordinates are then the r x r core `P'GU`.
+    With `sides: both` it keeps the left ones `P` too; coordinates are then the r x r core `P'GU`.
     """
 
     kind: Literal["svd"] = "svd"
@@ -24,11 +24,11 @@ class Svd(LowRank):
     method: linalg.Method = Field(
         "randomized",
         description="A thin SVD; eigh of the smaller Gram matrix (exact above sqrt(round-off), several times cheaper); or power iterations "
-        "from the basis before and some random draws (cheapest; 0.99 of the most energy where the spectrum decays).",
+        "from the previous basis and some random draws (cheapest; captures 0.99 of the possible energy if the spectrum decays).",
     )
-    oversample: PositiveInt = Field(8, description="Columns beyond the rank that `randomized` works with.")
+    oversample: PositiveInt = Field(8, description="Additional columns that `randomized` works with.")
     iterations: PositiveInt = Field(1, description="Power iterations of `randomized` at a refresh.")
-    sides: Literal["right", "both"] = Field("right", description="A basis for the columns, or one for each side.")
+    sides: Literal["right", "both"] = Field("right", description="A basis of the columns, or one for each side.")
 
     def coords(self, rows: Dim, cols: Dim) -> tuple[Dim, Dim]:
         right = super().coords(rows, cols)[1]
@@ -49,10 +49,13 @@ class Svd(LowRank):
         return cols.size, width if self._afresh(first) else width - self.columns(rows, cols)
 
     def _afresh(self, first: bool) -> bool:
-        """Whether power iterations start from draws alone: weights are there from the beginning and move little."""
+        """True if power iterations start from draws alone: for the first basis, and for weights, which hardly change between refreshes."""
         return first or self.source == "weight"
 
-    def refresh_flops(self, rows: Dim, cols: Dim) -> float:
+    def flops(self, rows: Dim, cols: Dim) -> SelectorFlops:
+        return SelectorFlops(refresh=self._refresh_flops(rows, cols))
+
+    def _refresh_flops(self, rows: Dim, cols: Dim) -> float:
         k, l = sorted((rows.size, cols.size))  # noqa: E741
         r = self.columns(rows, cols)
         match self.method:
@@ -64,16 +67,16 @@ class Svd(LowRank):
                 width = min(r + self.oversample, k)
                 return (4.0 * self.iterations + 2) * k * l * width + self.iterations * 4.0 * cols.size * width**2
 
-    def refresh(self, x: Tensor, state: State, step: Step) -> tuple[State, Order | None]:
+    def refresh(self, x: Tensor, state: State, step: Step) -> Refreshed:
         old = state["basis"]
-        if step.noise is not None:  # the directions there are, and some that are new
+        if step.noise is not None:  # the present directions, and some new ones
             start = step.noise if self._afresh(step.first) else torch.cat([old, step.noise.to(old.dtype)], dim=-1)
             u, c = linalg.sketched_right(x, old.size(-1), start, self.iterations)
             if self.sides == "right":
-                return {"basis": u, "coords": c}, None
+                return Refreshed({"basis": u}, coords=c)
         else:
             u = linalg.leading_right(x, old.size(-1), self.method)
             if self.sides == "right":
-                return {"basis": u}, None
-        # X U = P S: its columns are orthogonal, and P is what normalising them gives.
-        return {"basis": u, "left_basis": linalg.orthonormal(linalg.mm(linalg.unit(x), u))}, None
+                return Refreshed({"basis": u})
+        # The columns of X U = P S are orthogonal; normalised, they are P.
+        return Refreshed({"basis": u, "left_basis": linalg.orthonormal(linalg.mm(linalg.unit(x), u))})

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor
 
-from ..algebra import Basis, Dim, Order, Selector, Slot, State, Step
+from ..algebra import Basis, Dim, Order, Refreshed, Selector, SelectorFlops, SelectorTraits, Slot, State, Step
 from ..registry import register
 
 
@@ -15,14 +15,14 @@ from ..registry import register
 class Switch(Selector):
     """The bases of `first` at refreshes up to update `at`, those of `then` at later ones (arXiv:2410.11289).
 
-    The schedule is that of the switch; both must keep the same state.
+    The switch has its own schedule, which replaces those of the two. Both must keep the same state.
     """
 
     kind: Literal["switch"] = "switch"
     every: PositiveInt | None = Field(200, description="Updates between refreshes.")
-    at: PositiveInt = Field(description="The last update at which `first` gives the basis.", examples=[4])
-    first: Selector = Field(description="The selector to begin with.", examples=[{"kind": "svd", "rank": 2}])
-    then: Selector = Field(description="The selector to go on with.", examples=[{"kind": "random", "rank": 2}])
+    at: PositiveInt = Field(description="The last update whose refresh uses `first`.", examples=[4])
+    first: Selector = Field(description="The selector up to `at`.", examples=[{"kind": "svd", "rank": 2}])
+    then: Selector = Field(description="The selector after `at`.", examples=[{"kind": "random", "rank": 2}])
 
     @model_validator(mode="after")
     def _alike(self) -> Switch:
@@ -35,9 +35,14 @@ class Switch(Selector):
     def _now(self, t: int) -> Selector:
         return self.first if t <= self.at else self.then
 
-    @property
-    def orthonormal(self) -> bool:
-        return self.first.orthonormal and self.then.orthonormal
+    def traits(self) -> SelectorTraits:
+        """What holds of both selectors."""
+        a, b = self.first.traits(), self.then.traits()
+        if a.primes or b.primes or not (a.keeps_basis and b.keeps_basis):
+            raise ValueError("`switch` takes selectors that keep their basis and do not prime")
+        return SelectorTraits(
+            decomposes=a.decomposes or b.decomposes, orthonormal=a.orthonormal and b.orthonormal, gated=a.gated or b.gated
+        )
 
     def coords(self, rows: Dim, cols: Dim) -> tuple[Dim, Dim]:
         return self.first.coords(rows, cols)
@@ -45,11 +50,9 @@ class Switch(Selector):
     def slots(self, rows: Dim, cols: Dim) -> dict[str, Slot]:
         return self.first.slots(rows, cols)
 
-    def refresh_flops(self, rows: Dim, cols: Dim) -> float:
-        return max(self.first.refresh_flops(rows, cols), self.then.refresh_flops(rows, cols))
-
-    def project_flops(self, rows: Dim, cols: Dim) -> float:
-        return self.first.project_flops(rows, cols)
+    def flops(self, rows: Dim, cols: Dim) -> SelectorFlops:
+        a, b = self.first.flops(rows, cols), self.then.flops(rows, cols)
+        return a._replace(refresh=max(a.refresh, b.refresh))
 
     def basis(self, state: State, step: Step) -> Basis:
         return self.first.basis(state, step)
@@ -60,5 +63,5 @@ class Switch(Selector):
     def observe(self, x: Tensor, c: Tensor, state: State, step: Step) -> State:
         return self._now(int(step.t)).observe(x, c, state, step)
 
-    def refresh(self, x: Tensor, state: State, step: Step) -> tuple[State, Order | None]:
+    def refresh(self, x: Tensor, state: State, step: Step) -> Refreshed | tuple[State, Order | None]:
         return self._now(int(step.t)).refresh(x, state, step)

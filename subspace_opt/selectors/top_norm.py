@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from ..algebra import Basis, Dim, LowRank, Order, Slot, State, Step
+from ..algebra import Basis, Dim, LowRank, Order, SelectorFlops, SelectorTraits, Slot, State, Step
 from ..registry import register
 
 
@@ -16,7 +16,6 @@ from ..registry import register
 class TopNorm(LowRank):
     """The `rank` columns of largest l2 norm, as coordinates: a basis of r indices (arXiv:2406.17660, arXiv:2411.07120)."""
 
-    decomposes: ClassVar[bool] = False
     kind: Literal["top_norm"] = "top_norm"
     every: PositiveInt | None = Field(200, description="Updates between refreshes.")
 
@@ -29,8 +28,11 @@ class TopNorm(LowRank):
     def basis(self, state: State, step: Step) -> Basis:
         return Basis(right=state["index"])
 
-    def project_flops(self, rows: Dim, cols: Dim) -> float:
-        return 0.0  # columns are picked
+    def traits(self) -> SelectorTraits:
+        return SelectorTraits(decomposes=False)
+
+    def flops(self, rows: Dim, cols: Dim) -> SelectorFlops:
+        return SelectorFlops(project=0.0)  # columns are picked, not multiplied
 
     def refresh(self, x: Tensor, state: State, step: Step) -> tuple[State, Order | None]:
         return {"index": torch.linalg.vector_norm(x, dim=-2).topk(state["index"].size(-1)).indices}, None

@@ -1,0 +1,143 @@
+"""A pipeline for matrices of one shape: its dimensions, its rules place by place, its state. No mathematics; see `frame`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import Any, Self
+
+from . import storage
+from .core import Dim, Rule, Slot, State
+from .pipeline import Pipeline
+from .storage import Codes, StateDtype
+
+
+@dataclass(frozen=True)
+class Shaped:
+    """A pipeline for matrices of `rows` x `cols`, the sides in the working orientation; `turned`: that is the transpose of the weight's."""
+
+    pipeline: Pipeline
+    rows: Dim
+    cols: Dim
+    turned: bool
+
+    @classmethod
+    def of(cls, pipeline: Pipeline, rows: int, cols: int, modes: tuple[int, ...] = ()) -> Self:
+        """The pipeline for weights of `rows` x `cols`; `modes`: the sizes of the dimensions that were joined into the columns."""
+        side: str = pipeline.orient
+        if side in ("short", "long"):
+            long = "left" if rows > cols else "right"
+            short = "right" if rows > cols else "left"
+            side = pipeline.square if rows == cols else (short if side == "short" else long)
+        if side == "left":
+            return cls(pipeline, Dim("rows", cols, modes=modes), Dim("cols", rows), turned=True)
+        return cls(pipeline, Dim("rows", rows), Dim("cols", cols, modes=modes), turned=False)
+
+    @cached_property
+    def inner(self) -> tuple[Dim, Dim]:
+        """The dimensions of coordinates."""
+        return self.pipeline.selector.coords(self.rows, self.cols)
+
+    @property
+    def own(self) -> tuple[Dim, Dim]:
+        """The dimensions of the weight in its own orientation."""
+        return (self.cols, self.rows) if self.turned else (self.rows, self.cols)
+
+    @property
+    def rank(self) -> int | None:
+        """The rank after clamping; None without a subspace."""
+        return min(self.inner[0].size, self.inner[1].size) if self.opens else None
+
+    @cached_property
+    def opens(self) -> bool:
+        """True if there is a subspace."""
+        return self.inner[0].size * self.inner[1].size > 0
+
+    @cached_property
+    def has_complement(self) -> bool:
+        """True if the complement makes an update. The residual of a full basis is only round-off, so it makes none."""
+        p = self.pipeline
+        if not p.complement or p.mix.complement == 0:
+            return False
+        full = (self.inner[0].size, self.inner[1].size) == (self.rows.size, self.cols.size) and not p.selector.traits().gated
+        return not full or p.complement[0].traits(self.rows, self.cols).takes_whole
+
+    @property
+    def needs_weight(self) -> bool:
+        """True if the update depends on the weights."""
+        return self.pipeline.decay == "coupled" or (self.opens and self.pipeline.selector.source == "weight")
+
+    @cached_property
+    def primes(self) -> bool:
+        """True if the first gradient only sets the basis."""
+        return self.opens and self.pipeline.selector.traits().primes
+
+    @cached_property
+    def refreshes_first(self) -> bool:
+        """True if a refresh needs no result of the update, and therefore runs before everything else: it may fail."""
+        return self.opens and self.pipeline.selector.timing == "before" and self.pipeline.selector.source != "momentum"
+
+    def places(self) -> Iterator[tuple[str, Rule, Dim, Dim]]:
+        """Every rule that runs, with the key of its state and the dimensions of its signal."""
+        p, (rows, cols) = self.pipeline, (self.rows, self.cols)
+        yield from ((key, rule, rows, cols) for key, rule in keyed("momentum", p.momentum))
+        if self.opens:
+            yield from ((key, rule, *self.inner) for key, rule in keyed("inside", p.inside))
+        if self.has_complement:
+            yield from ((key, rule, rows, cols) for key, rule in keyed("complement", p.complement))
+        yield from ((key, rule, *self.own) for key, rule in keyed("finish", p.finish))
+
+    @cached_property
+    def slots(self) -> dict[str, Slot]:
+        """The state of one matrix, by dotted key."""
+        slots: dict[str, Slot] = {}
+        if self.pipeline.feedback is not None:
+            slots["feedback.error"] = Slot(self.own)
+        if self.opens:
+            chosen = self.pipeline.selector.slots(self.rows, self.cols)
+            slots |= {f"selector.{name}": slot for name, slot in chosen.items()}
+        for key, rule, rows, cols in self.places():
+            slots |= {f"{key}.{name}": slot for name, slot in rule.slots(rows, cols).items()}
+        return slots
+
+    @cached_property
+    def wanted(self) -> dict[str, StateDtype]:
+        """The storage that `state_dtype` asks for, by dotted key of the slot."""
+        chosen = self.pipeline.state_dtype
+        rules = [key for key in self.slots if not key.startswith("selector.")] if chosen else []
+        return {key: chosen[name] for key in rules if (name := key.rpartition(".")[2]) in chosen}
+
+    @cached_property
+    def codes(self) -> dict[str, Codes]:
+        """The slots stored as codes, by dotted key: those that `state_dtype` names and whose size allows it."""
+        found = {}
+        for key, wanted in self.wanted.items():
+            slot = self.slots[key]
+            how = storage.codes(wanted, prod(slot.shape), signed=slot.holds == "signed")
+            if how is not None:
+                found[key] = how
+        return found
+
+    @cached_property
+    def memo(self) -> dict[Any, Any]:
+        """Answers that other rooms derive from this pipeline and shape."""
+        return {}
+
+
+def keyed(place: str, rules: tuple[Rule, ...]) -> list[tuple[str, Rule]]:
+    """Rules with the first part of their state's keys: the place, and a number if several rules share it."""
+    return [(place if len(rules) == 1 else f"{place}.{i}", rule) for i, rule in enumerate(rules)]
+
+
+def part(key: str, state: State) -> State:
+    """The state of one rule or of the selector, by its own slot names."""
+    prefix = key + "."
+    return {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
+
+
+def store(key: str, state: State, new: State) -> None:
+    """Write the state of one rule or of the selector into the state of the pipeline."""
+    for name, value in state.items():
+        new[f"{key}.{name}"] = value

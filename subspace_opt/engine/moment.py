@@ -1,0 +1,78 @@
+"""The `Step` that a stack's rules see: counts, draws, tables."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..algebra.core import Constants, Step
+from ..algebra.frame import Frame
+from .rounding import generator
+from .stacking import counted, refreshed
+from .work import Options, Phase, Piece, Stack, Work
+
+
+def step_of(stack: Stack, options: Options, tables: dict[Any, Tensor]) -> Step:
+    """The step of a stack; `tables`: the selectors' constants made so far, to which it adds."""
+    frame, pieces, refresh = stack.frame, stack.pieces, stack.refresh
+    work, selector = pieces[0].work, frame.pipeline.selector
+    call, t = work.count + 1, counted(work, frame)
+    first = stack.phase is Phase.FIRST
+    noise = None
+    shape = selector.draws(frame.rows, frame.cols, call, first) if refresh else None
+    if shape is not None:
+        drawn = torch.cat([_noise(piece, call, shape, options.seed) for piece in pieces])
+        noise = drawn.to(work.param.device, work.row.compute_dtype)
+    return Step(
+        t=_clock(t),
+        age=_clock(_age(work, frame, t, refresh)),
+        first=first,
+        refresh=refresh,
+        decay=work.weight_decay,
+        rows=frame.rows,
+        cols=frame.cols,
+        position=_positions(tuple(p.work.row.position for p in pieces for _ in range(p.size))),
+        noise=noise,
+        constants=_constants(frame, work, tables) if frame.opens else {},
+    )
+
+
+# Constant tensors, cached: making one takes longer than most operations on it.
+@functools.lru_cache(maxsize=8)
+def _clock(t: int) -> Tensor:
+    return torch.tensor(float(t), dtype=torch.float64)
+
+
+@functools.lru_cache(maxsize=256)
+def _positions(places: tuple[tuple[int, int], ...]) -> Tensor:
+    return torch.tensor(places)
+
+
+def _age(work: Work, frame: Frame, t: int, refresh: bool) -> int:
+    """Updates since the last refresh, including this one; by the schedule if no slot resets at a refresh."""
+    if refresh:
+        return 1
+    last = refreshed(work)
+    return frame.pipeline.selector.age(max(t, 1), work.row.turn) if last is None else t - last + 1
+
+
+def _noise(piece: Piece, call: int, shape: tuple[int, ...], seed: int) -> Tensor:
+    """Normal draws `(matrices, *shape)` float32, which depend on (seed, parameter's key, block, update) alone."""
+    words = (seed, piece.work.key, piece.block.name, call)
+    draws = generator(torch.device("cpu"), *words)
+    whole = torch.randn(piece.block.total, *shape, generator=draws, dtype=torch.float32)
+    return whole[piece.block.first + piece.start : piece.block.first + piece.stop]
+
+
+def _constants(frame: Frame, work: Work, tables: dict[Any, Tensor]) -> Constants:
+    """The selector's tables, made once per device and dtype."""
+    out: Constants = {}
+    for name, make in frame.pipeline.selector.constants(frame.rows, frame.cols).items():
+        key = (name, work.param.device, work.row.compute_dtype)
+        if key not in tables:
+            tables[key] = make().to(work.param.device, work.row.compute_dtype)
+        out[name] = tables[key]
+    return out
