@@ -10,7 +10,7 @@ import torch
 
 from subspace_opt import SubspaceOptimizer
 from subspace_opt.algebra.linalg import cpu_has_bfloat16
-from subspace_opt.lab.device import clock
+from subspace_opt.lab.run.device import clock
 from subspace_opt.rules.orthogonal import Orthogonalize
 
 

@@ -17,8 +17,8 @@ from torch.nn.functional import cross_entropy
 
 from subspace_opt import SubspaceOptimizer, build, step_in_backward
 from subspace_opt.lab import make_model
-from subspace_opt.lab.measure import peak_temporaries
 from subspace_opt.lab.report import readable_bytes
+from subspace_opt.lab.run.measure import peak_temporaries
 
 Make = Callable[..., SubspaceOptimizer]
 WAYS: dict[str, Make] = {"ordinary": build, "in backward": step_in_backward}

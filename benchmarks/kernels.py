@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.optim._muon import _zeropower_via_newtonschulz
 
 from subspace_opt.algebra import linalg, polar
-from subspace_opt.lab.device import choose_device
+from subspace_opt.lab.run.device import choose_device
 
 KELLER = polar.schedule("keller", 5)
 Way = tuple[str, Callable[[], Tensor]]

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from subspace_opt import Entry, Plan, build, load_spec, make_plan
-from subspace_opt.distributed.meshes import Mesh, Placed, make_mesh, place
+from subspace_opt.distributed.meshes import Mesh, PlacedPlan, make_mesh, place
 from subspace_opt.distributed.parts import is_elementwise
 from subspace_opt.lab import meta_model
 from subspace_opt.lab.report import readable_bytes
@@ -118,7 +118,7 @@ def line(model: str, gpus: int, spec: str) -> Line:
     )
 
 
-def computing(found: Placed) -> list[float]:
+def computing(found: PlacedPlan) -> list[float]:
     """Seconds of products and decompositions of each rank, in an average step."""
     out = [0.0] * found.mesh.ranks
     for share in found.shares:

@@ -33,10 +33,10 @@ from step_time import gradients, hidden_matrices, now, settle_allocator, spread
 from torch import nn
 
 from subspace_opt import SpecError, SubspaceOptimizer, build
-from subspace_opt.lab.device import choose_device
 from subspace_opt.lab.errors import LabError
-from subspace_opt.lab.measure import measured_bytes, peak_temporaries
 from subspace_opt.lab.report import readable_bytes
+from subspace_opt.lab.run.device import choose_device
+from subspace_opt.lab.run.measure import measured_bytes, peak_temporaries
 from subspace_opt.plan import Plan
 from subspace_opt.spec import load_spec
 

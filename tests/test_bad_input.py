@@ -111,7 +111,7 @@ WRONG_TYPES = {
         "FILE:5:1: routes: should be a list, not {'use': 'matrix'}",
     ),
     "nothing for a mapping": ("version: 1\npipelines:", "FILE:2:1: pipelines: should be a mapping, not null"),
-    "nothing at all": ("version: 1", "FILE:1:1: pipelines: is required and missing"),
+    "nothing at all": ("version: 1", "FILE:1:1: pipelines: required, but missing"),
     "number for a rule": (
         matrix("complement: 3"),
         "FILE:4:5: pipelines.matrix.complement: a rule is a kind's name or a mapping with a `kind`, not 3",
@@ -191,15 +191,15 @@ MAKES_NO_SENSE = {
     ),
     "route to nowhere": (
         matrix("complement: muon") + "\nroutes:\n  - {min_dims: 2, use: matrx}",
-        "FILE:6:19: routes.0.use: no pipeline 'matrx'; did you mean 'matrix'?",
+        "FILE:6:19: routes.0.use: no pipeline is named 'matrx'; did you mean 'matrix'?",
     ),
     "pipeline that no route takes": (
         matrix("complement: muon") + "\n  rest: {complement: adam}\nroutes: [{use: matrix}]",
-        "FILE:5:3: pipelines.rest: no route uses this pipeline; add a route or remove it",
+        "FILE:5:3: pipelines.rest: no route uses this pipeline; add a route with `use: NAME`, or remove the pipeline",
     ),
     "no routes for other names": (
         "pipelines: {hidden: {complement: muon}}",
-        "FILE:1:1: pipelines: without `routes` the pipelines must be named `matrix` and, if wanted, `other`; add `routes`",
+        "FILE:1:1: pipelines: a spec without `routes` needs a pipeline named `matrix` and may have `other`; rename it or add `routes`",
     ),
     "two cuts": (
         matrix("complement: muon") + "\nroutes:\n  - {use: matrix, heads: 3, split: {q: 3}}",
@@ -288,11 +288,11 @@ def test_missing_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("cosmso", "no preset 'cosmso'; did you mean 'cosmos'? (a file is given with its ending: ./cosmso.yaml)"),
+        ("cosmso", "no preset 'cosmso'; did you mean 'cosmos'? (for a file, give its path with the ending: ./cosmso.yaml)"),
         ("zzz", "no preset 'zzz'; known: adagrad-sn, "),
-        (3, "a spec is a preset's name, a path, a mapping or a Spec, not int"),
-        (None, "a spec is a preset's name, a path, a mapping or a Spec, not NoneType"),
-        ({}, "the given mapping: pipelines: is required and missing"),
+        (3, "a spec must be a preset's name, a path, a mapping or a Spec, not int"),
+        (None, "a spec must be a preset's name, a path, a mapping or a Spec, not NoneType"),
+        ({}, "the given mapping: pipelines: required, but missing"),
         (
             {"pipelines": {"matrix": {"complement": "muonn"}}},
             "the given mapping: pipelines.matrix.complement: unknown rule kind 'muonn'; did you mean 'muon'?",
@@ -317,10 +317,18 @@ def test_no_file(source: Any, message: str) -> None:
             3,
             "override 'matrx.selector.rank': 'matrx' is neither a pipeline nor a field of a spec; did you mean 'matrix'?",
         ),
-        ("matrix.selector.rank.x", 3, "override 'matrix.selector.rank.x': pipelines.matrix.selector.rank is 64, which has no parts"),
-        ("matrix.inside.kind.x", 3, "override 'matrix.inside.kind.x': pipelines.matrix.inside.kind is 'soap', which has no parts"),
-        ("routes.9.use", "x", "override 'routes.9.use': routes is a list of 4; give a number below that, or the whole list"),
-        ("routes.0.use", "x", "override 'routes.0.use': routes.0.use: no pipeline 'x'; known: matrix, other"),
+        (
+            "matrix.selector.rank.x",
+            3,
+            "override 'matrix.selector.rank.x': pipelines.matrix.selector.rank is 64, a value without fields; shorten the path",
+        ),
+        (
+            "matrix.inside.kind.x",
+            3,
+            "override 'matrix.inside.kind.x': pipelines.matrix.inside.kind is 'soap', a value without fields; shorten the path",
+        ),
+        ("routes.9.use", "x", "override 'routes.9.use': routes is a list of 4; give an index below 4, or replace the whole list"),
+        ("routes.0.use", "x", "override 'routes.0.use': routes.0.use: no pipeline is named 'x'; known: matrix, other"),
         ("matrix..rank", 3, "override 'matrix..rank': give a dotted path, such as 'matrix.selector.rank'"),
         ("", 3, "override '': give a dotted path, such as 'matrix.selector.rank'"),
         (3, 3, "override 3: give a dotted path, such as 'matrix.selector.rank'"),
@@ -436,7 +444,7 @@ def test_command_leaves_with_2_and_one_message(name: str, tmp_path: Path, capsys
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("show", "cosmso"), "no preset 'cosmso'; did you mean 'cosmos'? (a file is given with its ending: ./cosmso.yaml)"),
+        (("show", "cosmso"), "no preset 'cosmso'; did you mean 'cosmos'? (for a file, give its path with the ending: ./cosmso.yaml)"),
         (
             ("show", "cosmos", "--set", "matrix.selector.rank"),
             "--set 'matrix.selector.rank': give PATH=VALUE, such as matrix.selector.rank=128",

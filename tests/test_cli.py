@@ -19,7 +19,7 @@ from subspace_opt.cli import app, main, training
 from subspace_opt.cli.progress import RunProgress
 from subspace_opt.cli.tables import layers, split_name
 from subspace_opt.lab import Ended, Evaluated, LabError, Saved, Started, Stepped, TrainConfig, make_model, meta_model
-from subspace_opt.lab.measure import measured_bytes
+from subspace_opt.lab.run.measure import measured_bytes
 from subspace_opt.spec import json_schema, parse_spec
 from subspace_opt.spec.presets import built_in
 
@@ -326,7 +326,7 @@ def test_verify_certifies(leave: Callable[..., Left]) -> None:
 def test_verify_leaves_with_1_when_ranks_do_not_end(leave: Callable[..., Left]) -> None:
     left = leave("verify", "muon", "--ranks", "2", "--time-limit", "1")
     assert left.status == 1
-    assert left.err.startswith("Error: not done after 1 seconds (--time-limit): ranks 0, 1\nrank 0 had not begun")
+    assert left.err.startswith("Error: not done after 1 seconds (--time-limit): ranks 0, 1\nrank 0 had not started")
 
 
 # --- train

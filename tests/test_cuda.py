@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from subspace_opt import build
 from subspace_opt.algebra import linalg
-from subspace_opt.lab.measure import peak_temporaries
+from subspace_opt.lab.run.measure import peak_temporaries
 from tests.common import copied, gradient, optimizer, parameters, small
 
 GPU = torch.cuda.is_available()

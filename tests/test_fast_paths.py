@@ -15,7 +15,7 @@ from subspace_opt import SubspaceOptimizer, build, load_spec
 from subspace_opt.algebra import linalg, polar
 from subspace_opt.engine import stacking as stacks
 from subspace_opt.engine import weights as update
-from subspace_opt.lab.measure import peak_temporaries
+from subspace_opt.lab.run.measure import peak_temporaries
 from subspace_opt.selectors.fft import Fft
 from subspace_opt.spec import preset_names
 from tests.common import PRESETS, copied, differences, give, optimizer, parameters, same, small, snapshot, train

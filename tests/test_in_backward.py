@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from torch.nn.functional import cross_entropy
 
 from subspace_opt import BackwardOptimizer, NonFiniteGradient, SubspaceOptimizer, build, load_spec, step_in_backward
-from subspace_opt.lab.measure import peak_temporaries
+from subspace_opt.lab.run.measure import peak_temporaries
 
 WORDS, WIDTH, STEPS = 13, 12, 8
 Make = Callable[..., SubspaceOptimizer]

@@ -27,14 +27,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from subspace_opt.lab import checkpoint, comparison, corpus, device, report, training
+from subspace_opt.lab import comparison, corpus, report
 from subspace_opt.lab import demo as demos
 from subspace_opt.lab import model as models
 from subspace_opt.lab.config import TrainConfig
 from subspace_opt.lab.corpus import Corpus
 from subspace_opt.lab.errors import LabError
-from subspace_opt.lab.events import Ended, Evaluated, Event, Result, Saved, Started, Stepped
-from subspace_opt.lab.measure import measured_bytes
+from subspace_opt.lab.run import checkpoint, device, training
+from subspace_opt.lab.run.events import Ended, Evaluated, Event, Result, Saved, Started, Stepped
+from subspace_opt.lab.run.measure import measured_bytes
 
 ROOT = Path(__file__).parent.parent
 

@@ -19,7 +19,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from subspace_opt import Entry, Plan, build, load_spec, make_plan
 from subspace_opt.distributed import meshes
-from subspace_opt.distributed.boxes import Box, Cut, shards, whole
+from subspace_opt.distributed.boxes import Box, Cut, full_box, shard_boxes
 from subspace_opt.distributed.meshes import MESH_KINDS, MeshError, make_mesh, place
 from subspace_opt.distributed.placement import Layout, Share
 from subspace_opt.lab import meta_model
@@ -53,7 +53,7 @@ def test_shards_of_fsdp_over_tensor_parallel_are_pytorchs_own(shape: tuple[int, 
 
 
 def check_against_torch(shape: tuple[int, ...], mesh: tuple[int, ...], cuts: tuple[Cut | None, ...]) -> None:
-    found = shards(shape, mesh, cuts)
+    found = shard_boxes(shape, mesh, cuts)
     assert len(found) == prod(mesh)
     placements = [place_of(cuts, i, mesh) for i in range(len(mesh))]
     for rank, box in enumerate(found):
@@ -112,14 +112,14 @@ def shared(draw: st.DrawFn) -> Share:
     dims = st.sampled_from([None, *range(len(shape))])
     cuts = tuple(None if divided or (dim := draw(dims)) is None else Cut(dim) for _ in mesh)
     layout = Layout(prod(mesh), divided, draw(st.lists(st.integers(0, 9), min_size=prod(mesh), max_size=prod(mesh))))
-    return layout.add([row], [shards(shape, mesh, cuts)], [() if divided else cuts])[0]
+    return layout.add([row], [shard_boxes(shape, mesh, cuts)], [() if divided else cuts])[0]
 
 
 def marks(boxes: Sequence[Box], shape: tuple[int, ...]) -> torch.Tensor:
     """How often boxes cover each entry."""
     out = torch.zeros(shape, dtype=torch.int64)
     for box in boxes:
-        out[box.within(whole(shape))] += 1
+        out[box.slices_in(full_box(shape))] += 1
     return out
 
 
@@ -152,7 +152,7 @@ def test_messages_bring_each_part_all_of_itself(share: Share) -> None:
     shape = share.row.entry.shape
     arriving = list(share.incoming(0))
     for message in arriving:
-        assert share.boxes[message.source].holds(message.box)
+        assert share.boxes[message.source].contains(message.box)
     for part in share.parts:
         for owner in part.owners:
             got = marks([m.box for m in arriving if m.target == owner], shape)
@@ -161,7 +161,7 @@ def test_messages_bring_each_part_all_of_itself(share: Share) -> None:
     for message in leaving:
         part = share.part_of(message.source)
         assert part is not None
-        assert part.box.holds(message.box)
+        assert part.box.contains(message.box)
     had = {(message.target, message.box) for message in leaving}
     for message in share.copies(0):
         assert (message.source, message.box) in had  # a rank hands on what it was sent
@@ -186,7 +186,7 @@ def test_all_ranks_at_once_are_each_rank(share: Share, frozen: bool) -> None:
 
 def test_where_coordinates_are_enough_no_gradient_travels() -> None:
     row = row_of("matrix", "galore")
-    (share,) = Layout(2).add([row], [shards((12, 8), (2,), (Cut(1),))], [(Cut(1),)])
+    (share,) = Layout(2).add([row], [shard_boxes((12, 8), (2,), (Cut(1),))], [(Cut(1),)])
     assert share.along == 1
     assert meshes.sent([share], 2) == [12 * 2 * 4] * 2  # coordinates of 12 x 2 in float32: there, and back
     assert meshes.sent([share], 2, refresh=True) > [12 * 4 * 4] * 2
@@ -199,7 +199,7 @@ def test_where_coordinates_are_enough_no_gradient_travels() -> None:
 @pytest.mark.parametrize(("number", "ranks"), [(64, 8), (61, 8), (5, 8), (100, 7)])
 def test_equal_matrices_are_owned_evenly(number: int, ranks: int, divided: bool) -> None:
     rows = [row_of("matrix", "muon", f"w{i}") for i in range(number)]
-    boxes = shards((12, 8), (ranks,), (None if divided else Cut(0),))
+    boxes = shard_boxes((12, 8), (ranks,), (None if divided else Cut(0),))
     owners = Counter(part.owners[0] for share in Layout(ranks, divided).add(rows, [boxes] * number, [()] * number) for part in share.parts)
     counts = [owners[rank] for rank in range(ranks)]
     assert sum(counts) == number
@@ -209,7 +209,7 @@ def test_equal_matrices_are_owned_evenly(number: int, ranks: int, divided: bool)
 @given(st.lists(st.sampled_from(["matrix", "experts", "vector", "conv"]), min_size=1, max_size=12), st.integers(1, 12), st.integers(1, 5))
 def test_a_group_added_later_moves_nobody(views: list[str], cut: int, ranks: int) -> None:
     rows = [row_of(view, "cosmos", f"w{i}") for i, view in enumerate(views)]
-    boxes = [shards(row.entry.shape, (ranks,), (Cut(0),)) for row in rows]
+    boxes = [shard_boxes(row.entry.shape, (ranks,), (Cut(0),)) for row in rows]
     first, rest = slice(0, cut), slice(cut, None)
     alone = Layout(ranks).add(rows[first], boxes[first], [()] * len(rows[first]))
     layout = Layout(ranks)
@@ -221,7 +221,7 @@ def test_a_group_added_later_moves_nobody(views: list[str], cut: int, ranks: int
 @given(st.permutations(range(9)), st.integers(1, 5))
 def test_the_order_of_parameters_changes_no_owner(order: list[int], ranks: int) -> None:
     rows = [row_of(("matrix", "experts", "fused")[i % 3], "muon", f"w{i}") for i in range(9)]
-    boxes = [shards(row.entry.shape, (ranks,), (Cut(0),)) for row in rows]
+    boxes = [shard_boxes(row.entry.shape, (ranks,), (Cut(0),)) for row in rows]
     straight = Layout(ranks).add(rows, boxes, [()] * 9)
     mixed = Layout(ranks).add([rows[i] for i in order], [boxes[i] for i in order], [()] * 9)
     assert owners_of(straight) == owners_of([mixed[order.index(i)] for i in range(9)])
@@ -258,8 +258,8 @@ def test_the_ranks_of_a_mesh_hold_the_plan(kind: str, ranks: int, plans: dict[st
 
 def test_a_rank_has_its_place_among_those_that_share() -> None:
     mesh = make_mesh("fsdp+tp", 6, (3, 2))
-    assert [mesh.place(rank, (0, 1)) for rank in range(6)] == list(range(6))
-    assert [mesh.place(rank, (0,)) for rank in range(6)] == [0, 0, 1, 1, 2, 2]
+    assert [mesh.position(rank, (0, 1)) for rank in range(6)] == list(range(6))
+    assert [mesh.position(rank, (0,)) for rank in range(6)] == [0, 0, 1, 1, 2, 2]
     assert str(mesh) == "fsdp+tp 3x2"
 
 

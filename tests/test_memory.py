@@ -11,7 +11,7 @@ from common import copied, give, optimizer, parameters, small
 from torch import Tensor, nn
 
 from subspace_opt import SubspaceOptimizer, load_spec, step_in_backward
-from subspace_opt.lab.measure import peak_temporaries
+from subspace_opt.lab.run.measure import peak_temporaries
 
 MATRICES, SIDE = 32, 64
 ALL_OF_THEM = MATRICES * SIDE * SIDE * 4

@@ -109,7 +109,7 @@ class Site:
 
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
-    monkeypatch.setattr(presets, "_looked_at", {})
+    monkeypatch.setattr(presets, "_searched", {})
     monkeypatch.setattr(presets, "_failures", {})
     monkeypatch.syspath_prepend(tmp_path)
     return Site(tmp_path)
@@ -145,7 +145,7 @@ def test_a_broken_package_is_named_and_breaks_nothing(site: Site) -> None:
     warnings = " ".join(str(w.message) for w in told)
     assert "preset package 'preset-pack-gone' (from preset-pack-gone 1.0) failed and is left out: ModuleNotFoundError" in warnings
     assert "preset package 'preset-pack-empty' (from preset-pack-empty 1.0) failed and is left out" in warnings
-    assert "there is no .yaml file in 'preset_pack_empty'" in warnings
+    assert "'preset_pack_empty' has no .yaml file" in warnings
     assert set(presets.failures()) == {"preset-pack-gone", "preset-pack-empty"}
     with pytest.raises(SpecError, match=r"no preset 'fin'; did you mean 'fine'.*; preset package 'preset-pack-empty' failed"):
         load_spec("fin")  # and it does not warn again
@@ -164,7 +164,7 @@ def test_two_packages_with_one_name_are_both_named(site: Site) -> None:
     site.add("preset-pack-left", {"twice.yaml": PLAIN, "left.yaml": PLAIN})
     site.add("preset-pack-right", {"twice.yaml": PLAIN})
     assert load_spec("left")
-    with pytest.raises(SpecError, match=r"two owners for the preset 'twice': preset-pack-left 1\.0 .* and preset-pack-right 1\.0"):
+    with pytest.raises(SpecError, match=r"two packages have a preset 'twice': preset-pack-left 1\.0 .* and preset-pack-right 1\.0"):
         load_spec("twice")
 
 

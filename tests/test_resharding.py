@@ -10,12 +10,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from ranks import differences, gradient, make_zoo, mesh_of, place, run_ranks, whole_weights
+from pool import run_ranks
+from ranks import differences, give, make_zoo, mesh_of, own_shard, place, whole_weights
 from test_sharding import build
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 import subspace_opt
 
@@ -24,10 +25,7 @@ FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 def steps(model: nn.Module, optimizer: subspace_opt.SubspaceOptimizer, first: int, last: int) -> None:
     for step in range(first, last):
-        for name, p in model.named_parameters():
-            if p.requires_grad:
-                whole = gradient(name, p.shape, step, p.dtype)
-                p.grad = distribute_tensor(whole, p.device_mesh, p.placements) if isinstance(p, DTensor) else whole
+        give(model, step)
         optimizer.step()
 
 
@@ -42,7 +40,7 @@ def set_weights(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
     with torch.no_grad():
         for name, p in model.named_parameters():
             whole = weights[name]
-            p.copy_(distribute_tensor(whole, p.device_mesh, p.placements) if isinstance(p, DTensor) else whole)
+            p.copy_(own_shard(whole, p) if isinstance(p, DTensor) else whole)
 
 
 # ---------------------------------------------------------------------------------------------------- to the bit, on the same ranks
@@ -293,7 +291,7 @@ def test_updates_in_backward_of_shards(kind: str) -> None:
 
 def few_bits(kind: str) -> list[str]:
     """State in 8 bits and in bfloat16 on ranks: near one process, resumed to the bit, bytes as planned."""
-    from subspace_opt.lab.measure import measured_bytes
+    from subspace_opt.lab.run.measure import measured_bytes
 
     mesh = mesh_of(kind, dist.get_world_size())
     wrong = []

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import differences, give, gradient, make_zoo, mesh_of, place, run_ranks, whole_weights
+from pool import run_ranks
+from ranks import differences, give, gradient, make_zoo, mesh_of, place, whole_weights
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 
 import subspace_opt
 from subspace_opt.distributed.exchange import ShardingError
-from subspace_opt.lab.measure import measured_bytes
+from subspace_opt.lab.run.measure import measured_bytes
 from subspace_opt.spec import preset_names
 
 STEPS = 20

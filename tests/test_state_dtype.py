@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 from subspace_opt import CheckpointError, SpecError, SubspaceOptimizer, build, load_spec
 from subspace_opt.cli.tables import show_explained
 from subspace_opt.engine import lowbit
-from subspace_opt.lab.measure import measured_bytes
+from subspace_opt.lab.run.measure import measured_bytes
 from subspace_opt.plan import COUNTERS
 from subspace_opt.spec import parse_spec
 
@@ -386,10 +386,10 @@ def test_a_rotation_of_soap_is_a_basis() -> None:
 @pytest.mark.parametrize(
     ("chosen", "said"),
     [
-        ("8bits", "state_dtype: '8bits' is none; did you mean '8bit'?"),
-        ({"exp_avg": "int8"}, "state_dtype: 'int8' is none;"),
-        ({"exp_avgs": "bf16"}, "no rule of 'galore' has a slot 'exp_avgs' that could be stored otherwise; did you mean 'exp_avg'?"),
-        ({"basis": "bf16"}, "no rule of 'galore' has a slot 'basis' that could be stored otherwise"),
+        ("8bits", "state_dtype: '8bits' is not a state dtype; did you mean '8bit'?"),
+        ({"exp_avg": "int8"}, "state_dtype: 'int8' is not a state dtype;"),
+        ({"exp_avgs": "bf16"}, "no pipeline of 'galore' has a slot 'exp_avgs' with a choice of dtype; did you mean 'exp_avg'?"),
+        ({"basis": "bf16"}, "no pipeline of 'galore' has a slot 'basis' with a choice of dtype"),
     ],
 )
 def test_the_option_is_checked(chosen: Any, said: str) -> None:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from subspace_opt.cli.ranks import verdict
-from subspace_opt.lab.certificate import Certificate, CertificateError, Difference, RankBytes, Trial, certify
+from subspace_opt.lab.verify import Certificate, CertificateError, Difference, RankBytes, Trial, certify
 
 SMALL = {"matrix.selector.rank": 16}  # less than the model's width: something is left to the complement
 TRIALS = [
@@ -146,6 +146,6 @@ def test_a_rank_that_is_killed_is_told() -> None:
 
 def test_ranks_that_hang_are_ended_and_told() -> None:
     began = time.monotonic()
-    with pytest.raises(CertificateError, match=r"not done after 25 seconds \(--time-limit\): ranks [\s\S]*rank 1 stood at[\s\S]*in sleep"):
+    with pytest.raises(CertificateError, match=r"not done after 25 seconds \(--time-limit\): ranks [\s\S]*rank 1 was at[\s\S]*in sleep"):
         certify([Trial("muon", "fsdp", 2)], time_limit=25, prepare=sleep)
     assert time.monotonic() - began < 60

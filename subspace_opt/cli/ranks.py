@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from ..distributed.meshes import Mesh, MeshError, MeshKind, Placed, make_mesh
+from ..distributed.meshes import Mesh, MeshError, MeshKind, PlacedPlan, make_mesh
 from ..lab.report import readable_bytes
 from ..spec import load_spec
 from .options import AsJson, Overrides, Plugins, SpecName, overrides, print_json
@@ -20,7 +20,7 @@ from .tables import console, make_table, split_name
 from .training import RunError
 
 if TYPE_CHECKING:
-    from ..lab.certificate import Certificate
+    from ..lab.verify import Certificate
 
 MeshName = Annotated[MeshKind, typer.Option("--mesh", help="How the ranks share the model.")]
 MeshShape = Annotated[
@@ -46,7 +46,7 @@ def read_mesh(kind: str, ranks: int, shape: str | None) -> Mesh:
 # -------------------------------------------------------------------------------------------------------------- plan
 
 
-def ranks_to_dict(placed: Placed) -> dict[str, Any]:
+def ranks_to_dict(placed: PlacedPlan) -> dict[str, Any]:
     """Bytes of every rank."""
     return {
         "mesh": placed.mesh.kind,
@@ -58,7 +58,7 @@ def ranks_to_dict(placed: Placed) -> dict[str, Any]:
     }
 
 
-def show_ranks(placed: Placed, out: Console) -> None:
+def show_ranks(placed: PlacedPlan, out: Console) -> None:
     """What a rank holds and sends: the least, the mean, the most."""
     numbers = ("smallest", "mean", "largest", "total / ranks")
     lines = make_table(f"{placed.mesh}, a rank", *numbers, right=numbers)
@@ -103,11 +103,11 @@ def verify(
     The ranks are processes of this machine; under torchrun (torchrun --nproc-per-node 8 -m subspace_opt.cli verify cosmos) those that it
     has started, on their GPUs.
     """
-    from ..lab.certificate import CertificateError, Trial, certify, certify_here, given_ranks  # PyTorch's distributed part takes a while
     from ..lab.model import SIZES
+    from ..lab.verify import CertificateError, Trial, certify, certify_here, torchrun_ranks  # late: imports torch.distributed
 
     load_spec(spec, overrides(set_))  # before ranks are started: a mistake is told at once
-    started = given_ranks()
+    started = torchrun_ranks()
     if started is not None and ranks not in (None, started):
         raise MeshError(f"--ranks {ranks}: torchrun has started {started}; leave --ranks out")
     number = started or ranks or 4

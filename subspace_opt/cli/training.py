@@ -105,7 +105,7 @@ def demo(
     """
     from ..lab import compare, to_json, write_picture
     from ..lab.demo import configs
-    from ..lab.journal import make_folder
+    from ..lab.run.journal import make_folder
 
     runs = [config if steps is None else config.model_copy(update={"steps": steps}) for config in configs()]
     _check_picture()  # now, not after two minutes

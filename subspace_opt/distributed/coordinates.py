@@ -12,7 +12,7 @@ from ..engine.stacking import Memory, due
 from ..engine.work import Options, Phase
 from . import exchange as sharding
 from .boxes import Box
-from .boxes import whole as all_of
+from .boxes import full_box as all_of
 from .exchange import Exchange, Move, Team
 from .placement import BASIS, Message
 from .shards import Item, apply, given, messages

@@ -17,7 +17,7 @@ from torch.distributed.tensor.placement_types import Placement, _StridedShard
 from ..algebra.storage import Codes
 from ..engine import lowbit
 from ..plan import COUNTERS
-from .boxes import NOTHING, Box, Cut, distinct, shards, whole
+from .boxes import EMPTY, Box, Cut, box_holders, full_box, shard_boxes
 from .placement import Message, Share
 
 
@@ -117,8 +117,8 @@ def boxes(tensor: Tensor, own: tuple[Cut | None, ...], team: Team, name: str) ->
         ShardingError: this rank's shard is not the box that the placements tell of.
     """
     if not isinstance(tensor, DTensor):
-        return (whole(tensor.shape),) * team.size
-    found = shards(tuple(tensor.shape), tuple(tensor.device_mesh.shape), own)
+        return (full_box(tensor.shape),) * team.size
+    found = shard_boxes(tuple(tensor.shape), tuple(tensor.device_mesh.shape), own)
     here, held = found[team.rank].shape, tuple(tensor.to_local().shape)
     if here != held and (found[team.rank].numel or tensor.to_local().numel()):
         raise ShardingError(
@@ -261,9 +261,9 @@ def imported(team: Team, share: Share, param: Tensor, key: str, value: Tensor, s
         if tuple(mesh.mesh.flatten().tolist()) != team.members:
             value = value.full_tensor()
     if not isinstance(value, DTensor):
-        taken = value[own.within(whole(shape))] if own is not None else value.new_zeros(0)
+        taken = value[own.slices_in(full_box(shape))] if own is not None else value.new_zeros(0)
         return _kept(taken.reshape(like).to(param.device, copy=True), how)
-    there = shards(shape, tuple(mesh.shape), cuts(value, share.row.entry.name))
+    there = shard_boxes(shape, tuple(mesh.shape), cuts(value, share.row.entry.name))
     (taken,) = moved(team, [Move(there, held, value.to_local())], value.dtype, param.device)
     return _kept(taken.reshape(like), how)
 
@@ -282,9 +282,9 @@ def _target(
     if shape == share.row.entry.shape and isinstance(param, DTensor):
         return tuple(param.placements), share.boxes
     if not shape:
-        return (Replicate(),) * mesh.ndim, (whole(shape),) * team.size
+        return (Replicate(),) * mesh.ndim, (full_box(shape),) * team.size
     along = max(range(len(shape)), key=lambda d: shape[d])
-    return (Shard(along),) * mesh.ndim, shards(shape, tuple(mesh.shape), (Cut(along),) * mesh.ndim)
+    return (Shard(along),) * mesh.ndim, shard_boxes(shape, tuple(mesh.shape), (Cut(along),) * mesh.ndim)
 
 
 class Move(NamedTuple):
@@ -303,7 +303,7 @@ def moved(team: Team, moves: Sequence[Move], dtype: torch.dtype, device: torch.d
         move = moves[message.item]
         own = move.held[team.rank]
         assert own is not None
-        return move.value.reshape(own.shape)[message.box.within(own)]
+        return move.value.reshape(own.shape)[message.box.slices_in(own)]
 
     mine = [move.target[team.rank] for move in moves]
     out = [torch.zeros((0,) if box is None else box.shape, dtype=dtype, device=device) for box in mine]
@@ -311,14 +311,14 @@ def moved(team: Team, moves: Sequence[Move], dtype: torch.dtype, device: torch.d
     for message, tensor in Exchange(team, messages, travels, fetch, dtype, device).wait():
         box = mine[message.item]
         assert box is not None
-        out[message.item][message.box.within(box)] = tensor
+        out[message.item][message.box.slices_in(box)] = tensor
     return out
 
 
 def _between(item: int, move: Move) -> Iterator[Message]:
-    holders = distinct(tuple(box or NOTHING for box in move.held))
+    holders = box_holders(tuple(box or EMPTY for box in move.held))
     for to, wanted in enumerate(move.target):
         for box, ranks in holders if wanted is not None else ():
-            both = box.common(wanted) if wanted is not None else None
+            both = box.intersection(wanted) if wanted is not None else None
             if both is not None:
                 yield Message(to if to in ranks else ranks[0], to, item, both)

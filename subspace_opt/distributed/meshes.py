@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..plan import COUNTERS, Entry, Plan
-from .boxes import Box, Cut, copy_of, distinct, shards, whole
+from .boxes import Box, Cut, box_holders, full_box, replica_index, shard_boxes
 from .placement import Layout, Share, add_state
 
 MeshKind = Literal["fsdp", "hsdp", "ddp", "tp", "fsdp+tp"]
@@ -49,7 +49,7 @@ class Mesh:
     def ranks(self) -> int:
         return prod(self.shape)
 
-    def place(self, rank: int, axes: Sequence[int]) -> int:
+    def position(self, rank: int, axes: Sequence[int]) -> int:
         """Where a rank stands among those that differ from it along `axes` alone, in row-major order."""
         at = []
         for size in reversed(self.shape):
@@ -115,7 +115,7 @@ def _cuts(entry: Entry, kind: MeshKind) -> tuple[tuple[int, ...], tuple[Cut | No
 
 
 @dataclass(frozen=True)
-class Placed:
+class PlacedPlan:
     """The parameters of a plan on a mesh."""
 
     mesh: Mesh
@@ -126,7 +126,7 @@ class Placed:
     def box(self, number: int, rank: int) -> Box:
         """What a rank holds of a parameter."""
         share = self.shares[number]
-        return whole(self.plan.rows[number].entry.shape) if share is None else share.boxes[self.mesh.place(rank, self.axes[number])]
+        return full_box(self.plan.rows[number].entry.shape) if share is None else share.boxes[self.mesh.position(rank, self.axes[number])]
 
     @cached_property
     def bytes_held(self) -> tuple[int, ...]:
@@ -151,11 +151,11 @@ class Placed:
             shares = [share for own, share in zip(self.axes, self.shares, strict=True) if share is not None and own == axes]
             each = count(shares, prod(self.mesh.shape[axis] for axis in axes))
             for rank in range(self.mesh.ranks):
-                total[rank] += each[self.mesh.place(rank, axes)]
+                total[rank] += each[self.mesh.position(rank, axes)]
         return tuple(total)
 
 
-def place(plan: Plan, mesh: Mesh) -> Placed:
+def place(plan: Plan, mesh: Mesh) -> PlacedPlan:
     """Lay the parameters of a plan out on a mesh, as the optimizer does with those it is given.
 
     Raises:
@@ -173,10 +173,10 @@ def place(plan: Plan, mesh: Mesh) -> Placed:
         sizes = tuple(mesh.shape[axis] for axis in axes)
         layout = Layout(prod(sizes), divided=mesh.kind == "ddp")
         rows, cuts = [plan.rows[i] for i in numbers], [pairs[i][1] for i in numbers]
-        boxes = [shards(row.entry.shape, sizes, cut or (None,)) for row, cut in zip(rows, cuts, strict=True)]
+        boxes = [shard_boxes(row.entry.shape, sizes, cut or (None,)) for row, cut in zip(rows, cuts, strict=True)]
         for i, share in zip(numbers, layout.add(rows, boxes, cuts), strict=True):
             shares[i] = share
-    return Placed(mesh, plan, tuple(own for own, _ in pairs), tuple(shares))
+    return PlacedPlan(mesh, plan, tuple(own for own, _ in pairs), tuple(shares))
 
 
 # ------------------------------------------------------------------------------------------- all ranks of a team at once
@@ -222,19 +222,19 @@ def sent(shares: Sequence[Share], ranks: int, refresh: bool = False) -> list[int
 
 def _stays(share: Share) -> bool:
     """Whether every part is computed where it lies, by all that hold it. Boxes of a mesh are the same or have nothing in common."""
-    return tuple((part.box, part.owners) for part in share.parts) == distinct(share.boxes)
+    return tuple((part.box, part.owners) for part in share.parts) == box_holders(share.boxes)
 
 
 class Overlap:
     """What the parts and the shards of one shape have in common."""
 
     def __init__(self, share: Share, ranks: int) -> None:
-        boxes = distinct(share.boxes)
+        boxes = box_holders(share.boxes)
         self.common = _common([part.box for part in share.parts], [box for box, _ in boxes])  # (parts, boxes)
         self.holders = torch.tensor([rank for _, ranks in boxes for rank in ranks])  # box after box
         self.count = torch.tensor([len(ranks) for _, ranks in boxes])
         self.first = self.count.cumsum(0) - self.count
-        self.copy_of = torch.tensor(copy_of(share.boxes))
+        self.replica_index = torch.tensor(replica_index(share.boxes))
         self.box_of = torch.full((ranks,), -1)
         self.box_of[self.holders] = torch.arange(len(boxes)).repeat_interleave(self.count)
 
@@ -260,7 +260,7 @@ def _add_sent(total: Tensor, share: Share, overlap: Overlap) -> None:
         return
     assert all(len(part.owners) == 1 for part in share.parts)
     at_home = overlap.box_of[owner][:, None] == torch.arange(common.size(1))  # the box that the owner itself holds
-    source = overlap.holders[overlap.first + overlap.copy_of[owner][:, None] % overlap.count]  # what `Share._near` finds
+    source = overlap.holders[overlap.first + overlap.replica_index[owner][:, None] % overlap.count]  # what `Share._near` finds
     size = row.entry.dtype.itemsize * (2 if any(split.needs_weight for _, split in row.splits) else 1)
     total.index_add_(0, source.flatten(), common.masked_fill(at_home, 0).flatten() * size)
     there = row.compute_dtype.itemsize

@@ -9,7 +9,7 @@ from functools import cached_property
 from ..algebra.frame import Split
 from ..plan import Row, state_key
 from ..plan.views import View
-from .boxes import Box, chunk, whole
+from .boxes import Box, chunk, full_box
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def cut_runs(row: Row, sizes: Sequence[int]) -> Iterator[Box]:
     axis, length, count = run_axis(row)
     shape, first = row.entry.shape, 0
     if count == 1:
-        yield whole(shape)
+        yield full_box(shape)
         return
     for size in sizes:
         start, stop = [0] * len(shape), list(shape)
@@ -108,7 +108,7 @@ def _merged(box: Box, shape: Sequence[int], dims: Sequence[int]) -> tuple[int, i
 
 def row_of(row: Row, box: Box, splits: dict[tuple[int, int, int], Split]) -> Row:
     """The plan of a box alone: the same pipeline on fewer matrices, or on a cut of one where entries are updated each by itself."""
-    if box == whole(row.entry.shape):
+    if box == full_box(row.entry.shape):
         return row
     entry = replace(row.entry, shape=box.shape)
     if is_elementwise(row):
@@ -139,13 +139,13 @@ def row_of(row: Row, box: Box, splits: dict[tuple[int, int, int], Split]) -> Row
 def state_boxes(row: Row, box: Box) -> dict[str, Box]:
     """Where each slot of a part lies in that of the parameter."""
     out: dict[str, Box] = {}
-    cut = box != whole(row.entry.shape)
+    cut = box != full_box(row.entry.shape)
     for block, split in row.splits:
         for key in split.slots:
             name = state_key(block, key)
             shape = row.state[name][0]
             if not cut:
-                out[name] = whole(shape)
+                out[name] = full_box(shape)
             elif is_elementwise(row):
                 viewed = view_of(row, box)
                 assert viewed is not None

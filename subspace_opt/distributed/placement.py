@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 
 from ..algebra.frame import Split
 from ..plan import COUNTERS, Row
-from .boxes import Box, Cut, chunk, copy_of, distinct, turns, whole
+from .boxes import Box, Cut, box_holders, chunk, full_box, owner_order, replica_index
 from .parts import Part, cut_runs, is_elementwise, run_axis, view_of
 
 Way = Literal["incoming", "outgoing", "copies", "projected", "lifted"]
@@ -46,7 +46,7 @@ class Share:
     @cached_property
     def resident(self) -> bool:
         """Whether owners hold the weights of their part, and update them in place."""
-        return all(self.boxes[owner].holds(part.box) for part in self.parts for owner in part.owners)
+        return all(self.boxes[owner].contains(part.box) for part in self.parts for owner in part.owners)
 
     @cached_property
     def _parts_of(self) -> dict[int, Part]:
@@ -76,7 +76,7 @@ class Share:
     def coordinates(self) -> Box:
         """All coordinates of a parameter that is cut along its basis."""
         split = self.row.splits[0][1]
-        return whole((split.inner[0].size, split.inner[1].size))
+        return full_box((split.inner[0].size, split.inner[1].size))
 
     def projected(self, item: int) -> Iterator[Message]:
         """Coordinates of the shards, to be summed on the owner; their box is that of coordinates."""
@@ -95,7 +95,7 @@ class Share:
         if self.resident:
             return
         for part, (box, holders) in itertools.product(self.parts, self._distinct):
-            both = part.box.common(box)
+            both = part.box.intersection(box)
             if both is not None:
                 for owner in part.owners:
                     yield Message(self._near(owner, holders), owner, item, both)
@@ -105,12 +105,12 @@ class Share:
         for part in self.parts:
             if self.resident:
                 for rank, box in enumerate(self.boxes):
-                    both = None if rank in part.owners else part.box.common(box)
+                    both = None if rank in part.owners else part.box.intersection(box)
                     if both is not None:
                         yield Message(part.owners[0], rank, item, both)
                 continue
             for box, holders in self._distinct:
-                both = part.box.common(box)
+                both = part.box.intersection(box)
                 if both is not None:
                     yield Message(part.owners[0], self._near(part.owners[0], holders), item, both)
 
@@ -119,23 +119,23 @@ class Share:
         if self.resident:
             return
         for part, (box, holders) in itertools.product(self.parts, self._distinct):
-            both = part.box.common(box)
+            both = part.box.intersection(box)
             if both is not None:
                 near = self._near(part.owners[0], holders)
                 yield from (Message(near, rank, item, both) for rank in holders if rank != near)
 
     @cached_property
-    def copy_of(self) -> tuple[int, ...]:
+    def replica_index(self) -> tuple[int, ...]:
         """`copy_of` these boxes; found once, since to look it up among thousands of boxes takes as long as to find it."""
-        return copy_of(self.boxes)
+        return replica_index(self.boxes)
 
     @cached_property
     def _distinct(self) -> tuple[tuple[Box, tuple[int, ...]], ...]:
-        return distinct(self.boxes)
+        return box_holders(self.boxes)
 
     def _near(self, owner: int, holders: tuple[int, ...]) -> int:
         """Of the ranks that hold a shard, the one that stands among copies where the owner does."""
-        return holders[self.copy_of[owner] % len(holders)]
+        return holders[self.replica_index[owner] % len(holders)]
 
     @cached_property
     def _told(self) -> dict[tuple[Way, int], tuple[tuple[Message, ...], bool]]:
@@ -191,7 +191,7 @@ class Share:
         """Entries of a basis that ranks send at a refresh: their rows to the owner, and those of all others from the owner."""
         owner = self.parts[0].owners[0]
         rows = [self.state_box(BASIS, rank) for rank in range(len(self.boxes))]
-        out = {holders[0]: box.numel for box, holders in distinct(tuple(box or whole((0,)) for box in rows)) if rows[owner] != box}
+        out = {holders[0]: box.numel for box, holders in box_holders(tuple(box or full_box((0,)) for box in rows)) if rows[owner] != box}
         out[owner] = sum(box.numel for rank, box in enumerate(rows) if box is not None and rank != owner)
         return out
 
@@ -223,23 +223,23 @@ class Layout:
         if is_elementwise(row) and self.divided:
             along = max(range(len(row.entry.shape)), key=lambda d: row.entry.shape[d], default=None)
             if along is not None:
-                pieces = [chunk(whole(row.entry.shape), along, self.ranks, i) for i in range(self.ranks)]
+                pieces = [chunk(full_box(row.entry.shape), along, self.ranks, i) for i in range(self.ranks)]
                 if all(view_of(row, piece) for piece in pieces if piece.numel):
                     yield from (self._part(row, piece, (rank,)) for rank, piece in enumerate(pieces) if piece.numel)
                     return
-        elif is_elementwise(row) and all(view_of(row, box) for box, _ in distinct(boxes)):
-            yield from (self._part(row, box, holders) for box, holders in distinct(boxes))
+        elif is_elementwise(row) and all(view_of(row, box) for box, _ in box_holders(boxes)):
+            yield from (self._part(row, box, holders) for box, holders in box_holders(boxes))
             return
         runs = list(cut_runs(row, self._cuts_of(row, boxes)))
         # Where a rank has all of a run, the run is its own: nothing has to travel to it.
-        turn = turns(boxes)
+        turn = owner_order(boxes)
         least = sorted(range(self.ranks), key=lambda rank: (self.loads[rank], turn[rank]))
         free = iter(least)
         taken: set[int] = set()
         place = {rank: i for i, rank in enumerate(least)}
-        held = distinct(boxes)
+        held = box_holders(boxes)
         for box in runs:
-            holders = [rank for whose, ranks in held if whose.holds(box) for rank in ranks if rank not in taken]
+            holders = [rank for whose, ranks in held if whose.contains(box) for rank in ranks if rank not in taken]
             owner = min(holders, key=place.__getitem__) if holders else next(rank for rank in free if rank not in taken)
             taken.add(owner)
             yield self._part(row, box, (owner,))

@@ -114,7 +114,7 @@ def reader(team: Team, share: Share) -> Callable[[Tensor, str, Tensor, tuple[int
 
 def apply(team: Team, item: Item, box: Box, weight: Tensor, update: Tensor, options: Options) -> None:
     """Decay and update a piece of this rank's shard."""
-    row, here = item.share.row, box.within(item.share.boxes[team.rank])
+    row, here = item.share.row, box.slices_in(item.share.boxes[team.rank])
     low = weight.dtype != update.dtype
     compensation = item.work.state["compensation"][here] if row.compensated else None
     noise = _rounding_noise(row, box, item.work.count, options, update) if low and options.rounding == "stochastic" else None

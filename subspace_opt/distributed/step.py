@@ -118,8 +118,8 @@ def _own_gradient(team: Team, item: Item) -> Tensor | None:
     own = item.share.boxes[team.rank]
     if item.share.resident:
         part = item.part
-        return None if part is None or part.owners[0] != team.rank else item.grad[part.box.within(own)]
-    return item.grad if item.share.copy_of[team.rank] == 0 else None
+        return None if part is None or part.owners[0] != team.rank else item.grad[part.box.slices_in(own)]
+    return item.grad if item.share.replica_index[team.rank] == 0 else None
 
 
 def _sizes(grads: Sequence[Tensor | None], *, norms: bool) -> list[float]:
@@ -168,7 +168,7 @@ def _step(team: Team, items: list[Item], options: Options, memory: Memory, failu
     for item in items:
         if item.share.local and item.part is not None:
             own = item.share.boxes[team.rank]
-            item.work.param, item.work.grad = item.weight[item.part.box.within(own)], given(item)[item.part.box.within(own)]
+            item.work.param, item.work.grad = item.weight[item.part.box.slices_in(own)], given(item)[item.part.box.slices_in(own)]
     engine.compute(local, options, memory, errors)
     engine.write_back(local)
     for number, bucket in enumerate(buckets):
@@ -239,11 +239,11 @@ def _send_gradients(team: Team, bucket: Bucket) -> None:
 
     def gradient(message: Message) -> Tensor:
         item = bucket.items[message.item]
-        return given(item)[message.box.within(item.share.boxes[team.rank])].to(first.weight.dtype)
+        return given(item)[message.box.slices_in(item.share.boxes[team.rank])].to(first.weight.dtype)
 
     def weight(message: Message) -> Tensor:
         item = bucket.items[message.item]
-        return item.weight[message.box.within(item.share.boxes[team.rank])]
+        return item.weight[message.box.slices_in(item.share.boxes[team.rank])]
 
     bucket.gradients = Exchange(team, own, travels, gradient, first.weight.dtype, first.weight.device)
     if any(split.needs_weight for _, split in first.share.row.splits):
@@ -255,7 +255,7 @@ def _receive_gradients(team: Team, bucket: Bucket) -> list[Work]:
     own = [(i, item, item.part) for i, item in enumerate(bucket.items) if item.part is not None]
     if bucket.resident:
         for _, item, part in own:
-            here = part.box.within(item.share.boxes[team.rank])
+            here = part.box.slices_in(item.share.boxes[team.rank])
             item.work.param, item.work.grad = item.weight[here], given(item)[here]
         return [item.work for _, item, _ in own]
     for i, item, part in own:
@@ -268,7 +268,7 @@ def _receive_gradients(team: Team, bucket: Bucket) -> list[Work]:
             for message, tensor in exchange.wait():
                 item = bucket.items[message.item]
                 assert item.part is not None
-                getattr(item.work, name)[message.box.within(item.part.box)] = tensor
+                getattr(item.work, name)[message.box.slices_in(item.part.box)] = tensor
     bucket.gradients = bucket.weights = None
     return [item.work for _, item, _ in own]
 
@@ -281,8 +281,8 @@ def _send_updates(team: Team, bucket: Bucket, errors: dict[str, Exception]) -> N
         item = bucket.items[message.item]
         assert item.part is not None
         if bucket.resident:
-            return item.weight[message.box.within(item.share.boxes[team.rank])]
-        return bucket.outboxes[message.item][message.box.within(item.part.box)]
+            return item.weight[message.box.slices_in(item.share.boxes[team.rank])]
+        return bucket.outboxes[message.item][message.box.slices_in(item.part.box)]
 
     dtype = first.weight.dtype if bucket.resident else first.share.row.compute_dtype
     bucket.updates = Exchange(team, own, travels, update, dtype, first.weight.device)
@@ -327,11 +327,11 @@ def _receive_updates(team: Team, bucket: Bucket, options: Options, errors: dict[
         item = bucket.items[message.item]
         own = item.share.boxes[team.rank]
         if bucket.resident:
-            item.weight[message.box.within(own)] = tensor
+            item.weight[message.box.slices_in(own)] = tensor
             continue
-        part = next(part for part in item.share.parts if part.box.holds(message.box))
+        part = next(part for part in item.share.parts if part.box.contains(message.box))
         boxes = moving[message.item, part.box]
-        for box in [message.box] if len(boxes) == len(part.matrices) else [b for m in boxes if (b := message.box.common(m))]:
-            apply(team, item, box, item.weight[box.within(own)], tensor[box.within(message.box)], options)
+        for box in [message.box] if len(boxes) == len(part.matrices) else [b for m in boxes if (b := message.box.intersection(m))]:
+            apply(team, item, box, item.weight[box.slices_in(own)], tensor[box.slices_in(message.box)], options)
     bucket.updates = None
     bucket.outboxes.clear()

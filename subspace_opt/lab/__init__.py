@@ -13,29 +13,29 @@ if TYPE_CHECKING:
     from .config import TrainConfig
     from .corpus import Corpus
     from .errors import LabError
-    from .events import Ended, Evaluated, Event, Result, Saved, Started, Stepped
     from .model import SIZES, make_model, meta_model
     from .report import table, to_json, write_picture
-    from .training import train
+    from .run.events import Ended, Evaluated, Event, Result, Saved, Started, Stepped
+    from .run.training import train
 
 _HOME = {
     "Corpus": "corpus",
-    "Ended": "events",
-    "Evaluated": "events",
-    "Event": "events",
+    "Ended": "run.events",
+    "Evaluated": "run.events",
+    "Event": "run.events",
     "LabError": "errors",
-    "Result": "events",
+    "Result": "run.events",
     "SIZES": "model",
-    "Saved": "events",
-    "Started": "events",
-    "Stepped": "events",
+    "Saved": "run.events",
+    "Started": "run.events",
+    "Stepped": "run.events",
     "TrainConfig": "config",
     "compare": "comparison",
     "make_model": "model",
     "meta_model": "model",
     "table": "report",
     "to_json": "report",
-    "train": "training",
+    "train": "run.training",
     "write_picture": "report",
 }
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from .config import TrainConfig
 from .corpus import Corpus
 from .errors import LabError
-from .events import OnEvent, Result
-from .training import OptimizerFactory, train
+from .run.events import OnEvent, Result
+from .run.training import OptimizerFactory, train
 
 # What a comparison is about, and what does not touch the numbers; everything else must agree.
 _MAY_DIFFER = {"spec", "name", "lr", "weight_decay", "overrides", "out", "save_every"}

@@ -7,9 +7,9 @@ from pathlib import Path
 from .comparison import compare
 from .config import TrainConfig
 from .corpus import Corpus
-from .events import OnEvent, Result
-from .journal import make_folder
 from .report import to_json, write_picture
+from .run.events import OnEvent, Result
+from .run.journal import make_folder
 
 PROBLEM = TrainConfig(model="mini", steps=400, batch_size=8, length=128, eval_every=50, eval_batches=8)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import LabError
-from .events import Curve, Result
+from .run.events import Curve, Result
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

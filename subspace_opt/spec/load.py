@@ -1,4 +1,4 @@
-"""Read a spec: from a preset's name, a file, a mapping or another spec, with overrides by dotted path."""
+"""Load a spec from a preset's name, a file, a mapping or another spec, with overrides by dotted path."""
 
 from __future__ import annotations
 
@@ -19,15 +19,17 @@ from .overrides import apply_override, has_path, to_mutable
 
 
 def preset_names(*, installed: bool = True) -> list[str]:
-    """The presets that come with this package, and those of `installed` ones."""
+    """The names of the presets of this package and, if `installed`, of the installed preset packages."""
     return presets.names(installed_too=installed)
 
 
 def load_spec(source: Spec | Mapping[str, Any] | str | os.PathLike[str], overrides: Mapping[str, Any] | None = None) -> Spec:
-    """A spec from a preset's name, a path to YAML or JSON, a mapping, or a `Spec`; `overrides` by dotted path.
+    """Load a spec from a preset's name, the path of a YAML or JSON file, a mapping, or a `Spec`.
+
+    `overrides` maps dotted paths, such as `matrix.selector.rank`, to values.
 
     Raises:
-        SpecError: with file:line:column where there is a file, the field's path, and what is known or meant.
+        SpecError: the message starts with file:line:column if there is a file, and gives the field's path and the values allowed there.
     """
     if isinstance(source, Spec) and not overrides:
         return source
@@ -37,7 +39,7 @@ def load_spec(source: Spec | Mapping[str, Any] | str | os.PathLike[str], overrid
 
     def locate(path: tuple[int | str, ...]) -> str:
         for place, override in overridden.items():
-            # What an override put there, and what had to be made on the way.
+            # The override's own value, and the mappings that were created on its path.
             if path[: len(place)] == place or (place[: len(path)] == path and not has_path(document.data, path)):
                 return f"override '{override}'"
         return document.locate(path)
@@ -46,7 +48,7 @@ def load_spec(source: Spec | Mapping[str, Any] | str | os.PathLike[str], overrid
 
 
 def parse_spec(text: str, source: str = "<string>") -> Spec:
-    """A spec from YAML text."""
+    """Load a spec from YAML text. Error messages name the text by `source`."""
     try:
         document = parse_document(text, source)
     except DocumentError as error:
@@ -67,7 +69,7 @@ def _document(source: Spec | Mapping[str, Any] | str | os.PathLike[str]) -> Docu
     if isinstance(source, Mapping):
         return Document(to_mutable(source), "the given mapping")
     if not isinstance(source, str | os.PathLike):
-        raise SpecError(f"a spec is a preset's name, a path, a mapping or a Spec, not {type(source).__name__}")
+        raise SpecError(f"a spec must be a preset's name, a path, a mapping or a Spec, not {type(source).__name__}")
     text = os.fspath(source)
     try:
         preset = presets.find(text) if isinstance(source, str) else None
@@ -78,7 +80,7 @@ def _document(source: Spec | Mapping[str, Any] | str | os.PathLike[str]) -> Docu
             short = text[:80]
             broken = "".join(f"; preset package '{name}' failed: {why}" for name, why in presets.failures().items())
             raise SpecError(
-                f"no preset '{short}'; {suggest(text, preset_names())} (a file is given with its ending: ./{short}.yaml){broken}"
+                f"no preset '{short}'; {suggest(text, preset_names())} (for a file, give its path with the ending: ./{short}.yaml){broken}"
             )
         return read_document(source)
     except (DocumentError, presets.PresetError) as error:
@@ -86,24 +88,22 @@ def _document(source: Spec | Mapping[str, Any] | str | os.PathLike[str]) -> Docu
 
 
 def with_state_dtype(spec: Spec, chosen: StateDtype | Mapping[str, StateDtype]) -> Spec:
-    """The spec with `state_dtype` set in all pipelines.
+    """The spec with `state_dtype` set in every pipeline.
 
-    A mapping says it by slot, each pipeline taking the slots that its rules have. A word stands for every slot as large as its matrix, or
-    as the coordinates of it: the moments, and the error that is fed back.
+    A mapping names slots, and each pipeline takes the slots that its rules have. A single word applies to every slot that has the size of
+    the matrix or of its coordinates: the moments and the error feedback.
 
     Raises:
-        SpecError: a word that is no state dtype, a slot that no pipeline has.
+        SpecError: an unknown state dtype, or a slot that no pipeline has.
     """
     words = get_args(StateDtype)
     for word in chosen.values() if isinstance(chosen, Mapping) else (chosen,):
         if word not in words:
-            raise SpecError(f"state_dtype: '{word}' is none; {suggest(str(word), words)}")
+            raise SpecError(f"state_dtype: '{word}' is not a state dtype; {suggest(str(word), words)}")
     known = {name for pipeline in spec.pipelines.values() for name in pipeline.storable}
     for name in chosen if isinstance(chosen, Mapping) else ():
         if name not in known:
-            raise SpecError(
-                f"state_dtype: no rule of '{spec.name}' has a slot '{name}' that could be stored otherwise; {suggest(name, known)}"
-            )
+            raise SpecError(f"state_dtype: no pipeline of '{spec.name}' has a slot '{name}' with a choice of dtype; {suggest(name, known)}")
     data = spec.model_dump(mode="json")
     for name, pipeline in spec.pipelines.items():
         if isinstance(chosen, Mapping):

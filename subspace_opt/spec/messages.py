@@ -1,4 +1,4 @@
-"""From a validation error to a message: where, what, and what was probably meant."""
+"""Turn a validation error into a message: where it is, what was found, what is allowed and what was probably meant."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from ..registry import Component, find, near, suggest
 
 Path = tuple[int | str, ...]
 
-MOST = 10  # errors shown
+MOST = 10  # errors in one message
 
-# What pydantic wants, in the words of a file.
+# The types that pydantic expects, in the words of a spec file.
 WANTED = {
     "bool_type": "should be true or false",
     "dict_type": "should be a mapping",
@@ -27,7 +27,7 @@ WANTED = {
 
 
 def describe(error: ValidationError, data: Any, locate: Callable[[Path], str], top: type[BaseModel]) -> str:
-    """One line an error: `file:line:col: path: what is wrong`; `locate` tells where a path stands."""
+    """One line for each error: `file:line:column: path: what is wrong`. `locate` gives the position of a path."""
     found: dict[Path, list[str]] = {}
     meant: set[Path] = set()
     for item in sorted(error.errors(include_url=False), key=lambda item: item["type"] == "missing"):
@@ -36,7 +36,7 @@ def describe(error: ValidationError, data: Any, locate: Callable[[Path], str], t
             known = _known_keys(path[:-1], data, top)
             meant.add((*path[:-1], near(str(path[-1]), known) or ""))
             found[path] = [f"unknown key '{path[-1]}'; {suggest(str(path[-1]), known)}"]
-        elif not (item["type"] == "missing" and path in meant):  # a misspelt key is said once
+        elif not (item["type"] == "missing" and path in meant):  # a misspelt key is reported once, not also as missing
             found.setdefault(path, []).append(_what(item))
     lines = [f"{locate(path)}: {_dotted(path)}{_joined(wrong)}" for path, wrong in found.items()]
     extra = f"\n... and {len(lines) - MOST} more" if len(lines) > MOST else ""
@@ -48,13 +48,13 @@ def _dotted(path: Path) -> str:
 
 
 def _joined(wrong: list[str]) -> str:
-    """What several branches of a union want of one value: `should be A, or B, not X`."""
+    """Join the errors of several branches of a union: `should be A, or B, not X`."""
     *first, last = dict.fromkeys(wrong)
     return "".join(f"{words.rpartition(', not ')[0]}, or " for words in first) + (last.removeprefix("should be ") if first else last)
 
 
 def _existing(loc: Path, data: Any) -> Path:
-    """The location as the user wrote it: without the index of a list of one that was written bare, and pydantic's union tags."""
+    """The path as the user wrote it: without pydantic's union tags and without the index of a rule that is written without a list."""
     path: list[int | str] = []
     for part in loc:
         if isinstance(data, Mapping) and isinstance(part, str):
@@ -67,10 +67,10 @@ def _existing(loc: Path, data: Any) -> Path:
 
 
 def _what(item: Any) -> str:
-    """What is wrong with one value."""
+    """The error of one value."""
     kind, value = item["type"], item["input"]
     if kind == "missing":
-        return "is required and missing"
+        return "required, but missing"
     message = str(item["msg"]).removeprefix("Value error, ").replace("Input should", "should")
     if kind in ("unknown_kind", "missing_kind", "route") or (kind == "value_error" and isinstance(value, Mapping)):
         return message
@@ -78,13 +78,13 @@ def _what(item: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    """The value as a file spells it, and never the whole of a long one."""
+    """The value in the spelling of a file, cut to 80 characters."""
     text = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _known_keys(path: Path, data: Any, top: type[BaseModel]) -> list[str]:
-    """The keys that the mapping at `path` may have."""
+    """The keys that are allowed in the mapping at `path`."""
     kind: Any = top
     for part in path:
         data = data[part]
@@ -93,13 +93,13 @@ def _known_keys(path: Path, data: Any, top: type[BaseModel]) -> list[str]:
 
 
 def _below(kind: Any, part: int | str, data: Any) -> Any:
-    """The type of a field of a model, or of a value in a container; the kind's class where a component stands."""
+    """The type of one field of a model, or of the values of a container; for a component, the class of its kind."""
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         field = kind.model_fields.get(str(part))
         kind = None if field is None else field.annotation
     else:
         kind = next((a for a in reversed(get_args(kind)) if a is not ...), None)
-    if isinstance(data, Mapping):  # a rule may stand where a list of rules is meant
+    if isinstance(data, Mapping):  # one rule may be written in place of a list of rules
         for family in (kind, *get_args(kind)):
             if isinstance(family, type) and issubclass(family, Component) and family.is_family:
                 return find(family.family, str(data.get("kind", "none")))

@@ -1,4 +1,4 @@
-"""The spec as a model: named pipelines, routes that send parameters to them, defaults; and how it is written back."""
+"""The spec as a model: named pipelines, routes that send parameters to pipelines, and defaults. Also writes a spec as YAML and JSON."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MODULE_KINDS: tuple[str, ...] = get_args(ModuleKind)
 
 
 class SpecError(ValueError):
-    """A spec that cannot be used. The message names the place, what was found there and what to do."""
+    """The spec cannot be used. The message says where the error is, what was found there, what is allowed and what to do."""
 
 
 def _listed(value: Any) -> Any:
@@ -33,34 +33,37 @@ def _listed(value: Any) -> Any:
 
 
 class Defaults(Model):
-    """What `build` takes when it is given nothing."""
+    """The values that `build` uses unless the caller gives others."""
 
     lr: float = Field(1e-3, ge=0.0, description="Learning rate.")
     weight_decay: float = Field(0.0, ge=0.0, description="Decoupled weight decay, multiplied by the learning rate.")
 
 
 class Route(Model):
-    """Which parameters go to which pipeline, and how they are seen; all conditions given must hold."""
+    """Sends parameters to a pipeline and says how they are viewed as matrices. A parameter must meet all conditions of the route."""
 
-    use: str = Field(description="Name of the pipeline.")
+    use: str = Field(description="Name of the pipeline that the parameters use.")
     name: Annotated[tuple[str, ...], BeforeValidator(_listed, json_schema_input_type=str | list[str])] = Field(
-        (), description="Globs, one of which fits the name."
+        (), description="Globs. At least one must match the parameter's name."
     )
     module: Annotated[tuple[ModuleKind, ...], BeforeValidator(_listed, json_schema_input_type=ModuleKind | list[ModuleKind])] = Field(
-        (), description="Kinds of module, one of which the parameter belongs to (known when a model is given)."
+        (), description="Kinds of module. The parameter must belong to one of them; kinds are known only if `build` is given a model."
     )
-    min_dims: NonNegativeInt | None = Field(None, description="Fewest dimensions.")
-    max_dims: NonNegativeInt | None = Field(None, description="Most dimensions.")
-    min_side: PositiveInt | None = Field(None, description="Shortest side of its matrices at least.")
-    max_side: PositiveInt | None = Field(None, description="Longest side of its matrices at most.")
+    min_dims: NonNegativeInt | None = Field(None, description="Smallest number of dimensions.")
+    max_dims: NonNegativeInt | None = Field(None, description="Largest number of dimensions.")
+    min_side: PositiveInt | None = Field(None, description="Lower bound for the shorter side of the matrices.")
+    max_side: PositiveInt | None = Field(None, description="Upper bound for the longer side of the matrices.")
     view: Literal["auto", "flatten", "stack", "modes"] = Field(
         "auto",
-        description="Three dimensions and more: (O, rest), a stack of matrices, or (O, rest) whose joined dimensions each get a basis "
-        "(selector `kron_eigen`); auto flattens convolutions.",
+        description="How a parameter of three or more dimensions is viewed. `flatten`: one matrix (O, rest). `stack`: a stack of matrices. "
+        "`modes`: one matrix (O, rest) whose joined dimensions get a basis each (selector `kron_eigen`). `auto`: `flatten` for "
+        "convolutions and for four or more dimensions, else `stack`.",
     )
-    split: dict[str, PositiveInt] | None = Field(None, description="Cut the rows of a fused weight into named blocks.")
-    heads: PositiveInt | None = Field(None, description="Cut the rows into this many equal blocks.")
-    transposed: bool | None = Field(None, description="Stored as (in, out); omitted, as the module tells.")
+    split: dict[str, PositiveInt] | None = Field(
+        None, description="Cuts the rows of a fused weight into blocks: name of the block to number of rows."
+    )
+    heads: PositiveInt | None = Field(None, description="Cuts the rows into this number of equal blocks.")
+    transposed: bool | None = Field(None, description="Whether the weight is stored as (in, out). If omitted, the module's type decides.")
 
     @model_validator(mode="after")
     def _one_cut(self) -> Route:
@@ -69,7 +72,7 @@ class Route(Model):
         return self
 
     def accepts(self, name: str, dims: int, sides: tuple[int, int], modules: frozenset[str]) -> bool:
-        """Whether a parameter takes this route. `sides`: shorter and longer side of its matrices."""
+        """Whether a parameter takes this route. `sides`: the shorter and the longer side of its matrices."""
         return (
             (not self.name or any(fnmatch.fnmatchcase(name, glob) for glob in self.name))
             and (not self.module or bool(modules.intersection(self.module)))
@@ -85,7 +88,7 @@ class Route(Model):
         return ", ".join(said) or "everything else"
 
 
-# What is meant when a spec has a pipeline `matrix` and no routes; `other` is then AdamW unless the spec has its own.
+# The routes of a spec that has a pipeline `matrix` and no routes. Its `other` is AdamW unless the spec defines one.
 STANDARD_ROUTES = (
     {"module": "embedding", "use": "other"},
     {"module": "head", "use": "other"},
@@ -97,18 +100,18 @@ STANDARD_OTHER = {"complement": {"kind": "adam", "beta1": 0.9, "beta2": 0.95}}
 
 
 class Spec(Model):
-    """A whole optimizer."""
+    """A complete optimizer."""
 
-    version: Literal[1] = Field(1, description="Version of the format.")
-    name: str = Field("unnamed", min_length=1, description="What to call it.")
-    source: tuple[str, ...] = Field((), strict=False, description="Paper and reference code, with the commit.")
-    about: str = Field("", description="What it does, in a few lines.")
-    notes: str = Field("", description="Where it differs from its sources, or they from each other.")
-    published: tuple[str, ...] = Field((), strict=False, description="Settings that its authors published, by scale.")
-    defaults: Defaults = Field(default=Defaults(), description="Learning rate and weight decay if none are given.")
-    pipelines: dict[str, Pipeline] = Field(min_length=1, description="Named pipelines.")
+    version: Literal[1] = Field(1, description="Version of the file format.")
+    name: str = Field("unnamed", min_length=1, description="Name of the spec, used in messages and tables.")
+    source: tuple[str, ...] = Field((), strict=False, description="The paper, and the reference code with its commit.")
+    about: str = Field("", description="What the optimizer does, in a few lines.")
+    notes: str = Field("", description="How the spec differs from its sources, and how the sources differ from each other.")
+    published: tuple[str, ...] = Field((), strict=False, description="Settings that the authors published, by model size.")
+    defaults: Defaults = Field(default=Defaults(), description="Learning rate and weight decay that `build` uses unless others are given.")
+    pipelines: dict[str, Pipeline] = Field(min_length=1, description="The pipelines by name.")
     routes: tuple[Route, ...] = Field(
-        (), strict=False, description="In order; the first that accepts a parameter sends it to its pipeline."
+        (), strict=False, description="Tried in order. The first route that accepts a parameter decides its pipeline."
     )
 
     @model_validator(mode="before")
@@ -118,30 +121,34 @@ class Spec(Model):
             return data
         pipelines = data["pipelines"]
         if "matrix" not in pipelines and not set(data) <= set(cls.model_fields):
-            return data  # an unknown key, which may be `routes` misspelt, is what is wrong then
+            return data  # the unknown key, perhaps a misspelt `routes`, is the error to report
         if "matrix" not in pipelines:
-            raise _misrouted(("pipelines",), "without `routes` the pipelines must be named `matrix` and, if wanted, `other`; add `routes`")
+            raise _misrouted(
+                ("pipelines",), "a spec without `routes` needs a pipeline named `matrix` and may have `other`; rename it or add `routes`"
+            )
         return {**data, "pipelines": {"other": STANDARD_OTHER, **pipelines}, "routes": list(STANDARD_ROUTES)}
 
     @model_validator(mode="after")
     def _routes_lead_somewhere(self) -> Spec:
         for i, route in enumerate(self.routes):
             if route.use not in self.pipelines:
-                raise _misrouted(("routes", i, "use"), f"no pipeline '{route.use}'; {suggest(route.use, self.pipelines)}")
+                raise _misrouted(("routes", i, "use"), f"no pipeline is named '{route.use}'; {suggest(route.use, self.pipelines)}")
         unused = set(self.pipelines) - {route.use for route in self.routes}
         if unused:
-            raise _misrouted(("pipelines", min(unused)), "no route uses this pipeline; add a route or remove it")
+            raise _misrouted(
+                ("pipelines", min(unused)), "no route uses this pipeline; add a route with `use: NAME`, or remove the pipeline"
+            )
         return self
 
     def to_json(self) -> str:
-        """What the spec computes, without its prose, as one line of JSON: the form in which it travels in a checkpoint."""
+        """The spec without its prose, as one line of JSON. Checkpoints store this form."""
         plain = self.model_dump(mode="json", exclude={"about", "notes", "published"})
-        # Not sort_keys: the order of pipelines says nothing, that of the blocks in a `split` says where each lies.
+        # Not sort_keys: the order of the blocks in a `split` says which rows each has. Only the order of the pipelines has no meaning.
         plain["pipelines"] = dict(sorted(plain["pipelines"].items()))
         return json.dumps(plain, separators=(",", ":"))
 
     def to_yaml(self, *, full: bool = False) -> str:
-        """YAML that reads back as an equal spec; what has its default value is left out unless `full`."""
+        """YAML that reads back as an equal spec. Without `full`, fields with their default value are left out."""
         plain = {"version": self.version, **_fields(self, full)}
         plain["pipelines"] = {
             name: {place: _on_a_line(part) for place, part in pipeline.items()} for name, pipeline in plain["pipelines"].items()
@@ -154,17 +161,17 @@ class Spec(Model):
 
 
 def _misrouted(place: tuple[int | str, ...], message: str) -> PydanticCustomError:
-    """An error of the whole spec that is nevertheless seen at one place."""
+    """A validation error of the whole spec, reported at one place in it."""
     return PydanticCustomError("route", "{message}", {"message": message, "place": place})
 
 
 def _fields(model: Model, full: bool) -> dict[str, Any]:
-    """A model's fields as plain data, its `kind` first; those that have their default value only if `full`."""
+    """A model's fields as plain data, `kind` first. Fields with their default value are included only if `full`."""
     plain: dict[str, Any] = {}
     for name, field in type(model).model_fields.items():
         value = getattr(model, name)
         default = field.get_default(call_default_factory=True, validated_data={})
-        # Where nothing is the default, nothing says it best.
+        # A default of None or () is left out even if `full`: reading the file gives the same default.
         if name == "kind" or field.is_required() or value != default or (full and value not in (None, ())):
             plain[name] = _plain(value, full)
     if plain.get("selector") == "none":
@@ -179,7 +186,7 @@ def _plain(value: Any, full: bool) -> Any:
     if isinstance(value, Mapping):
         return {_plain(k, full): _plain(v, full) for k, v in value.items()}
     if isinstance(value, str) and any(sign in value for sign in "\x85\u2028\u2029"):
-        return DoubleQuotedScalarString(value)  # else it would be written as the line break that YAML takes it for
+        return DoubleQuotedScalarString(value)  # YAML reads these characters as line breaks unless they are quoted
     if isinstance(value, tuple):
         items = [_plain(v, full) for v in value]
         return items[0] if len(items) == 1 and isinstance(value[0], Component) else items
@@ -187,7 +194,7 @@ def _plain(value: Any, full: bool) -> Any:
 
 
 def _on_a_line(value: Any) -> Any:
-    """A mapping or a list as YAML writes it on one line, if it fits one; a list of mappings with a line for each."""
+    """Mark a mapping or list of at most 100 characters to be written on one line; in a list of mappings, each mapping gets a line."""
     if isinstance(value, list) and any(isinstance(item, dict) for item in value):
         return [_on_a_line(item) for item in value]
     if not isinstance(value, dict | list) or len(str(value)) > 100:

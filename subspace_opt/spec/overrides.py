@@ -1,4 +1,4 @@
-"""Overrides: one value of a spec set by its dotted path, such as `matrix.selector.rank`."""
+"""Overrides: set one value of a spec by its dotted path, such as `matrix.selector.rank`."""
 
 from __future__ import annotations
 
@@ -11,13 +11,18 @@ from .model import STANDARD_OTHER, Spec, SpecError
 
 
 def to_mutable(value: Any) -> Any:
+    """A copy in which every mapping is a dict and every sequence a list."""
     if isinstance(value, Mapping):
         return {key: to_mutable(v) for key, v in value.items()}
     return [to_mutable(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def apply_override(data: dict[str, Any], path: str, value: Any) -> tuple[int | str, ...]:
-    """Set one value by dotted path and return its place; the first part is a field of the spec or the name of a pipeline."""
+    """Set one value by dotted path and return its place. The first part of the path is a field of the spec or the name of a pipeline.
+
+    Raises:
+        SpecError: a path that is malformed, or that leads to no field.
+    """
     if not isinstance(path, str) or not all(path.split(".")):
         raise SpecError(f"override {path!r}: give a dotted path, such as 'matrix.selector.rank'")
     parts = path.split(".")
@@ -29,12 +34,14 @@ def apply_override(data: dict[str, Any], path: str, value: Any) -> tuple[int | s
     for i, part in enumerate(parts):
         last, where = i == len(parts) - 1, ".".join(parts[:i])
         if isinstance(node, dict) and "kind" in node and part == "0" and not last:
-            continue  # one rule may stand for a list of one
+            continue  # a list of one rule may be written as the rule itself: skip the index
         if isinstance(node, list) and len(node) == 1 and not part.isdigit():
-            place.append(0)  # and a list of one for its rule
+            place.append(0)  # the index of the only rule may be left out
             node = _opened(node, 0, path, where)
         if isinstance(node, list) and (not part.isdigit() or int(part) >= len(node)):
-            raise SpecError(f"override '{path}': {where} is a list of {len(node)}; give a number below that, or the whole list")
+            raise SpecError(
+                f"override '{path}': {where} is a list of {len(node)}; give an index below {len(node)}, or replace the whole list"
+            )
         key = int(part) if isinstance(node, list) else part
         place.append(key)
         if last:
@@ -45,7 +52,7 @@ def apply_override(data: dict[str, Any], path: str, value: Any) -> tuple[int | s
 
 
 def _name_pipeline(data: dict[str, Any], name: str, path: str) -> None:
-    """Check the name of a pipeline; the standard one is written out, so that it can be changed."""
+    """Check the name of a pipeline. The standard pipeline `other` is written into `data`, so that the override can change it."""
     pipelines = data.setdefault("pipelines", {})
     if not isinstance(pipelines, dict):
         return
@@ -58,19 +65,20 @@ def _name_pipeline(data: dict[str, Any], name: str, path: str) -> None:
 
 
 def _opened(node: Any, key: int | str, path: str, where: str) -> Any:
-    """The mapping or list at `key`, made of nothing or of a bare kind if need be."""
+    """The mapping or list at `key`. A missing value becomes an empty mapping; the name of a kind becomes a mapping with it."""
     value = node.get(key) if isinstance(node, dict) else node[key]
     if value is None:
         value = {}
     elif isinstance(value, str) and key != "kind" and (find("rule", value) or find("selector", value)):
         value = {"kind": value}
     if not isinstance(value, dict | list):
-        raise SpecError(f"override '{path}': {where} is {value!r}, which has no parts")
+        raise SpecError(f"override '{path}': {where} is {value!r}, a value without fields; shorten the path")
     node[key] = value
     return value
 
 
 def has_path(data: Any, path: tuple[int | str, ...]) -> bool:
+    """Whether `data` has an entry at `path`."""
     for part in path:
         if not isinstance(data, dict | list):
             return False

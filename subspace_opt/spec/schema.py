@@ -9,7 +9,7 @@ from .model import Spec
 
 
 def json_schema() -> dict[str, Any]:
-    """The JSON schema of a spec file, with every kind that is installed."""
+    """The JSON schema of a spec file, with every kind that is registered or installed."""
     schema = Spec.model_json_schema()
     defs: dict[str, Any] = schema.setdefault("$defs", {})
     for family in ("rule", "selector"):
@@ -28,6 +28,7 @@ def json_schema() -> dict[str, Any]:
 
 
 def _with_families(node: Any) -> Any:
+    """Replace the mark `x-family` by a reference to the union of the family's kinds, and let one rule replace a list of rules."""
     if isinstance(node, list):
         return [_with_families(v) for v in node]
     if not isinstance(node, dict):

@@ -1,7 +1,7 @@
 """The presets: YAML files in this folder, and in installed packages with an entry point of group `subspace_opt.presets`.
 
-An entry point names a package that holds YAML files; every file is a preset by its name. Packages are looked at when a name is asked for
-that is not built in, or when all are listed, and never before. One that cannot be imported is left out with a warning.
+An entry point names a package that holds YAML files. Each file is a preset, named like the file. Packages are searched only for a name that
+is not built in, and when all presets are listed. A package that cannot be imported is left out with a warning.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ BUILT_IN = Path(__file__).parent
 
 
 class PresetError(ValueError):
-    """A name that two packages give to a preset of theirs."""
+    """Two packages have a preset of the same name, or a package has no presets."""
 
 
 @dataclass(frozen=True)
 class Preset:
-    """One preset: its name, the package it comes with (empty for this one), its file."""
+    """One preset: its name, its package (empty for this one), its file."""
 
     name: str
     package: str
     file: Traversable
 
     def read(self) -> Document:
-        """The file as a document."""
+        """Read the file as a document."""
         with importlib.resources.as_file(self.file) as path:
             return read_document(path)
 
 
 _failures: dict[str, str] = {}
-_looked_at: dict[str, tuple[Preset, ...]] = {}  # by entry point
+_searched: dict[str, tuple[Preset, ...]] = {}  # by entry point
 
 
 def built_in() -> dict[str, Preset]:
@@ -48,7 +48,7 @@ def built_in() -> dict[str, Preset]:
 
 
 def installed() -> dict[str, list[Preset]]:
-    """The presets of other packages; several under one name are a clash. What is built in wins over all."""
+    """The presets of other packages by name; a name with several presets is a conflict. Names of built-in presets are left out."""
     found: dict[str, list[Preset]] = {}
     for point in sorted(entry_points(group=GROUP), key=lambda e: e.name):
         for preset in _of_package(point):
@@ -57,15 +57,15 @@ def installed() -> dict[str, list[Preset]]:
 
 
 def names(*, installed_too: bool = True) -> list[str]:
-    """The names of all presets, in order."""
+    """The names of all presets, sorted."""
     return sorted({*built_in(), *(installed() if installed_too else ())})
 
 
 def find(name: str) -> Preset | None:
-    """The preset of a name, if there is one.
+    """The preset of that name, or None.
 
     Raises:
-        PresetError: two packages have one of that name; both are named.
+        PresetError: two packages have a preset of that name; the message names both.
     """
     own = built_in().get(name)
     if own is not None or os.sep in name or name.endswith((".yaml", ".yml", ".json")):
@@ -73,32 +73,34 @@ def find(name: str) -> Preset | None:
     found = installed().get(name, [])
     if len(found) > 1:
         owners = " and ".join(f"{preset.package} ({preset.file})" for preset in found)
-        raise PresetError(f"two owners for the preset '{name}': {owners}; uninstall one of them, or give the path of a file")
+        raise PresetError(f"two packages have a preset '{name}': {owners}; uninstall one of them, or give the path of the file")
     return found[0] if found else None
 
 
 def failures() -> dict[str, str]:
-    """Packages that could not be looked at, by entry point, with the reason."""
+    """Preset packages that failed, by entry point, with the reason."""
     return dict(_failures)
 
 
 def _of_package(point: EntryPoint) -> tuple[Preset, ...]:
-    """The presets of one entry point; none, and a warning the first time, if there is something wrong with it."""
+    """The presets of one entry point. If the package fails: no presets, and a warning the first time."""
     key = f"{point.name} = {point.value}"
-    if key not in _looked_at:
+    if key not in _searched:
         package = f"{point.dist.name} {point.dist.version}" if point.dist else point.name
-        _looked_at[key] = ()
+        _searched[key] = ()
         try:
-            _looked_at[key] = tuple(_presets_in(importlib.resources.files(point.module), package))
-            if not _looked_at[key]:
-                raise PresetError(f"there is no .yaml file in '{point.value}'")
-        except Exception as error:  # a package is foreign code: whatever it raises must not take the library with it
+            _searched[key] = tuple(_presets_in(importlib.resources.files(point.module), package))
+            if not _searched[key]:
+                raise PresetError(f"'{point.value}' has no .yaml file; add one, or remove the entry point")
+        except Exception as error:  # foreign code may raise anything; the library must keep working without it
             _failures[point.name] = f"{type(error).__name__}: {error}"[:500]
             _warn(f"preset package '{point.name}' (from {package}) failed and is left out: {_failures[point.name]}")
-        for preset in _looked_at[key]:
+        for preset in _searched[key]:
             if preset.name in built_in():
-                _warn(f"the preset '{preset.name}' of {package} ({preset.file}) is hidden by the built-in one; rename it")
-    return _looked_at[key]
+                _warn(
+                    f"the preset '{preset.name}' of {package} ({preset.file}) is hidden by the built-in one of that name; rename the file"
+                )
+    return _searched[key]
 
 
 def _warn(message: str) -> None:

@@ -13,8 +13,8 @@ from zipfile import BadZipFile, ZipFile
 
 import torch
 
-from ..checkpoint.files import flush_names
-from .errors import LabError
+from ...checkpoint.files import flush_names
+from ..errors import LabError
 
 FORMAT = 1
 LAST = "last.pt"

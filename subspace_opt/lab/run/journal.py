@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .errors import LabError
+from ..errors import LabError
 from .events import Event, OnEvent, record
 
 LOG = "log.jsonl"

@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from .errors import LabError
+from ..errors import LabError
 
 
 def choose_device(asked: str) -> torch.device:

@@ -19,16 +19,16 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 
+from ..config import TrainConfig
+from ..corpus import Corpus
+from ..errors import LabError
+from ..model import make_model, private_rng
 from . import checkpoint
-from .config import TrainConfig
-from .corpus import Corpus
 from .device import choose_device, clock
-from .errors import LabError
 from .events import Ended, Evaluated, OnEvent, Result, Saved, Started, Status, Stepped
 from .interrupt import interruptible
 from .journal import Journal
 from .measure import measured_bytes, planned_bytes
-from .model import make_model, private_rng
 
 __all__ = ["OptimizerFactory", "TrainConfig", "spec_optimizer", "train"]
 
