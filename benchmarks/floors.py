@@ -11,6 +11,7 @@ import torch
 from subspace_opt import SubspaceOptimizer
 from subspace_opt.algebra.linalg import cpu_has_bfloat16
 from subspace_opt.lab.run.device import clock
+from subspace_opt.plan.costs import flops
 from subspace_opt.rules.orthogonal import Orthogonalize
 
 
@@ -43,7 +44,7 @@ def floor(optimizer: SubspaceOptimizer, machine: Machine) -> float:
                 rule.flops(rows, cols) for _, rule, rows, cols in split.places() if isinstance(rule, Orthogonalize) and rule.method != "svd"
             )
             every = split.pipeline.selector.every if split.opens else None
-            total += block.count * (split.flops[0] + (split.flops[1] if every == 1 else 0.0))
+            total += block.count * (flops(split)[0] + (flops(split)[1] if every == 1 else 0.0))
             quick += block.count * iterated
     return 1e3 * ((total - quick) / machine.float32 + quick / machine.quick + moved / machine.bandwidth)
 

@@ -24,6 +24,7 @@ from subspace_opt.distributed.parts import is_elementwise
 from subspace_opt.lab import meta_model
 from subspace_opt.lab.report import readable_bytes
 from subspace_opt.plan import Row
+from subspace_opt.plan.costs import flops
 from subspace_opt.rules.orthogonal import Orthogonalize
 
 # Rates that a large GPU reaches, not those of its data sheet.
@@ -136,7 +137,7 @@ def seconds_of(row: Row) -> float:
         quick = sum(
             rule.flops(rows, cols) for _, rule, rows, cols in split.places() if isinstance(rule, Orthogonalize) and rule.method != "svd"
         )
-        between, refresh = split.flops
+        between, refresh = flops(split)
         every = split.pipeline.selector.every if split.opens else 1
         total += block.count * (quick / QUICK + (between - quick + refresh / every) / PLAIN)
     return total

@@ -38,6 +38,7 @@ from subspace_opt.lab.report import readable_bytes
 from subspace_opt.lab.run.device import choose_device
 from subspace_opt.lab.run.measure import measured_bytes, peak_temporaries
 from subspace_opt.plan import Plan
+from subspace_opt.plan.costs import flops
 from subspace_opt.spec import load_spec
 
 if TYPE_CHECKING:
@@ -150,7 +151,7 @@ def planned(preset: str, place: Place) -> Cost:
     plain = refresh = 0.0
     for row in plan.rows:
         for block, split in row.splits:
-            between, renewed = split.flops
+            between, renewed = flops(split)
             always = split.opens and split.pipeline.selector.every == 1
             plain += block.count * (between + (renewed if always else 0.0))
             refresh += block.count * (between + renewed)

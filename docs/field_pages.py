@@ -9,7 +9,9 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 from subspace_opt.algebra import Rule
+from subspace_opt.algebra.frame import Frame
 from subspace_opt.algebra.pipeline import Pipeline
+from subspace_opt.plan.costs import flops
 from subspace_opt.registry import kind_of
 from subspace_opt.spec import Spec, load_spec, preset_names
 from subspace_opt.testing.parity import Parity, measure_all
@@ -63,8 +65,8 @@ def matrix_pipeline(spec: Spec) -> Pipeline:
 
 def field_row(name: str, spec: Spec) -> str:
     pipeline = matrix_pipeline(spec)
-    split, selector = pipeline.on(*SHAPE), pipeline.selector
-    update, refresh = split.flops
+    split, selector = Frame.of(pipeline, *SHAPE), pipeline.selector
+    update, refresh = flops(split)
     state = sum(prod(slot.shape) * (slot.dtype.itemsize / 4 if slot.dtype else 1) for slot in split.slots.values())
     opens = split.opens
     kept = {getattr(rule, "on_refresh", None) for rule in pipeline.inside} - {None}
@@ -91,7 +93,7 @@ def schedule(pipeline: Pipeline) -> str:
     if selector.every is None:
         return "on call"
     every = "every step" if selector.every == 1 else f"every {selector.every}"
-    return every + (", after" if selector.timing == "after" else "") + (", first only primes" if selector.primes else "")
+    return every + (", after" if selector.timing == "after" else "") + (", first only primes" if selector.traits().primes else "")
 
 
 def momentum(pipeline: Pipeline) -> str:

@@ -14,6 +14,8 @@ from typing import Any
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
+from subspace_opt.algebra.frame import Frame
+from subspace_opt.plan.costs import flops
 from subspace_opt.spec import PRESETS, Spec, json_schema, load_spec, preset_names
 
 Schema = dict[str, Any]
@@ -197,10 +199,11 @@ def cost_table(spec: Spec) -> str:
     pipeline = spec.pipelines.get("matrix") or next(iter(spec.pipelines.values()))
     rows = ["| matrix | rank | state, entries / mn | GFLOP an update | GFLOP a refresh |", "| --- | --- | --- | --- | --- |"]
     for m, n in MATRICES:
-        split = pipeline.on(m, n)
+        split = Frame.of(pipeline, m, n)
         entries = sum(prod(slot.shape) for slot in split.slots.values())
-        update, refresh = (gigaflop(flops) if flops else "entry by entry" for flops in split.flops)
-        refresh = refresh if split.opens and split.flops[1] else "none"
+        cost = flops(split)
+        update, refresh = (gigaflop(number) if number else "entry by entry" for number in cost)
+        refresh = refresh if split.opens and cost[1] else "none"
         rows.append(f"| {m} x {n} | {split.rank or ''} | {entries / (m * n):.3f} | {update} | {refresh} |")
     return "\n".join(rows)
 

@@ -18,8 +18,8 @@ from .checkpoint import STATE_VERSION, matched
 from .engine import lowbit
 from .engine import step as engine
 from .engine.gradients import survey
-from .engine.stacking import Memory
-from .engine.weights import Rounding
+from .engine.homes import Memory
+from .engine.rounding import Rounding
 from .engine.work import Nonfinite, Options, Stacking, Work, allocate
 from .plan import Entry, Plan, Row, make_plan
 from .plan.modules import canonical_name, module_kinds, refuse_flat

@@ -179,6 +179,7 @@ class Frame(Shaped):
             cut = rule.untransmitted(state, moved) if self.pipeline.feedback is not None else None
             if cut is not None:
                 gap = (self._lifted(cut[0], old) - self._lifted(cut[1], basis)) * cut[2]
+                gap.sum.value()  # now: the rule may write over its moment
                 lost = gap if lost is None else lost + gap
         return lost
 

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor
 
 from ..engine import step as engine
-from ..engine.stacking import Memory, due
+from ..engine.homes import Memory
+from ..engine.stacking import due
 from ..engine.work import Options, Phase
 from . import exchange as sharding
 from .boxes import Box

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from ..algebra.frame import Split
+from ..algebra.frame import Frame
+from ..engine import strategies
 from ..plan import Row, state_key
 from ..plan.views import View
 from .boxes import Box, chunk, full_box
@@ -19,7 +20,7 @@ class Part:
     box: Box
     owners: tuple[int, ...]
     of: Row  # the parameter
-    splits: dict[tuple[int, int, int], Split] = field(default_factory=dict, repr=False, compare=False)  # of the layout
+    splits: dict[tuple[int, int, int], Frame] = field(default_factory=dict, repr=False, compare=False)  # of the layout
 
     # Made when asked for: a rank needs those of its own part, and on thousands of ranks there are thousands of parts.
     @cached_property
@@ -47,7 +48,9 @@ class Part:
 
 def is_elementwise(row: Row) -> bool:
     """Whether a parameter's entries are updated each by itself, so that it may be cut anywhere."""
-    return len(row.splits) == 1 and row.splits[0][1].elementwise and row.splits[0][0].heads == 1 and not row.splits[0][0].name
+    return (
+        len(row.splits) == 1 and strategies.is_elementwise(row.splits[0][1]) and row.splits[0][0].heads == 1 and not row.splits[0][0].name
+    )
 
 
 def run_axis(row: Row) -> tuple[int, int, int]:
@@ -106,7 +109,7 @@ def _merged(box: Box, shape: Sequence[int], dims: Sequence[int]) -> tuple[int, i
     return low, high + 1
 
 
-def row_of(row: Row, box: Box, splits: dict[tuple[int, int, int], Split]) -> Row:
+def row_of(row: Row, box: Box, splits: dict[tuple[int, int, int], Frame]) -> Row:
     """The plan of a box alone: the same pipeline on fewer matrices, or on a cut of one where entries are updated each by itself."""
     if box == full_box(row.entry.shape):
         return row
@@ -118,7 +121,7 @@ def row_of(row: Row, box: Box, splits: dict[tuple[int, int, int], Split]) -> Row
         block, split = row.splits[0]
         key = (id(split.pipeline), rows, cols)
         if key not in splits:
-            splits[key] = split.pipeline.on(rows, cols)
+            splits[key] = Frame.of(split.pipeline, rows, cols)
         window = (viewed.start[1], viewed.start[2], block.rows, block.cols)
         own = replace(block, count=count, rows=rows, cols=cols, first=viewed.start[0], of=block.count, window=window)
         view = View(count, rows, cols, row.view.transposed, (own,))

@@ -16,7 +16,8 @@ from functools import cached_property
 from math import prod
 from typing import Literal, NamedTuple
 
-from ..algebra.frame import Split
+from ..algebra.frame import Frame
+from ..engine import strategies
 from ..plan import COUNTERS, Row
 from .boxes import Box, Cut, box_holders, chunk, full_box, owner_order, replica_index
 from .parts import Part, cut_runs, is_elementwise, run_axis, view_of
@@ -203,7 +204,7 @@ class Layout:
     ranks: int
     divided: bool = False  # the parameters are whole on all ranks, and the state is divided all the same
     loads: list[int] = field(default_factory=list)
-    splits: dict[tuple[int, int, int], Split] = field(default_factory=dict)  # of cuts, by pipeline and shape
+    splits: dict[tuple[int, int, int], Frame] = field(default_factory=dict)  # of cuts, by pipeline and shape
 
     def __post_init__(self) -> None:
         self.loads = self.loads or [0] * self.ranks
@@ -270,7 +271,7 @@ def _along(share: Share) -> int | None:
     if share.resident or len(share.parts) != 1 or len(row.splits) != 1 or row.splits[0][0].count != 1 or len(row.entry.shape) != 2:
         return None
     block, split = row.splits[0]
-    if block.name or not split.in_coordinates:
+    if block.name or not strategies.is_in_coordinates(split):
         return None
     along = 0 if split.turned != row.view.transposed else 1  # where the columns of the working orientation are stored
     held = [box for box in share.boxes if box.numel]

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..engine import step as engine
-from ..engine.weights import update_weight
+from ..engine import strategies
+from ..engine.rounding import rounding_draw
+from ..engine.weights import Rates, update_weight
 from ..engine.work import Options, Work
 from ..plan import Row
 from . import exchange as sharding
@@ -46,7 +47,7 @@ class Item:
     @property
     def fallible(self) -> bool:
         """Whether a decomposition may fail, of which all ranks must be told."""
-        return any(split.opens or split.decomposes for _, split in self.share.row.splits)
+        return any(split.opens or strategies.decomposes(split) for _, split in self.share.row.splits)
 
 
 def item(team: Team, share: Share, param: Tensor, work: Work, maximize: bool) -> Item:
@@ -118,16 +119,8 @@ def apply(team: Team, item: Item, box: Box, weight: Tensor, update: Tensor, opti
     low = weight.dtype != update.dtype
     compensation = item.work.state["compensation"][here] if row.compensated else None
     noise = _rounding_noise(row, box, item.work.count, options, update) if low and options.rounding == "stochastic" else None
-    update_weight(
-        weight,
-        update,
-        item.work.lr,
-        item.decay,
-        decay_after=row.splits[0][1].pipeline.decay == "after",
-        rounding=options.rounding,
-        compensation=compensation,
-        noise=noise,
-    )
+    rates = Rates(item.work.lr, item.decay, decay_after=row.splits[0][1].pipeline.decay == "after")
+    update_weight(weight, update, rates, rounding=options.rounding, compensation=compensation, noise=noise)
 
 
 def messages(team: Team, items: Sequence[Item], way: Way) -> tuple[list[Message], bool]:
@@ -142,7 +135,7 @@ def _rounding_noise(row: Row, box: Box, count: int, options: Options, like: Tens
     blocks = row.view.cut(row.view.whole(whole))
     for block, matrices in zip(row.view.blocks, blocks, strict=True):
         for i, one in enumerate(matrices):
-            one.copy_(engine.rounding_draw(row.entry.name, block, i, count, options, like))
+            one.copy_(rounding_draw(row.entry.name, block, i, count, options.seed, like))
     if blocks and blocks[0].untyped_storage().data_ptr() != whole.untyped_storage().data_ptr():
         whole = row.view.restore(blocks, whole.shape)
     return whole[tuple(slice(a, b) for a, b in zip(box.start, box.stop, strict=True))]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..engine import step as engine
 from ..engine.gradients import judged, largest, nonfinite, transferred
-from ..engine.stacking import Memory
+from ..engine.homes import Memory
 from ..engine.work import Options, Work, allocate
 from ..plan import COUNTERS
 from .boxes import Box

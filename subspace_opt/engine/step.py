@@ -136,6 +136,7 @@ def _advance(stack: Stack, options: Options, memory: Memory, errors: dict[str, E
         update_stack(stack, None, options)
         return
     given = _inputs(stack, options, memory)
+    made: tuple[Linear | None, State] | None
     try:
         made = _computed(stack.frame, given)
     except torch.linalg.LinAlgError as error:

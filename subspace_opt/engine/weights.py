@@ -78,7 +78,7 @@ def _update_piece(piece: Piece, part: Tensor | None, factor: float, options: Opt
 
 
 def _rates(piece: Piece, factor: float = 1.0) -> Rates:
-    place = piece.split.pipeline.decay
+    place = piece.frame.pipeline.decay
     return Rates(piece.work.lr, 0.0 if place == "coupled" else piece.work.weight_decay, place == "after", factor)
 
 

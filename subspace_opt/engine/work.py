@@ -60,7 +60,7 @@ class Work:
     @property
     def key(self) -> str:
         """The name that random draws and refresh offsets depend on."""
-        return self.row.key
+        return self.row.entry.name
 
     @cached_property
     def weights(self) -> list[Tensor]:

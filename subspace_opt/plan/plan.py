@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..algebra import storage
-from ..algebra.frame import Split
+from ..algebra.frame import Frame
 from ..algebra.storage import Codes
 from ..spec import Route, Spec, SpecError
 from .modules import canonical_name
@@ -48,7 +48,7 @@ class Row:
     entry: Entry
     view: View
     pipeline: str
-    splits: tuple[tuple[Block, Split], ...]
+    splits: tuple[tuple[Block, Frame], ...]
     why: str
     compensated: bool = False
     decay: float = 0.0
@@ -239,7 +239,7 @@ def make_plan(spec: Spec | Sequence[Spec], entries: Sequence[Entry], *, strict: 
         SpecError: a parameter that no route accepts, or whose shape does not fit its route; with `strict`, a route without parameters.
     """
     specs = [spec] * len(entries) if isinstance(spec, Spec) else list(spec)
-    splits: dict[Any, Split] = {}
+    splits: dict[Any, Frame] = {}
     taken: dict[int, set[int]] = {}
     rows = []
     for own, entry in zip(specs, entries, strict=True):
@@ -285,7 +285,7 @@ def _route(spec: Spec, entry: Entry) -> tuple[int, Route]:
     )
 
 
-def _row(spec: Spec, entry: Entry, index: int, route: Route, splits: dict[Any, Split], compensated: bool) -> Row:
+def _row(spec: Spec, entry: Entry, index: int, route: Route, splits: dict[Any, Frame], compensated: bool) -> Row:
     try:
         view = make_view(
             entry.shape,
@@ -302,7 +302,7 @@ def _row(spec: Spec, entry: Entry, index: int, route: Route, splits: dict[Any, S
     for block in view.blocks:
         key = (id(pipeline), block.rows, block.cols, view.modes)
         if key not in splits:
-            splits[key] = pipeline.on(block.rows, block.cols, view.modes)
+            splits[key] = Frame.of(pipeline, block.rows, block.cols, view.modes)
         pairs.append((block, splits[key]))
     return Row(
         entry=entry,

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 from ..algebra import Dim, LowRank, Selector
-from ..algebra.frame import Split
+from ..algebra.frame import Frame
 from ..algebra.pipeline import Pipeline
+from ..plan.costs import flops
 from ..registry import find, kind_of, names_of
 from ..spec import Spec, json_schema
 from . import trial
@@ -52,7 +53,7 @@ class Examination:
                 for dtype in DTYPES:
                     grads = [stack((3, *shape), dtype, seed) for seed in range(UPDATES)]
                     try:
-                        drive(watched.on(*shape), grads, notes, where=f"as {place}, ")
+                        drive(Frame.of(watched, *shape), grads, notes, where=f"as {place}, ")
                     except Exception as error:  # foreign code: what it raises is the finding
                         notes.add("runs", f"{type(error).__name__}: {error}")
                         notes.where, notes.error = "", error
@@ -68,10 +69,10 @@ class Examination:
         """The run of every place, unwatched."""
         self.expect("slots")
         shape = grads[0].shape[1:]
-        return {place: drive(pipeline.on(*shape), grads, Notes(), **options) for place, pipeline in self.places.items()}
+        return {place: drive(Frame.of(pipeline, *shape), grads, Notes(), **options) for place, pipeline in self.places.items()}
 
-    def splits(self) -> list[tuple[str, Split]]:
-        return [(place, p.on(*shape)) for place, p in self.places.items() for shape in SHAPES]
+    def splits(self) -> list[tuple[str, Frame]]:
+        return [(place, Frame.of(p, *shape)) for place, p in self.places.items() for shape in SHAPES]
 
 
 # --------------------------------------------------------------------------------------------------------- what it says of itself
@@ -126,7 +127,7 @@ def precision(exam: Examination) -> None:
         with FakeTensorMode():
             grads = [torch.empty(3, 6, 4, device="meta") for _ in range(UPDATES)]
             try:
-                drive(watched.on(6, 4), grads, notes, where=f"as {place}, on another device, ")
+                drive(Frame.of(watched, 6, 4), grads, notes, where=f"as {place}, on another device, ")
             except (DataDependentOutputException, DynamicOutputShapeException):
                 continue  # it looks at values, which fake tensors do not have
             except Exception as error:
@@ -249,8 +250,8 @@ def planned(exam: Examination) -> None:
     """Planned from shapes alone, on the meta device, to the byte that is then allocated; costs are finite numbers."""
     exam.expect("slots")
     for place, split in exam.splits():
-        if not all(math.isfinite(cost) and cost >= 0 for cost in split.flops):
-            raise ConformanceError(f"as {place} the costs in operations are {split.flops}; `flops` should give numbers, 0 or more")
+        if not all(math.isfinite(cost) and cost >= 0 for cost in flops(split)):
+            raise ConformanceError(f"as {place} the costs in operations are {flops(split)}; `flops` should give numbers, 0 or more")
     _each(exam, trial.check_plan)
 
 

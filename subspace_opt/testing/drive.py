@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..algebra import Rule, Selector, State, Step
-from ..algebra.frame import Split
+from ..algebra.frame import Frame
 from ..algebra.pipeline import Pipeline
 from .models import stack
 from .probe import Notes, is_fake, probed
@@ -25,7 +25,7 @@ class Trace:
     states: list[State]
 
 
-def drive(split: Split, grads: list[Tensor], notes: Notes, *, where: str = "", twins: bool = False) -> Trace:
+def drive(split: Frame, grads: list[Tensor], notes: Notes, *, where: str = "", twins: bool = False) -> Trace:
     """Run gradients `(B, m, n)` through a pipeline as the optimizer would, with state of its own.
 
     Args:
@@ -42,7 +42,8 @@ def drive(split: Split, grads: list[Tensor], notes: Notes, *, where: str = "", t
         if step.first and split.primes:
             new = split.prime(grad, weight, state, step)
         else:
-            update, new = split.apply(grad, weight, state, step)
+            expression, new = split.update(grad, weight, state, step)
+            update = expression.dense()
         state = {key: new[key] for key in split.slots}
         trace.updates.append(update)
         trace.states.append(state)
@@ -54,7 +55,7 @@ def _weights(like: Tensor, twins: bool) -> Tensor:
     return like if is_fake(like) else stack(tuple(like.shape), like.dtype, 99, twins=twins).to(like.device)
 
 
-def moment(split: Split, call: int, grad: Tensor, twins: bool) -> Step:
+def moment(split: Frame, call: int, grad: Tensor, twins: bool) -> Step:
     """The step as the engine hands it to a stack at its `call`-th gradient."""
     selector, one = split.pipeline.selector, torch.ones((), dtype=torch.float64)
     t = call - 1 if split.primes else call
@@ -76,7 +77,7 @@ def moment(split: Split, call: int, grad: Tensor, twins: bool) -> Step:
     )
 
 
-def _draws(split: Split, call: int, grad: Tensor, twins: bool) -> Tensor | None:
+def _draws(split: Frame, call: int, grad: Tensor, twins: bool) -> Tensor | None:
     selector = split.pipeline.selector
     shape = selector.draws(split.rows, split.cols, call, call == 1)
     if shape is None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..algebra import Order, State, Step, linalg
-from ..engine import step as engine
+from ..engine import moment as draws
 from ..engine.work import Piece
 from ..selectors.fft import Fft
 
@@ -128,7 +128,7 @@ def draws_of(golden: Golden, moment: dict[str, int]) -> Iterator[None]:
     if not golden.meta["needs_injection"]:
         yield
         return
-    own = engine._noise
+    own = draws._noise
 
     def as_in_the_file(piece: Piece, call: int, shape: tuple[int, ...], seed: int) -> Tensor:
         name = piece.work.row.entry.name
@@ -146,11 +146,11 @@ def draws_of(golden: Golden, moment: dict[str, int]) -> Iterator[None]:
         gaussian = getattr(piece.work.row.splits[piece.index][1].pipeline.selector, "draw", "") == "gaussian"
         return basis[None] * (shape[-1] ** 0.5 if gaussian else 1.0)
 
-    engine._noise = as_in_the_file
+    draws._noise = as_in_the_file
     try:
         yield
     finally:
-        engine._noise = own
+        draws._noise = own
 
 
 @contextlib.contextmanager

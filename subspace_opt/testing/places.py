@@ -8,7 +8,7 @@ import torch
 from pydantic import ValidationError
 
 from ..algebra import Basis, Coords, Dim, Rule, Selector, Step, Transport, project
-from ..algebra.pipeline import Pipeline
+from ..algebra.pipeline import SAMPLE, Pipeline
 from .subject import SMALL
 
 SUBSPACE = {"kind": "svd", **SMALL}
@@ -24,7 +24,8 @@ def places(component: Rule | Selector) -> dict[str, Pipeline]:
 
 def _around_rule(rule: Rule) -> dict[str, Pipeline]:
     """Alone as the complement of nothing, and inside subspaces; a rule that looks at a subspace, or is silent, beside one."""
-    if rule.silent or rule.takes_whole or _needs_subspace(rule):
+    traits = rule.traits(*SAMPLE)
+    if traits.silent or traits.takes_whole or _needs_subspace(rule):
         return {"complement of svd": _pipeline(selector=SUBSPACE, inside="adam", complement=rule)}
     found = {"complement": _pipeline(complement=rule)}
     for name, variant in _transported(rule).items():
@@ -77,9 +78,9 @@ def _around_selector(selector: Selector) -> dict[str, Pipeline]:
     sides = selector.coords(Dim("rows", 6), Dim("cols", 4))
     if not sides[0].size * sides[1].size:
         return {"selector of nothing": _pipeline(selector=selector, complement="sgd")}
-    if not selector.orthonormal:
+    if not selector.traits().orthonormal:
         return {"selector around adam": _pipeline(selector=selector, inside="adam")}
-    carried = "project" if selector.keeps_basis else "keep"
+    carried = "project" if selector.traits().keeps_basis else "keep"
     return {
         "selector around adam": _pipeline(selector=selector, inside="adam", complement="sgd"),
         "selector with feedback": _pipeline(selector=selector, inside={"kind": "heavy_ball", "on_refresh": carried}, feedback=0.9),

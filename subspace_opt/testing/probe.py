@@ -139,7 +139,7 @@ def _missing(name: str, method: str, state: State) -> str:
     said = f"`{method}` reads state '{name}', which `slots` does not declare (declared: {', '.join(state) or 'nothing'})"
     if method != "basis":
         return said
-    return f"{said}; declare it, or find the basis anew at every update and let the property `keeps_basis` be False"
+    return f"{said}; declare it, or find the basis anew at every update and let `traits` declare `keeps_basis=False`"
 
 
 def _copy(value: Tensor) -> Tensor | None:
@@ -227,7 +227,7 @@ def _check_side(notes: Notes, selector: Selector, name: str, u: Tensor, shape: t
         return
     # A matrix that had no gradient yet has no basis either: zeros stand for it.
     u = u[u.flatten(1).ne(0).any(-1)] if not is_fake(u) else u
-    if is_fake(u) or not selector.orthonormal or not u.numel():
+    if is_fake(u) or not selector.traits().orthonormal or not u.numel():
         return
     if picks:
         distinct = u.sort(dim=-1).values.diff(dim=-1).ne(0).all()
@@ -239,7 +239,7 @@ def _check_side(notes: Notes, selector: Selector, name: str, u: Tensor, shape: t
             notes.add(
                 "basis",
                 f"the columns of the {name} side are not orthonormal: |U'U - I| is {error:.1e}. Orthonormalise them (linalg.orthonormal), "
-                "or let the property `orthonormal` be False",
+                "or let `traits` declare `orthonormal=False`",
             )
 
 
