@@ -1,6 +1,23 @@
 """Subspace optimizers for PyTorch from one declarative spec."""
 
-from .algebra import Basis, Change, Coords, Dim, LowRank, Order, Rule, Selector, Slot, State, Step, Transport
+from .algebra import (
+    Basis,
+    Change,
+    Coords,
+    Dim,
+    LowRank,
+    Order,
+    Refreshed,
+    Rule,
+    RuleTraits,
+    Selector,
+    SelectorFlops,
+    SelectorTraits,
+    Slot,
+    State,
+    Step,
+    Transport,
+)
 from .checkpoint import CheckpointError
 from .engine.gradients import NonFiniteGradient
 from .engine.lowbit import LowBitError
@@ -25,9 +42,13 @@ __all__ = [
     "NonFiniteGradient",
     "Order",
     "Plan",
+    "Refreshed",
     "RegistryError",
     "Rule",
+    "RuleTraits",
     "Selector",
+    "SelectorFlops",
+    "SelectorTraits",
     "Slot",
     "Spec",
     "SpecError",

@@ -13,8 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from subspace_opt import SubspaceOptimizer, build, load_spec
 from subspace_opt.algebra import linalg, polar
+from subspace_opt.algebra.dct import dct_table
+from subspace_opt.engine import homes, strategies, weights
 from subspace_opt.engine import stacking as stacks
-from subspace_opt.engine import weights as update
 from subspace_opt.lab.run.measure import peak_temporaries
 from subspace_opt.selectors.fft import Fft
 from subspace_opt.spec import preset_names
@@ -167,7 +168,7 @@ def test_the_exact_polar_factor_is_as_exact_as_by_svd(shape: tuple[int, int], sm
 @pytest.mark.parametrize("ranking", ["l1", "l2"])
 @pytest.mark.parametrize("kind", ["noise", "strong", "decaying"])
 def test_atoms_that_bfloat16_cannot_tell_apart_are_weighed_in_full(kind: str, ranking: Literal["l1", "l2"]) -> None:
-    table = linalg.dct_table(512, "dct2").float()
+    table = dct_table(512, "dct2").float()
     selector = Fft(rank=128, ranking=ranking)
     for seed in range(5):
         x = random(1, 300, 512, seed=seed, dtype=torch.float32)
@@ -304,7 +305,7 @@ def pipelines(preset: str) -> list[Any]:
     return list(load_spec(preset).pipelines.values())
 
 
-WITH_KERNEL = [name for name in PRESETS if any(p.complement and p.complement[0].has_kernel for p in pipelines(name))]
+WITH_KERNEL = [name for name in PRESETS if any(p.complement and p.complement[0].kernel() for p in pipelines(name))]
 
 
 @pytest.mark.parametrize("preset", WITH_KERNEL)
@@ -313,7 +314,7 @@ def test_a_kernel_equals_the_rule(preset: str, dtype: torch.dtype, monkeypatch: 
     params = parameters(dtype=dtype)
     twins = copied(params)
     train(optimizer(preset, params, weight_decay=0.1), params, range(8))
-    monkeypatch.setattr("subspace_opt.engine.step._fits_a_kernel", lambda item: False)
+    monkeypatch.setattr("subspace_opt.engine.fused.fits_kernel", lambda item: False)
     train(optimizer(preset, twins, weight_decay=0.1), twins, range(8))
     for name in params:
         torch.testing.assert_close(params[name], twins[name], rtol=0, atol=1e-13 if dtype == torch.float64 else 2e-6)
@@ -392,7 +393,7 @@ def test_a_stack_keeps_its_state_in_one_tensor_a_slot(preset: str) -> None:
     for key in slots:
         for together in (("w0", "w2"), ("w1", "w3")):  # the two missed as many updates
             held = {opt.state[params[name]][key].untyped_storage().data_ptr() for name in together}
-            assert len(held) == 1 or opt.plan.rows[0].splits[0][1].kernel
+            assert len(held) == 1 or strategies.fused(opt.plan.rows[0].splits[0][1])
     storages = {v.untyped_storage().data_ptr(): v.untyped_storage().nbytes() for s in opt.state.values() for v in s.values()}
     assert sum(storages.values()) == opt.plan.total_bytes
     assert max(differences(snapshot(opt, params), snapshot(twin, twins)).values()) < 2e-3
@@ -573,7 +574,7 @@ def test_state_written_in_its_place_is_the_same_to_the_bit(preset: str, stacking
         opt = optimizer(small(preset, 3, every=2), own, weight_decay=0.1, stacking=stacking)
         train(opt, own, range(6))
         runs.append(snapshot(opt, own))
-        monkeypatch.setattr("subspace_opt.engine.step.gather", lambda *args: (stacks.gather(*args)[0], False))
+        monkeypatch.setattr("subspace_opt.engine.step.gather", lambda *args: (homes.gather(*args)[0], False))
     assert same(*runs)
 
 
@@ -589,8 +590,8 @@ def test_decay_and_update_in_one_pass_are_the_two_operations(after: bool, dtype:
     for by_rows in (True, False):  # what lies by columns has no kernel
         w, u = (t.to(dtype).clone() if by_rows else t.to(dtype).mT.contiguous().mT for t in (weight, change))
         given = u.clone()
-        assert update._has_kernel(w, u) is by_rows
-        update.update_weight(w, u, lr, decay, factor=factor, decay_after=after)
+        assert weights.has_kernel(w, u) is by_rows
+        weights.update_weight(w, u, weights.Rates(lr, decay, after, factor))
         torch.testing.assert_close(w.double(), plain, rtol=0, atol=8 * torch.finfo(dtype).eps)
         assert torch.equal(u, given)
 
@@ -603,6 +604,6 @@ def test_an_update_that_is_multiplied_into_the_weight_is_the_update(preset: str,
     for own in (params, twins):
         opt = optimizer(small(preset, 3, every=2), own, weight_decay=0.1, stacking="never")
         train(opt, own, range(6))
-        monkeypatch.setattr("subspace_opt.engine.step._takes_products", lambda stack: False)
+        monkeypatch.setattr("subspace_opt.engine.weights._takes_lifts", lambda stack, update: False)
     for name, p in params.items():
         torch.testing.assert_close(p, twins[name], rtol=0, atol=1e-9)

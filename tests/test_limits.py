@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import subspace_opt
 from subspace_opt import Basis, Dim, LowRank, Selector, Slot, State, Step, SubspaceOptimizer
 from subspace_opt.algebra import Order
+from subspace_opt.algebra.frame import Frame
 from subspace_opt.algebra.pipeline import Pipeline
 from subspace_opt.registry import unregister
 
@@ -264,7 +265,7 @@ def test_identity_everywhere_gives_the_gradient_back(selector: dict[str, Any], o
 def test_full_rank_leaves_no_residual(selector: dict[str, Any]) -> None:
     """Rank is clamped to the side, and then there is no complement to compute; what is inside is all of the gradient."""
     pipeline = {"orient": "short", "selector": {**selector, "rank": 1000}, "inside": "identity", "complement": "sign"}
-    assert not any(Pipeline.model_validate(pipeline).on(*shape).leaves for shape in SHAPES.values())
+    assert not any(Frame.of(Pipeline.model_validate(pipeline), *shape).has_complement for shape in SHAPES.values())
     spec = {"pipelines": {"matrix": pipeline}, "routes": [{"use": "matrix"}]}
     assert_alike(trained(spec), by_hand(sgd))
 
@@ -273,7 +274,7 @@ def test_an_orthonormal_basis_on_both_sides_leaves_a_residual_unless_the_matrix_
     pipeline = Pipeline.model_validate(
         {"selector": {"kind": "svd", "rank": 1000, "sides": "both"}, "inside": "identity", "complement": "sgd"}
     )
-    assert {shape: pipeline.on(*shape).leaves for shape in SHAPES.values()} == {(9, 5): True, (4, 7): True, (6, 6): False}
+    assert {shape: Frame.of(pipeline, *shape).has_complement for shape in SHAPES.values()} == {(9, 5): True, (4, 7): True, (6, 6): False}
 
 
 # --------------------------------------------------------------------------------------------------------------- transport

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from subspace_opt import Dim, NonFiniteGradient, SubspaceOptimizer, load_spec
 from subspace_opt.engine import step as engine
+from subspace_opt.engine.rounding import FORMATS, stochastic
 from subspace_opt.engine.step import MOST_FAILURES
-from subspace_opt.engine.weights import FORMATS, stochastic, update_weight
+from subspace_opt.engine.weights import update_weight
 from subspace_opt.plan import COUNTERS
 from subspace_opt.registry import kinds
 from subspace_opt.selectors.fft import Fft
@@ -417,20 +418,20 @@ def test_one_failing_matrix_does_not_cost_its_stack_mates_their_basis(preset: st
 @contextmanager
 def failing_for(p: nn.Parameter) -> Iterator[None]:
     """Decompositions of stacks that hold this parameter's gradient raise."""
-    own = engine._run
+    own = engine._computed
 
-    def run(split: Any, grad: Tensor, *rest: Any) -> Any:
+    def computed(frame: Any, given: Any) -> Any:
         assert p.grad is not None
-        if any(torch.equal(g, p.grad) for g in grad):
+        if any(torch.equal(g, p.grad) for g in given.grad):
             with failing("raise"):
-                return own(split, grad, *rest)
-        return own(split, grad, *rest)
+                return own(frame, given)
+        return own(frame, given)
 
-    engine._run = run
+    engine._computed = computed
     try:
         yield
     finally:
-        engine._run = own
+        engine._computed = own
 
 
 @pytest.mark.parametrize("preset", DECOMPOSING)
@@ -590,8 +591,7 @@ def walk(dtype: torch.dtype, rounding: Any, steps: int = 400) -> Tensor:
         update_weight(
             w,
             torch.full((256,), -1.0),
-            lr=2e-5,
-            weight_decay=0.0,
+            Rates(2e-5, 0.0),
             rounding=rounding,
             compensation=compensation,
             noise=torch.rand(256, generator=draw),

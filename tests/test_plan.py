@@ -464,13 +464,13 @@ def test_a_fused_weight_moves_like_its_parts_alone(preset: str, kind: str, monke
 
 def same_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     """Random draws go by name, block and step; here they are to be alike for a part and its twin."""
-    from subspace_opt.engine import step as engine
+    from subspace_opt.engine import moment
 
     def noise(piece: Piece, call: int, shape: tuple[int, ...], seed: int) -> Tensor:
         one = torch.randn(shape, generator=torch.Generator().manual_seed(call))
         return one.expand(piece.stop - piece.start, *shape)
 
-    monkeypatch.setattr(engine, "_noise", noise)
+    monkeypatch.setattr(moment, "_noise", noise)
 
 
 @every_preset

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from subspace_opt import Dim, Rule, Selector, State, Step, SubspaceOptimizer, load_spec
 from subspace_opt.algebra import lift, project
-from subspace_opt.algebra.frame import Split
+from subspace_opt.algebra.frame import Frame
 from subspace_opt.algebra.pipeline import Pipeline
-from subspace_opt.engine import step as engine
+from subspace_opt.engine import step as step_module
 from subspace_opt.engine.work import Piece
 from subspace_opt.registry import Component, kinds
 
@@ -99,13 +99,13 @@ def test_random_rounding_draws_for_every_matrix_of_a_parameter() -> None:
 def test_a_temporary_of_a_stack_is_bounded(batch_bytes: int, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Six matrices of 7 x 4 in float64 are 224 bytes each; one that is larger than the bound goes alone."""
     sizes: list[int] = []
-    own = engine._run
+    own = step_module._computed
 
-    def run(split: Split, grad: Tensor, *rest: Any) -> Any:
-        sizes.append(grad.size(0))
-        return own(split, grad, *rest)
+    def computed(frame: Frame, given: Any) -> Any:
+        sizes.append(given.grad.size(0))
+        return own(frame, given)
 
-    monkeypatch.setattr(engine, "_run", run)
+    monkeypatch.setattr(step_module, "_computed", computed)
     params = parameters({n: s for n, s in SHAPES.items() if s[-2:] == (7, 4)}, torch.float64)
     opt = optimizer("muon", params, stacking="always", batch_bytes=batch_bytes)
     give(params, 0)
@@ -148,7 +148,7 @@ def test_two_copies_of_a_matrix_stay_copies(preset: str, stacking: Any, monkeypa
         # By name the two would draw apart, as they should.
         return torch.randn(shape, generator=torch.Generator().manual_seed(call)).expand(piece.stop - piece.start, *shape)
 
-    monkeypatch.setattr(engine, "_noise", noise)
+    monkeypatch.setattr("subspace_opt.engine.moment._noise", noise)
     params = parameters(dict.fromkeys(("one", "other", "two"), (5, 5) if preset in DEGENERATE else (7, 5)), torch.float64)
     with torch.no_grad():
         params["two"].copy_(params["one"])
@@ -230,13 +230,13 @@ PLACES = {
 }
 
 
-def split_of(plain: dict[str, Any], rows: int, cols: int, rank: int) -> Split:
+def split_of(plain: dict[str, Any], rows: int, cols: int, rank: int) -> Frame:
     if isinstance(plain.get("selector"), dict) and plain["selector"]["kind"] == "svd":
         plain = {**plain, "selector": {**plain["selector"], "rank": rank}}
-    return Pipeline.model_validate(plain).on(rows, cols)
+    return Frame.of(Pipeline.model_validate(plain), rows, cols)
 
 
-def draws(split: Split, call: int, rows: list[int], dtype: torch.dtype) -> Tensor | None:
+def draws(split: Frame, call: int, rows: list[int], dtype: torch.dtype) -> Tensor | None:
     shape = split.pipeline.selector.draws(split.rows, split.cols, call, call == 1) if split.opens else None
     if shape is None:
         return None
@@ -244,7 +244,7 @@ def draws(split: Split, call: int, rows: list[int], dtype: torch.dtype) -> Tenso
 
 
 def drive(
-    split: Split, stack: list[int], device: str = "cpu", check: Callable[[State, State], None] | None = None
+    split: Frame, stack: list[int], device: str = "cpu", check: Callable[[State, State], None] | None = None
 ) -> list[tuple[Tensor | None, State]]:
     """Five updates of the matrices with these numbers, with a refresh every second one. Gives update and state after each."""
     dtype = torch.float64
@@ -276,7 +276,8 @@ def drive(
         if call == 1 and split.primes:
             update, new = None, split.prime(grad, weight, given, step)
         else:
-            update, new = split.apply(grad, weight, given, step)
+            expression, new = split.update(grad, weight, given, step)
+            update = expression.dense()
         if device == "cpu":
             assert same({**state, "#grad": grad, "#weight": weight}, before), "an input was written to"
             assert given.keys() == state.keys(), "the given dictionary was changed"
@@ -295,7 +296,7 @@ def drive(
     return out
 
 
-def check_rows_are_independent(split: Split) -> None:
+def check_rows_are_independent(split: Frame) -> None:
     """Each matrix of a stack, among these and among those, and alone."""
     stacks = [drive(split, stack) for stack in ([0, 1, 2], [2, 3], [1])]
     for call in range(5):
@@ -339,7 +340,7 @@ def test_a_basis_is_orthonormal(kind: str, rows: int, cols: int, rank: int) -> N
     """What is lifted has the coordinates that it had; and with a full basis, what is projected is lost by nothing."""
     split = split_of(pipeline_around_selector(kind, rank), rows, cols, rank)
     selector = split.pipeline.selector
-    if not selector.orthonormal:
+    if not selector.traits().orthonormal:
         return
     constants = {name: make() for name, make in selector.constants(split.rows, split.cols).items()}
     step = Step(torch.ones(()), torch.ones(()), rows=split.rows, cols=split.cols, constants=constants)
@@ -365,8 +366,8 @@ def test_dion_takes_rules_with_state(inside: str) -> None:
 
 
 def test_a_gaussian_draw_says_that_it_is_not_orthonormal() -> None:
-    assert not Pipeline.model_validate({"selector": {"kind": "random", "draw": "gaussian"}, "inside": "adam"}).selector.orthonormal
-    assert Pipeline.model_validate({"selector": "random", "inside": "adam"}).selector.orthonormal
+    assert not Pipeline.model_validate({"selector": {"kind": "random", "draw": "gaussian"}, "inside": "adam"}).selector.traits().orthonormal
+    assert Pipeline.model_validate({"selector": "random", "inside": "adam"}).selector.traits().orthonormal
 
 
 @every_preset
@@ -375,7 +376,7 @@ def test_a_gaussian_draw_says_that_it_is_not_orthonormal() -> None:
 def test_a_pipeline_runs_on_the_meta_device(preset: str, rows: int, cols: int, rank: int) -> None:
     """Shapes alone are enough to know the shapes of all that comes out; and nothing in between is made on another device."""
     for pipeline in small(preset, rank, every=2).pipelines.values():
-        split = pipeline.on(rows, cols)
+        split = Frame.of(pipeline, rows, cols)
         for (update, state), (real, values) in zip(drive(split, [0, 1], "meta"), drive(split, [0, 1]), strict=True):
             assert (update is None) == (real is None)
             if update is not None and real is not None:
@@ -389,7 +390,7 @@ def test_a_pipeline_runs_on_the_meta_device(preset: str, rows: int, cols: int, r
 @given(rows=st.integers(2, 6), extra=st.integers(0, 1), rank=ranks)
 def test_every_pipeline_treats_every_matrix_by_itself(preset: str, rows: int, extra: int, rank: int) -> None:
     for pipeline in small(preset, rank, every=2).pipelines.values():
-        check_rows_are_independent(pipeline.on(rows, rows + (extra if preset not in DEGENERATE else 0)))
+        check_rows_are_independent(Frame.of(pipeline, rows, rows + (extra if preset not in DEGENERATE else 0)))
 
 
 def test_every_family_has_its_kinds_under_test() -> None:

@@ -197,10 +197,10 @@ def test_rows_in_passes_are_the_whole_matrix(shape: tuple[int, int], word: Any, 
 
 def test_no_kernel_writes_to_what_is_stored_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[str] = []
-    import subspace_opt.engine.step as engine
+    from subspace_opt.engine import fused
 
-    own = engine._run_kernel
-    monkeypatch.setattr(engine, "_run_kernel", lambda items: ran.extend(i.name for i in items) or own(items))
+    own = fused._run
+    monkeypatch.setattr(fused, "_run", lambda items: ran.extend(i.name for i in items) or own(items))
     params = parameters(LARGE)
     train(made("adamw", params, {"exp_avg": "8bit"}), params, range(1))
     assert set(ran) == {"uneven", "bias"}  # where blocks do not fit, moments are as they always were

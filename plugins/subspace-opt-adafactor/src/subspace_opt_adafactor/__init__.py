@@ -1,36 +1,38 @@
-"""Adafactor's second moment as a rule: one statistic for each row and one for each column, whose product stands for all entries."""
+"""Adafactor's second moment as a rule: one statistic for each row and one for each column, whose product approximates all entries."""
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 from pydantic import Field
 from torch import Tensor
 
-from subspace_opt import Dim, Rule, Slot, State, Step, Transport, register
+from subspace_opt import Dim, Rule, RuleTraits, Slot, State, Step, Transport, register
 
 
 @register
 class Adafactor(Rule):
     """`R <- b R + (1 - b) mean_j G_ij^2; C <- b C + (1 - b) mean_i G_ij^2; X_ij / sqrt(R_i C_j / mean R)` (arXiv:1804.04235).
 
-    b is 1 - t^-decay. The quotient is exact where G.G has rank one, as it has for a vector. The result is held to root mean square `clip`.
+    b is 1 - t^-decay. The quotient is exact if G.G has rank one, as for a vector. The root mean square of the result is at most `clip`.
     """
 
-    scale_free: ClassVar[bool] = True
     kind: Literal["adafactor"] = "adafactor"
-    decay: float = Field(0.8, gt=0.0, le=1.0, description="The part of the statistics that is kept at update t is 1 - t^-decay.")
+    decay: float = Field(0.8, gt=0.0, le=1.0, description="Update t keeps the share 1 - t^-decay of the statistics.")
     eps: float = Field(1e-30, gt=0.0, description="Added to every square.")
     clip: float | None = Field(1.0, gt=0.0, description="Largest root mean square of an update; null for none.")
-    on_refresh: Transport = Field("keep", description="What becomes of the statistics when the subspace is refreshed.")
+    on_refresh: Transport = Field("keep", description="Transport of the statistics when the subspace is refreshed.")
 
     def slots(self, rows: Dim, cols: Dim) -> dict[str, Slot]:
         carried: Transport = "project_abs" if self.on_refresh == "project" else self.on_refresh  # they must stay positive
         return {"row": Slot((rows,), carried), "col": Slot((cols,), carried)}
 
+    def traits(self, rows: Dim, cols: Dim) -> RuleTraits:
+        return RuleTraits(scale_free=True)
+
     def apply(self, x: Tensor, grad: Tensor, state: State, step: Step) -> tuple[Tensor, State]:
         clock = step.age if self.on_refresh == "reset" else step.t
-        weight = clock**-self.decay  # 1 at first: the statistics are averages from the start and need no correction
+        weight = clock**-self.decay  # 1 at the first update: the statistics are averages and need no bias correction
         squares = grad.square() + self.eps  # (B, m, n)
         row = state["row"] + weight * (squares.mean(-1) - state["row"])  # (B, m)
         col = state["col"] + weight * (squares.mean(-2) - state["col"])  # (B, n)
