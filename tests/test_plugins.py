@@ -130,7 +130,7 @@ def test_a_package_brings_presets_by_their_file_names(site: Site) -> None:
 def test_packages_are_not_looked_at_for_a_built_in_preset(site: Site) -> None:
     site.add("preset-pack-lazy", {"lazy.yaml": PLAIN})
     load_spec("cosmos")
-    assert not presets._looked_at
+    assert not presets._searched
     assert "preset_pack_lazy" not in sys.modules
     load_spec("lazy")
     assert "preset_pack_lazy" in sys.modules
