@@ -14,7 +14,8 @@ from typing import Any
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
-from subspace_opt.spec import PRESETS, Spec, json_schema, load_spec, preset_names
+from subspace_opt.spec import Spec, json_schema, load_spec, preset_names
+from subspace_opt.spec.presets import BUILT_IN
 
 Schema = dict[str, Any]
 
@@ -181,7 +182,7 @@ def preset_index(presets: dict[str, Spec]) -> str:
 
 def preset_page(name: str, spec: Spec) -> str:
     """The page of one preset."""
-    text = (PRESETS / f"{name}.yaml").read_text(encoding="utf-8")
+    text = (BUILT_IN / f"{name}.yaml").read_text(encoding="utf-8")
     body = text[text.index("defaults:") :]  # the page shows the prose above it separately
     parts = [
         f"# {name}",

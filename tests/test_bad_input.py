@@ -114,7 +114,7 @@ WRONG_TYPES = {
     "nothing at all": ("version: 1", "FILE:1:1: pipelines: required, but missing"),
     "number for a rule": (
         matrix("complement: 3"),
-        "FILE:4:5: pipelines.matrix.complement: a rule is a kind's name or a mapping with a `kind`, not 3",
+        "FILE:4:5: pipelines.matrix.complement: a rule must be a kind's name or a mapping with a `kind`, not 3",
     ),
     "word of no choice": (
         matrix("orient: shrt\ncomplement: muon"),
@@ -456,7 +456,7 @@ def test_command_leaves_with_2_and_one_message(name: str, tmp_path: Path, capsys
         ),
         (
             ("show", "cosmos", "--set", "name=a\nnotes: b"),
-            "--set 'name=a\nnotes: b': the value takes one line of YAML, such as 128 or {kind: svd, rank: 8}",
+            "--set 'name=a\nnotes: b': the value must be one line of YAML, such as 128 or {kind: svd, rank: 8}",
         ),
         (("list", "--plugin", "no.py"), "plugin file 'no.py' does not exist or is not a regular file"),
         (
@@ -532,7 +532,7 @@ def test_two_plugins_of_one_kind_are_both_named(tmp_path: Path) -> None:
     with pytest.raises(RegistryError) as caught:
         load_plugin(second)
     assert re.fullmatch(
-        rf"plugin file '{re.escape(str(second))}' failed to import: RegistryError: two owners for the rule kind 'twice': "
+        rf"plugin file '{re.escape(str(second))}' failed to import: RegistryError: two classes for the rule kind 'twice': "
         rf"\S+\.First \({re.escape(str(first))}\) and \S+\.Second \({re.escape(str(second))}\); rename one of them",
         str(caught.value),
     )
@@ -544,7 +544,7 @@ def test_two_plugins_of_one_kind_are_both_named(tmp_path: Path) -> None:
 def test_a_built_in_kind_cannot_be_taken(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text(KIND.format(name="Mine", kind="adam"))
-    with pytest.raises(RegistryError, match=r"two owners for the rule kind 'adam': subspace_opt\.rules\.adaptive\.Adam "):
+    with pytest.raises(RegistryError, match=r"two classes for the rule kind 'adam': subspace_opt\.rules\.adaptive\.Adam "):
         load_plugin(file)
 
 
@@ -563,8 +563,11 @@ def test_plugin_file_that_breaks(breakage: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("class A(Rule):\n    def apply(self, x, grad, state, step): ...", "needs a field such as `kind: Literal['my_kind'] = 'my_kind'`"),
-        ("class A:\n    pass", "cannot be registered: derive it from Rule or Selector"),
+        (
+            "class A(Rule):\n    def apply(self, x, grad, state, step): ...",
+            "has no name; add a field such as `kind: Literal['my_kind'] = 'my_kind'`",
+        ),
+        ("class A:\n    pass", "cannot be registered: it is neither a rule nor a selector; derive it from Rule or Selector"),
     ],
 )
 @pytest.mark.usefixtures("own_registry")
@@ -615,7 +618,7 @@ def test_installed_plugins_good_broken_and_doubled(tmp_path: Path) -> None:
     warned, error = json.loads(done.stdout)
     raising = "OSError: no licence"
     taking = (
-        f"RegistryError: two owners for the rule kind 'twice': good_plugin.Good ({site / 'good_plugin.py'}) "
+        f"RegistryError: two classes for the rule kind 'twice': good_plugin.Good ({site / 'good_plugin.py'}) "
         f"and taking_plugin.Taking ({site / 'taking_plugin.py'}); rename one of them"
     )
     assert warned == [
