@@ -458,7 +458,7 @@ def test_command_leaves_with_2_and_one_message(name: str, tmp_path: Path, capsys
             ("show", "cosmos", "--set", "name=a\nnotes: b"),
             "--set 'name=a\nnotes: b': the value must be one line of YAML, such as 128 or {kind: svd, rank: 8}",
         ),
-        (("list", "--plugin", "no.py"), "plugin file 'no.py' does not exist or is not a regular file"),
+        (("list", "--plugin", "no.py"), "plugin file 'no.py' does not exist or is not a regular file; give the path of a .py file"),
         (
             ("plan", "cosmos", "--model", "61m"),
             "model: '61m' is neither a known size nor a path. Did you mean '60m'? Known sizes: tiny, mini, small, 60m, 130m, 350m, "
@@ -795,8 +795,8 @@ def test_checkpoint_cut_short(run: tuple[str, ...], tmp_path: Path, capsys: pyte
     status, out, error = left(capsys, *run, "--resume")
     assert (status, out) == (2, "")
     assert error == (
-        f"Error: {last} is cut short or damaged and cannot be loaded. Move it away and start the run again: no other "
-        "checkpoint is in this folder\n"
+        f"Error: {last} is truncated or damaged and cannot be loaded. Move it away and start the run again: there is no other "
+        "checkpoint in this folder\n"
     )
     assert last.stat().st_size == 1000
 
@@ -807,12 +807,12 @@ def test_checkpoint_of_another_run(run: tuple[str, ...], tmp_path: Path, capsys:
     status, _, error = left(capsys, run[0], "muon", *run[2:], "--resume")
     assert status == 2
     assert error == (
-        f"Error: {last} belongs to another run (spec: 'cosmos' there, 'muon' here). Give the same values to go on with it, or "
+        f"Error: {last} belongs to another run (spec: 'cosmos' there, 'muon' here). Give the same values to resume it, or "
         "another `out` for a new run\n"
     )
     status, _, error = left(capsys, *run)
     assert status == 2
-    assert error == (f"Error: out: {last} belongs to an earlier run. Resume it, or choose another folder for a new one\n")
+    assert error == (f"Error: out: {last} belongs to an earlier run. Resume that run, or choose another folder for a new one\n")
     assert last.read_bytes() == before
 
 

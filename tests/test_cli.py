@@ -292,7 +292,7 @@ def test_plan_tells_what_ranks_hold_and_send(run: Run) -> None:
     assert sum(ranks["state_bytes"]) > told["state_bytes"]  # what tensor parallelism leaves alone is held twice
     assert "on_ranks" not in json.loads(run("plan", "cosmos", "--model", "tiny", "--json"))
     text = run("plan", "cosmos", "--model", "tiny", "--ranks", "4", "--mesh", "tp", width=80)
-    assert re.search(r"^tp 4, a rank +smallest +mean +largest +total / ranks", text, re.M)
+    assert re.search(r"^tp 4, each rank +smallest +mean +largest +total / ranks", text, re.M)
     assert re.search(r"^sent in a step +[\d.]+ KiB", text, re.M)
     assert re.search(r"^7 parameters are not sharded by this mesh", text, re.M)
     assert max(len(line.rstrip()) for line in text.splitlines()[:-1]) <= 80
@@ -301,7 +301,7 @@ def test_plan_tells_what_ranks_hold_and_send(run: Run) -> None:
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["plan", "muon", "--mesh", "tp"], "say how many there are: --ranks 8"),
+        (["plan", "muon", "--mesh", "tp"], "need the number of ranks; add it, for example --ranks 8"),
         (["plan", "muon", "--ranks", "4", "--shape", "2by2"], "--shape '2by2': give whole numbers with x between them, such as 2x4"),
         (["verify", "muon", "--ranks", "4", "--mesh", "hsdp", "--shape", "3x2"], "shape 3x2 does not fit mesh hsdp of 4 ranks"),
     ],
@@ -464,7 +464,7 @@ def test_demo_that_cannot_write_says_so_first(tmp_path: Path, leave: Callable[..
     file.write_text("")
     left = leave("demo", "--out", str(file / "demo"))
     assert left.status == 2
-    assert left.err == f"Error: out: {file / 'demo'} cannot be made a folder: Not a directory. Choose another\n"
+    assert left.err == f"Error: out: the folder {file / 'demo'} cannot be made: Not a directory. Choose another\n"
 
 
 # --- new-plugin
