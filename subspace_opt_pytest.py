@@ -1,6 +1,6 @@
-"""A pytest plugin that does nothing until `pytest --pyargs subspace_opt.testing` is run; then it adds that kit's options.
+"""A pytest plugin that adds the options of the conformance kit to `pytest --pyargs subspace_opt.testing`, and does nothing in other runs.
 
-It is a module of its own so that pytest, which loads it at every start wherever this package is installed, does not import torch.
+pytest loads it at every start if this package is installed. It is a separate module, so that this does not import torch.
 """
 
 from __future__ import annotations
@@ -9,6 +9,6 @@ from typing import Any
 
 
 def pytest_load_initial_conftests(early_config: Any, args: list[str]) -> None:
-    """Bring in the options of the kit, if the kit is what runs."""
+    """Add the options of the kit if this run is of the kit."""
     if any(argument.startswith("subspace_opt.testing") for argument in args):
         early_config.pluginmanager.import_plugin("subspace_opt.testing.plugin")

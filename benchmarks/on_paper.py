@@ -122,9 +122,9 @@ def line(model: str, gpus: int, spec: str) -> Line:
 def computing(found: PlacedPlan) -> list[float]:
     """Seconds of products and decompositions of each rank, in an average step."""
     out = [0.0] * found.mesh.ranks
-    for share in found.shares:
-        if share is not None and not is_elementwise(share.row):
-            for part in share.parts:
+    for sharding in found.shardings:
+        if sharding is not None and not is_elementwise(sharding.row):
+            for part in sharding.parts:
                 own = seconds_of(part.row)
                 for owner in part.owners:
                     out[owner] += own

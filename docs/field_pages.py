@@ -1,4 +1,4 @@
-"""Two more pages that are written from what they describe: the map of the field from the presets, fidelity from the trajectories."""
+"""Write two more pages: `field.md` from the presets, and `fidelity.md` from the trajectories in `tests/golden`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from subspace_opt.testing.parity import Parity, measure_all
 
 ROOT = Path(__file__).parent.parent
 WIDE = ["---", "hide: [navigation, toc]", "---", ""]  # a table of a dozen columns needs the whole page
-SHAPE = (1376, 512)  # the feed-forward matrix of the 60M LLaMA
+SHAPE = (1376, 512)  # a feed-forward matrix of the 60M LLaMA
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -32,6 +32,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def field_page() -> str:
+    """The page with one row for each preset."""
     head = (
         "method | selector | source | refresh | momentum | inside | complement | moments at a refresh | finish | decay "
         "| state / mn | GFLOP an update | a refresh"
@@ -42,9 +43,9 @@ def field_page() -> str:
             *WIDE,
             "# The field",
             "",
-            "Every method as the spec sees it: where its momentum lives, what opens its subspace and when, what runs inside and outside. "
-            f"State and operations are those of one matrix of {SHAPE[0]} x {SHAPE[1]} at the preset's own rank, products and "
-            "decompositions counted with two operations a multiply-add. The table is written from the presets.",
+            "Each row shows one method: the place of its momentum, the selector and schedule of its subspace, and the rules inside and "
+            f"outside. State and operations are for one matrix of {SHAPE[0]} x {SHAPE[1]} at the preset's own rank. Only products "
+            "and decompositions count as operations, a multiply-add as two. The presets generate this table.",
             "",
             '<div class="wide" markdown>',
             "",
@@ -59,11 +60,12 @@ def field_page() -> str:
 
 
 def matrix_pipeline(spec: Spec) -> Pipeline:
-    """The pipeline that a hidden matrix takes."""
+    """The pipeline that a hidden matrix uses."""
     return spec.pipelines.get("matrix") or next(iter(spec.pipelines.values()))
 
 
 def field_row(name: str, spec: Spec) -> str:
+    """The row of one preset."""
     pipeline = matrix_pipeline(spec)
     split, selector = Frame.of(pipeline, *SHAPE), pipeline.selector
     update, refresh = flops(split)
@@ -89,14 +91,20 @@ def field_row(name: str, spec: Spec) -> str:
 
 
 def schedule(pipeline: Pipeline) -> str:
+    """When the basis is refreshed, in words."""
     selector = pipeline.selector
     if selector.every is None:
         return "on call"
     every = "every step" if selector.every == 1 else f"every {selector.every}"
-    return every + (", after" if selector.timing == "after" else "") + (", first only primes" if selector.traits().primes else "")
+    return (
+        every
+        + (", after" if selector.timing == "after" else "")
+        + (", first gradient only sets the basis" if selector.traits().primes else "")
+    )
 
 
 def momentum(pipeline: Pipeline) -> str:
+    """The places that keep a momentum, in words."""
     where = []
     if pipeline.momentum:
         where.append(f"full: {words(pipeline.momentum)}")
@@ -110,6 +118,7 @@ def momentum(pipeline: Pipeline) -> str:
 
 
 def words(rules: tuple[Rule, ...]) -> str:
+    """The kinds of a list of rules."""
     return " + ".join(rule.kind for rule in rules)  # type: ignore[attr-defined]
 
 
@@ -117,36 +126,37 @@ def words(rules: tuple[Rule, ...]) -> str:
 
 
 INTRODUCTION = """
-A preset claims to be the method of its paper, so it is held against the authors' own code: from the same start and the
-same gradients, 8 to 14 steps in float64, the parameters must agree step by step. The error is the largest over steps
-and parameters of |p - reference| / |reference - start|, relative to how far the reference has moved. Tolerances are
-fifty times what a change of two units in the last place of a gradient does. Of {count} trajectories {held} hold; the
-worst error is {worst:.1e} of its tolerance. Random draws and the signs of singular vectors, which are arbitrary, are
-taken from the file.
+A preset claims to be the method of its paper, so tests compare it with the authors' own code. Both start from the same weights and get
+the same gradients for 8 to 14 steps in float64, and the parameters must agree at every step. The error is |p - reference| /
+|reference - start|, the largest over all steps and parameters; the denominator is the distance that the reference has moved. A tolerance
+is fifty times the effect of a change of two units in the last place of a gradient. Of {count} trajectories, {held} stay within their
+tolerance, and the largest error is {worst:.1e} of its tolerance. Random draws, and the arbitrary signs of singular vectors, are read
+from the file.
 
-`subspace-opt parity` measures this table anew. Deliberate mistakes (eps in another place, a refresh off by one, decay
-after instead of before) are shown by tests to exceed the tolerances.
+`subspace-opt parity` measures this table again. Tests show that deliberate mistakes exceed the tolerances, such as eps in another place,
+a refresh off by one, or weight decay after the update instead of before.
 """
 
 DEFECTS = """
 ## Defects that are not reproduced
 
-Some files pin what can only be a slip in the authors' code. The parameters it touches are compared with that slip
-written as a rule in the tests, where they agree to the same tolerance: the difference is that and nothing else.
+Some trajectories contain a mistake in the authors' code. For the parameters that it affects, the tests write the mistake as a rule and
+compare with that rule. They agree to the same tolerance, so the mistake explains the whole difference.
 """
 
 
 def fidelity_page(measured: list[Parity]) -> str:
+    """The page that lists all trajectories, the defects of reference codes, and where paper and code differ."""
     held = "all" if all(p.holds for p in measured) else str(sum(p.holds for p in measured))
     worst = max(p.error / p.tolerance for p in measured)
     introduction = INTRODUCTION.format(count=len(measured), held=held, worst=worst)
     slips = [f"| `{p.file}` | {', '.join(names)} | {why} |" for p in measured for why, names in by_defect(p).items()]
-    slips.append("| `muon_kj_wd` | conv | the shape factor is that of the unflattened kernel, 1; the spec of the test says so |")
+    slips.append("| `muon_kj_wd` | conv | the shape factor is that of the unflattened kernel, 1; the spec of the test sets it |")
     differences = [
         f"- **[{name}](presets/{name}.md)**: {spec.notes}" for name in preset_names(installed=False) if (spec := load_spec(name)).notes
     ]
-    head = ["| preset | file | reference | what it pins down | tolerance | error |", "| --- | --- | --- | --- | --- | --- |"]
-    slip_head = ["| file | parameters | what the reference does |", "| --- | --- | --- |"]
+    head = ["| preset | file | reference | covers | tolerance | error |", "| --- | --- | --- | --- | --- | --- |"]
+    slip_head = ["| file | parameters | behaviour of the reference code |", "| --- | --- | --- |"]
     table = ['<div class="wide" markdown>', "", *head, *(parity_row(p) for p in measured), "", "</div>", ""]
     paper = ["", "## Where paper and code differ", "", *differences, ""]
     return "\n".join([*WIDE, "# Fidelity", introduction, *table, DEFECTS, *slip_head, *slips, *paper])
@@ -158,10 +168,11 @@ def parity_row(p: Parity) -> str:
 
 
 def error(p: Parity) -> str:
-    return f"{p.error:.1e}" if p.compared else "by the tests alone"
+    return f"{p.error:.1e}" if p.compared else "compared by tests only"
 
 
 def by_defect(p: Parity) -> dict[str, list[str]]:
+    """The parameters that are left out of a comparison, by the defect that affects them."""
     out: dict[str, list[str]] = {}
     for name, why in p.left_out.items():
         out.setdefault(why, []).append(name)

@@ -1,7 +1,7 @@
-"""Pages that the package writes about itself, so that they cannot drift from it.
+"""Write the pages that describe the package from the package itself, so that they cannot become outdated.
 
-`spec.md` comes from the JSON schema of a spec, `presets/` from the YAML files that are shipped. mkdocs calls
-`on_config` and `on_files`.
+`spec.md` comes from the JSON schema of a spec, `presets/` from the YAML files of the package, `contributing.md` and `changelog.md` from the
+files in the root of the repository. mkdocs calls `on_config` and `on_files`.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from mkdocs.structure.files import File, Files
 
 from subspace_opt.algebra.frame import Frame
 from subspace_opt.plan.costs import flops
-from subspace_opt.spec import PRESETS, Spec, json_schema, load_spec, preset_names
+from subspace_opt.spec import Spec, json_schema, load_spec, preset_names
+from subspace_opt.spec.presets import BUILT_IN
 
 Schema = dict[str, Any]
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Replace the folders in `nav` by the pages that are in them."""
+    """Replace each folder in `nav` by its pages."""
     written = {"presets/": ["presets/index.md", *(f"presets/{name}.md" for name in preset_names(installed=False))]}
     nav = []
     for entry in config.nav or []:
@@ -37,13 +38,25 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the written pages to those on disk."""
+    """Add the generated pages to those on disk."""
     presets = {name: load_spec(name) for name in preset_names(installed=False)}
     pages = {"spec.md": spec_page(json_schema()), "presets/index.md": preset_index(presets)}
     pages |= {f"presets/{name}.md": preset_page(name, spec) for name, spec in presets.items()}
+    pages |= {page: root_page(file) for page, file in ROOT_PAGES.items()}
     for path, content in pages.items():
         files.append(File.generated(config, path, content=content))
     return files
+
+
+ROOT_PAGES = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
+
+
+def root_page(file: str) -> str:
+    """A file of the repository's root as a page: links into `docs/` and to other such files lead to pages of the site."""
+    text = (Path(__file__).parent.parent / file).read_text(encoding="utf-8").replace("](docs/", "](")
+    for page, other in ROOT_PAGES.items():
+        text = text.replace(f"]({other})", f"]({page})")
+    return text
 
 
 # --- the spec reference
@@ -53,12 +66,12 @@ FAMILIES = {"selector": "Selectors", "rule": "Rules"}
 
 
 def spec_page(schema: Schema) -> str:
-    """One table of fields for the spec, for each of its parts and for each kind."""
+    """The page of the spec: one table of fields for the spec, for each of its parts and for each kind."""
     defs = schema["$defs"]
     parts = [
         "# Spec reference\n\n"
-        "A spec is a YAML or JSON file with these fields. An unknown field is an error. This page is written from the "
-        "same models that check a spec; `subspace-opt schema` prints the JSON schema for an editor.\n",
+        "A spec is a YAML or JSON file with these fields. An unknown field is an error. The models that check a spec generate "
+        "this page. `subspace-opt schema` prints the JSON schema for an editor.\n",
         fields(schema),
     ]
     for name, title in SECTIONS.items():
@@ -75,7 +88,7 @@ def spec_page(schema: Schema) -> str:
 
 
 def by_class(family: str, defs: Schema) -> list[tuple[list[str], Schema]]:
-    """Kinds in the order of their names; those that differ only by name are one entry."""
+    """Kinds sorted by name; kinds that differ only by name share one entry."""
     groups: list[tuple[list[str], Schema]] = []
     for key in sorted(key for key in defs if key.startswith(f"{family}.")):
         name, kind = key.removeprefix(f"{family}."), dict(defs[key])
@@ -90,7 +103,7 @@ def by_class(family: str, defs: Schema) -> list[tuple[list[str], Schema]]:
 
 
 def fields(node: Schema) -> str:
-    """A table of the properties of an object."""
+    """A table of the fields of one part of a spec."""
     rows = [
         f"| `{name}` | {cell(type_of(field))} | {cell(default_of(field, name in node.get('required', ())))} "
         f"| {cell(field.get('description', ''))} |"
@@ -100,6 +113,7 @@ def fields(node: Schema) -> str:
 
 
 def default_of(field: Schema, required: bool) -> str:
+    """The cell of a field's default."""
     if required or "default" not in field:
         return "required" if required else ""
     default = field["default"]
@@ -109,7 +123,7 @@ def default_of(field: Schema, required: bool) -> str:
 
 
 def compact(value: Any) -> str:
-    """A default as YAML would show it."""
+    """A default value in YAML."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key}: {compact(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list):
@@ -120,12 +134,12 @@ def compact(value: Any) -> str:
 
 
 def type_of(node: Schema) -> str:
-    """A schema in words: a number with its limits, the words to choose from, a link to the table of a part."""
+    """The type of a field in words: a number with its limits, the allowed words, or a link to the table of a part."""
     if "$ref" in node:
         name = node["$ref"].rsplit("/", 1)[1]
         return f"[{name.lower()}](#{name})"
     if "anyOf" in node:
-        # Where nothing is the default, the next column says so.
+        # The next column shows a default of null or an empty list, so this one leaves null out.
         nothing = {"type": "null"} if node.get("default") in (None, []) else None
         given = [choice for choice in node["anyOf"] if choice != nothing]
         return " or ".join(dict.fromkeys(type_of(choice) for choice in given))
@@ -146,7 +160,7 @@ def type_of(node: Schema) -> str:
 
 
 def cell(text: str) -> str:
-    """Text that stays in one cell of a table."""
+    """Escape text for one cell of a table."""
     return " ".join(text.split()).replace("|", "\\|")
 
 
@@ -154,12 +168,13 @@ def cell(text: str) -> str:
 
 
 def preset_index(presets: dict[str, Spec]) -> str:
+    """The page that lists the presets."""
     rows = [f"| [{name}]({name}.md) | {cell(spec.about)} | {cell(sources(spec))} |" for name, spec in presets.items()]
     return "\n".join(
         [
             "# Presets\n",
-            "A preset is a spec file that comes with the package: an algorithm as its authors published it, and where "
-            "paper and code differ, as either. How each was checked is told under [fidelity](../fidelity.md).\n",
+            "A preset is a spec file that comes with the package. It is an algorithm as its authors published it. If paper and "
+            "code differ, there may be a preset for each. [Fidelity](../fidelity.md) shows how each was checked.\n",
             "| preset | what it does | source |",
             "| --- | --- | --- |",
             *rows,
@@ -168,8 +183,9 @@ def preset_index(presets: dict[str, Spec]) -> str:
 
 
 def preset_page(name: str, spec: Spec) -> str:
-    text = (PRESETS / f"{name}.yaml").read_text(encoding="utf-8")
-    body = text[text.index("defaults:") :]  # the prose above it is the page's own
+    """The page of one preset."""
+    text = (BUILT_IN / f"{name}.yaml").read_text(encoding="utf-8")
+    body = text[text.index("defaults:") :]  # the page shows the prose above it separately
     parts = [
         f"# {name}",
         f"Source: {sources(spec)}" if spec.source else "",
@@ -179,8 +195,8 @@ def preset_page(name: str, spec: Spec) -> str:
         "## Cost of a matrix\n\n" + cost_table(spec),
         "## Published settings\n\n" + "\n".join(f"- {line}" for line in spec.published) if spec.published else "",
         "## Against its sources\n\n" + spec.notes + "\n\nMeasured parity: [fidelity](../fidelity.md)." if spec.notes else "",
-        "To start from it, save the spec under another name, change it, and give `build` the path. "
-        "Every field is in the [spec reference](../spec.md).",
+        "To change the preset, save the spec as a file of your own, edit it, and give `build` the path. "
+        "The [spec reference](../spec.md) explains every field.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -189,27 +205,27 @@ MATRICES = ((512, 512), (1376, 512), (2048, 2048), (5461, 2048), (4096, 11008))
 
 
 def gigaflop(flops: float) -> str:
-    """Three digits, and no more places than they need."""
+    """Operations in units of 1e9, with three significant digits."""
     billions = flops / 1e9
     return f"{billions:,.0f}" if billions >= 100 else f"{billions:.3g}"
 
 
 def cost_table(spec: Spec) -> str:
-    """State and operations of the pipeline that hidden matrices take."""
+    """State and operations of the pipeline that hidden matrices use, for some shapes."""
     pipeline = spec.pipelines.get("matrix") or next(iter(spec.pipelines.values()))
     rows = ["| matrix | rank | state, entries / mn | GFLOP an update | GFLOP a refresh |", "| --- | --- | --- | --- | --- |"]
     for m, n in MATRICES:
         split = Frame.of(pipeline, m, n)
         entries = sum(prod(slot.shape) for slot in split.slots.values())
         cost = flops(split)
-        update, refresh = (gigaflop(number) if number else "entry by entry" for number in cost)
+        update, refresh = (gigaflop(number) if number else "elementwise" for number in cost)
         refresh = refresh if split.opens and cost[1] else "none"
         rows.append(f"| {m} x {n} | {split.rank or ''} | {entries / (m * n):.3f} | {update} | {refresh} |")
     return "\n".join(rows)
 
 
 def sources(spec: Spec) -> str:
-    """The sources of a preset, with links to the paper and to the very commit."""
+    """The sources of a preset, with links to the paper and to the commit of the code."""
     links = []
     for source in spec.source:
         if paper := re.fullmatch(r"arXiv:(\d+\.\d+)", source):

@@ -97,7 +97,7 @@ class BackwardOptimizer(SubspaceOptimizer):
             if places[key][1].grad is not None:
                 _refuse_second(places[key][2].entry.name)
         # What ranks share is asked for on all of them, whether this one has a gradient or not.
-        shared = self._shares()
+        shared = self._shardings()
         left = [place for key, place in places.items() if key not in self._updated and (place[1].grad is not None or key in shared)]
         work, items = self._ready(left)
         for group, taken in zip(self.param_groups, self._refreshing, strict=True):

@@ -29,9 +29,9 @@ from .spec import Spec, SpecError, load_spec, with_state_dtype
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-    from .distributed.exchange import Team, Teams
-    from .distributed.placement import Share
-    from .distributed.shards import Item
+    from .distributed.exchange import MeshGroups, RankGroup
+    from .distributed.placement import Sharding
+    from .distributed.shards import ShardedParam
 
 SpecLike = Spec | Mapping[str, Any] | str | os.PathLike[str]
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
@@ -105,9 +105,9 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         )
         self._memory = Memory()
         self._planned: tuple[Any, Plan] | None = None
-        self._placed: tuple[Any, Plan, dict[int, tuple[Team, Share]]] | None = None
+        self._placed: tuple[Any, Plan, dict[int, tuple[RankGroup, Sharding]]] | None = None
         self._group = process_group
-        self._teams: Teams | None = None
+        self._mesh_groups: MeshGroups | None = None
         self.skipped: dict[str, int] = {}
         self.failures: dict[str, int] = {}
         self.spec = load_spec(spec, self._overrides)
@@ -236,8 +236,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
 
     # ---------------------------------------------------------------------------------------------------------------- sharding
 
-    def _shares(self) -> dict[int, tuple[Team, Share]]:
-        """Team and share of every parameter that several ranks hold, by `id`; found anew when plan or placements change."""
+    def _shardings(self) -> dict[int, tuple[RankGroup, Sharding]]:
+        """The rank group and sharding of every distributed parameter, by `id`. Computed again when the plan or a placement changes."""
         params = [p for group in self.param_groups for p in group["params"]]
         if self._group is None and not any(hasattr(p, "device_mesh") for p in params):
             return {}
@@ -245,11 +245,10 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         key = tuple((id(p), p.shape, getattr(p, "placements", None)) for p in params)
         if self._placed is None or self._placed[:2] != (key, plan):
             sizes = [len(group["params"]) for group in self.param_groups]
-            from .distributed import exchange as sharding  # late: PyTorch's distributed tensors take half a second to import
-            from .distributed import shards as shared
+            from .distributed import exchange, shards  # late: torch.distributed.tensor takes half a second to import
 
-            self._teams = self._teams or sharding.Teams()
-            self._placed = (key, plan, shared.shares(params, plan.rows, sizes, self._group, self._teams))
+            self._mesh_groups = self._mesh_groups or exchange.MeshGroups()
+            self._placed = (key, plan, shards.find_shardings(params, plan.rows, sizes, self._group, self._mesh_groups))
         return self._placed[2]
 
     # -------------------------------------------------------------------------------------------------------------------- step
@@ -272,26 +271,26 @@ class SubspaceOptimizer(torch.optim.Optimizer):
 
     def _advance(self) -> None:
         """The updates of one step."""
-        work, items = self._ready(self._planned_parameters())
+        work, sharded = self._ready(self._planned_parameters())
         for group in self.param_groups:
             group["refresh"] = False
-        self._update(work, items)
+        self._update(work, sharded)
 
     def _planned_parameters(self) -> list[tuple[dict[str, Any], Tensor, Row]]:
         """All parameters with their group and their row of the plan."""
         rows = iter(self.plan.rows)
         return [(group, p, next(rows)) for group in self.param_groups for p in group["params"]]
 
-    def _ready(self, given: list[tuple[dict[str, Any], Tensor, Row]]) -> tuple[list[Work], list[Item]]:
+    def _ready(self, given: list[tuple[dict[str, Any], Tensor, Row]]) -> tuple[list[Work], list[ShardedParam]]:
         """What is to be updated of some parameters: those with a gradient, looked at, and with state; and those that ranks share."""
-        work, items = [], []
-        if shares := self._shares():
-            from .distributed import shards as shared
-            from .distributed import step as together
+        work, sharded = [], []
+        if shardings := self._shardings():
+            from .distributed import shards
+            from .distributed import step as distributed
         for group, p, row in given:
-            if id(p) in shares:
-                if p.requires_grad:  # whether there is a gradient is asked of all ranks
-                    items.append(shared.item(*shares[id(p)], p, self._work(group, p, row), group["maximize"]))
+            if id(p) in shardings:
+                if p.requires_grad:  # another rank may have a gradient even if this one has none
+                    sharded.append(shards.sharded_param(*shardings[id(p)], p, self._work(group, p, row), group["maximize"]))
             elif p.grad is not None and p.numel():
                 work.append(self._work(group, p, row))
                 if group["maximize"]:
@@ -299,8 +298,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             elif p.grad is not None and not self.state.get(p):
                 allocate(row, p, self.state[p])  # nothing to update, yet checkpoints ask every parameter for state
         work, skipped = survey(work, self._options.nonfinite)
-        if items:
-            items, besides = together.survey(items, self._options)
+        if sharded:
+            sharded, besides = distributed.survey(sharded, self._options)
             skipped += besides
         for item in work:
             item.state = self.state[item.param]
@@ -308,15 +307,15 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                 allocate(item.row, item.param, item.state)
         for name in skipped:
             self.skipped[name] = self.skipped.get(name, 0) + 1
-        return work, items
+        return work, sharded
 
-    def _update(self, work: list[Work], items: list[Item]) -> None:
+    def _update(self, work: list[Work], sharded: list[ShardedParam]) -> None:
         """Update what is ready."""
         engine.take_step(work, self._options, self._memory, self.failures)
-        if items:
-            from .distributed import step as together
+        if sharded:
+            from .distributed import step as distributed
 
-            together.take_step(items, self.state, self._options, self._memory, self.failures)
+            distributed.take_step(sharded, self.state, self._options, self._memory, self.failures)
 
     def _work(self, group: dict[str, Any], p: Tensor, row: Row) -> Work:
         grad = p.grad
@@ -348,13 +347,13 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     @torch._disable_dynamo
     def state_dict(self) -> dict[str, Any]:
         """The state, by parameter and slot; of parameters that several ranks share, as DTensors: then call it on all of them."""
-        shares = self._shares()
-        if not shares:
+        shardings = self._shardings()
+        if not shardings:
             return super().state_dict()
-        from .distributed import shards as shared
+        from .distributed import shards
 
         own = self.state
-        self.state = shared.exported(shares, own)
+        self.state = shards.export_state(shardings, own)
         try:
             return super().state_dict()
         finally:
@@ -372,10 +371,10 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             changed = hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
         readers = {}
-        if shares := self._shares():
-            from .distributed import shards as shared
+        if shardings := self._shardings():
+            from .distributed import shards
 
-            readers = {key: shared.reader(*both) for key, both in shares.items()}
+            readers = {key: shards.slot_reader(*pair) for key, pair in shardings.items()}
         state, groups = matched(state_dict, self.param_groups, self.plan, readers)
         self.__setstate__({"state": defaultdict(dict, state), "param_groups": groups})
         for after in self._optimizer_load_state_dict_post_hooks.values():
@@ -390,7 +389,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         self.defaults.pop("differentiable", None)  # put in by torch's class: no option of ours, and it would go into later groups
         self._planned = self._placed = None
         self._memory = Memory()
-        for own in ("_group", "_teams"):  # groups of processes cannot be copied or pickled
+        for own in ("_group", "_mesh_groups"):  # groups of processes cannot be copied or pickled
             setattr(self, own, getattr(self, own, None))
 
 

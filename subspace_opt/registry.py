@@ -1,9 +1,8 @@
-"""Components and their names: one table of kinds, filled by `register`, read when a value is validated.
+"""Components and their names: `register` fills one table of kinds; validation reads it.
 
-A `Component` is a frozen pydantic model whose fields are the hyper-parameters and whose methods are the algorithm. A *family* is an
-abstract component (`Rule`, `Selector`); a *kind* is a final one, found by the value of its `kind` field. A field annotated with a
-family accepts a mapping with a `kind`, the bare name of a kind, or an instance. The look-up happens when a value is validated, so a
-plugin that is registered late is known at once and nothing is rebuilt.
+A `Component` is a frozen pydantic model. Its fields are the hyper-parameters, its methods the algorithm. A *family* is an abstract
+component (`Rule`, `Selector`); a *kind* is a concrete one, named by its `kind` field. A field annotated with a family accepts a mapping
+with a `kind`, the name of a kind, or an instance. The look-up happens when a value is validated, so a plugin may be registered late.
 """
 
 from __future__ import annotations
@@ -23,26 +22,26 @@ from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaH
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 PLUGIN_GROUP = "subspace_opt.plugins"
-# A plugin is foreign code: whatever it raises on import, `sys.exit()` included, must not take the library with it.
+# A plugin is foreign code: its import may raise anything, even `SystemExit`. The library must keep working without it.
 FOREIGN = (Exception, SystemExit)
 
 
 class Model(BaseModel):
-    """Strict, frozen, closed: an unknown key or a value of the wrong type is an error, at any depth."""
+    """A frozen model. An unknown key or a value of the wrong type is an error, at any depth."""
 
-    # Validators are built when a model is first used: most of some dozen kinds never are.
+    # Validators are built when a model is first used, because a run uses only a few of the kinds.
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, defer_build=True)
 
 
 class RegistryError(ValueError):
-    """A kind or a plugin that cannot be registered or loaded."""
+    """A kind or a plugin cannot be registered or loaded."""
 
 
 class Component(Model):
-    """A named part of a spec: hyper-parameters as fields, the algorithm as methods."""
+    """A named part of a spec, with hyper-parameters as fields and the algorithm as methods."""
 
     family: ClassVar[str] = ""
-    is_family: ClassVar[bool] = False  # the abstract head of a family, not a kind
+    is_family: ClassVar[bool] = False  # True for the abstract class of a family, False for a kind
 
     def __init_subclass__(cls, family: str = "", **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -61,7 +60,7 @@ class Component(Model):
 
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        # `spec.json_schema` replaces the mark by a reference to the union of the kinds known by then.
+        # `spec.json_schema` replaces this mark by a reference to the union of all registered kinds.
         return {"x-family": cls.family} if cls.is_family else handler(schema)
 
 
@@ -80,19 +79,19 @@ def kind_of(cls: type[Component]) -> str:
     """The name of a kind: the default of its `kind` field."""
     field = cls.model_fields.get("kind")
     if field is None or not isinstance(field.default, str):
-        raise RegistryError(f"{owner(cls)} cannot be registered: it needs a field such as `kind: Literal['my_kind'] = 'my_kind'`")
+        raise RegistryError(f"{owner(cls)} has no name; add a field such as `kind: Literal['my_kind'] = 'my_kind'`")
     return field.default
 
 
 def names_of(cls: type[Component]) -> tuple[str, ...]:
-    """All names a kind answers to: the values of its `kind` Literal, the default first."""
+    """All names of a kind: the values of its `kind` Literal, the default first."""
     main = kind_of(cls)
     values: tuple[str, ...] = getattr(cls.model_fields["kind"].annotation, "__args__", (main,))
     return (main, *(v for v in values if v != main))
 
 
 def owner(cls: type) -> str:
-    """Where a class comes from, for messages: `module.Class (file)`."""
+    """The origin of a class, for messages: `module.Class (file)`."""
     try:
         place = inspect.getfile(cls)
     except (TypeError, OSError):
@@ -101,55 +100,55 @@ def owner(cls: type) -> str:
 
 
 def register(cls: C) -> C:
-    """Class decorator: make a kind known under the value(s) of its `kind` field.
+    """Class decorator: register a kind under the values of its `kind` field.
 
     Raises:
-        RegistryError: no family, no `kind`, abstract methods left, or a kind that someone else already owns (both are named).
+        RegistryError: the class has no family or no `kind`, or another class is registered under its name; the message names both.
     """
     if not (isinstance(cls, type) and issubclass(cls, Component)) or cls.is_family or not cls.family:
-        raise RegistryError(f"{cls!r} cannot be registered: derive it from Rule or Selector")
+        raise RegistryError(f"{cls!r} cannot be registered: it is neither a rule nor a selector; derive it from Rule or Selector")
     table = _kinds.setdefault(cls.family, {})
     for name in names_of(cls):
         other = table.get(name)
         if other is not None and other is not cls:
-            raise RegistryError(f"two owners for the {cls.family} kind '{name}': {owner(other)} and {owner(cls)}; rename one of them")
+            raise RegistryError(f"two classes for the {cls.family} kind '{name}': {owner(other)} and {owner(cls)}; rename one of them")
     for name in names_of(cls):
         table[name] = cls
     return cls
 
 
 def unregister(cls: type[Component]) -> None:
-    """Forget a kind (interactive work and tests)."""
+    """Remove a kind, for interactive work and tests."""
     table = _kinds.get(cls.family, {})
     for name in [n for n, c in table.items() if c is cls]:
         del table[name]
 
 
 def kinds(family: str) -> dict[str, type[Component]]:
-    """All kinds of a family that are known now, by name, installed plugins included."""
+    """All registered kinds of a family by name, including those of installed plugins."""
     load_entry_points()
     return dict(sorted(_kinds.get(family, {}).items()))
 
 
 def failures() -> dict[str, str]:
-    """Plugins that could not be imported, by name, with the reason."""
+    """Plugins that failed to import, by name, with the reason."""
     return dict(_failures)
 
 
 def find(family: str, kind: str) -> type[Component] | None:
-    """The class of a kind, or None. Installed plugins are imported only if no built-in kind has that name."""
+    """The class of a kind, or None. Installed plugins are imported only if no registered kind has that name."""
     if kind not in _kinds.get(family, {}):
         load_entry_points()
     return _kinds.get(family, {}).get(kind)
 
 
 def near(word: str, known: Iterable[str]) -> str | None:
-    """The known word that was probably meant."""
+    """The known word that is most similar to `word`, or None."""
     return next(iter(difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.6)), None)
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
-    """`did you mean 'x'?`, or the known words when none is near."""
+    """`did you mean 'x'?`, or the list of known words if none is similar."""
     known = sorted(known)
     meant = near(word, known)
     return f"did you mean '{meant}'?" if meant else f"known: {', '.join(known) or 'none'}"
@@ -163,7 +162,7 @@ def _resolve(family: type[Component], value: Any) -> Component:
     if isinstance(value, str):
         value = {"kind": value}
     if not isinstance(value, Mapping):
-        raise PydanticCustomError("component", "a {family} is a kind's name or a mapping with a `kind`", {"family": family.family})
+        raise PydanticCustomError("component", "a {family} must be a kind's name or a mapping with a `kind`", {"family": family.family})
     kind = value.get("kind")
     if kind is None:
         raise PydanticCustomError(
@@ -188,7 +187,7 @@ def _hint(family: type[Component], kind: str) -> str:
 
 
 def _broken() -> str:
-    """A kind that is not known may be in a plugin that could not be imported."""
+    """The plugins that failed to import: the unknown kind may be in one of them."""
     return "".join(f"; plugin '{name}' failed to import: {why}" for name, why in _failures.items())
 
 
@@ -196,12 +195,12 @@ def _broken() -> str:
 
 
 def plugin_entry_points() -> list[EntryPoint]:
-    """The installed plugins, by entry point, without importing them."""
+    """The entry points of the installed plugins. Nothing is imported."""
     return sorted(entry_points(group=PLUGIN_GROUP), key=lambda e: e.name)
 
 
 def load_entry_points() -> None:
-    """Import every installed plugin once; one that fails is kept by name in `failures` and breaks nothing else."""
+    """Import every installed plugin once. A plugin that fails is listed in `failures`, and the others still work."""
     for point in plugin_entry_points():
         key = f"{point.name} = {point.value}"
         if key in _loaded:
@@ -223,23 +222,23 @@ def load_entry_points() -> None:
 
 
 def load_plugin(path: str | Path) -> None:
-    """Run a plugin file, so that its `@register` classes are known (`--plugin path.py`).
+    """Run a plugin file, which registers its classes with `@register` (`--plugin path.py`).
 
     Raises:
-        RegistryError: the file does not exist, raises on import, or registers a kind that is taken.
+        RegistryError: the file does not exist, raises on import, or registers the name of another kind.
     """
     file = Path(path).resolve()
     if not file.is_file():
-        raise RegistryError(f"plugin file '{path}' does not exist or is not a regular file")
+        raise RegistryError(f"plugin file '{path}' does not exist or is not a regular file; give the path of a .py file")
     if str(file) in _loaded:
         return
-    # The module's name depends on the full path: two files of one name in two folders are two plugins.
+    # The module's name depends on the full path, because files of the same name in two folders are two plugins.
     module_name = f"subspace_opt_plugin_{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(module_name, file)
     if spec is None or spec.loader is None:
-        raise RegistryError(f"plugin file '{path}' is not a Python file: its name should end in .py")
+        raise RegistryError(f"plugin file '{path}' is not a Python file: its name must end in .py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[module_name] = module  # pydantic resolves a class's annotations through its module
+    sys.modules[module_name] = module  # pydantic finds the annotations of a class through its module
     before = {family: dict(table) for family, table in _kinds.items()}
     try:
         spec.loader.exec_module(module)

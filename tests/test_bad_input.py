@@ -114,7 +114,7 @@ WRONG_TYPES = {
     "nothing at all": ("version: 1", "FILE:1:1: pipelines: required, but missing"),
     "number for a rule": (
         matrix("complement: 3"),
-        "FILE:4:5: pipelines.matrix.complement: a rule is a kind's name or a mapping with a `kind`, not 3",
+        "FILE:4:5: pipelines.matrix.complement: a rule must be a kind's name or a mapping with a `kind`, not 3",
     ),
     "word of no choice": (
         matrix("orient: shrt\ncomplement: muon"),
@@ -456,9 +456,9 @@ def test_command_leaves_with_2_and_one_message(name: str, tmp_path: Path, capsys
         ),
         (
             ("show", "cosmos", "--set", "name=a\nnotes: b"),
-            "--set 'name=a\nnotes: b': the value takes one line of YAML, such as 128 or {kind: svd, rank: 8}",
+            "--set 'name=a\nnotes: b': the value must be one line of YAML, such as 128 or {kind: svd, rank: 8}",
         ),
-        (("list", "--plugin", "no.py"), "plugin file 'no.py' does not exist or is not a regular file"),
+        (("list", "--plugin", "no.py"), "plugin file 'no.py' does not exist or is not a regular file; give the path of a .py file"),
         (
             ("plan", "cosmos", "--model", "61m"),
             "model: '61m' is neither a known size nor a path. Did you mean '60m'? Known sizes: tiny, mini, small, 60m, 130m, 350m, "
@@ -532,7 +532,7 @@ def test_two_plugins_of_one_kind_are_both_named(tmp_path: Path) -> None:
     with pytest.raises(RegistryError) as caught:
         load_plugin(second)
     assert re.fullmatch(
-        rf"plugin file '{re.escape(str(second))}' failed to import: RegistryError: two owners for the rule kind 'twice': "
+        rf"plugin file '{re.escape(str(second))}' failed to import: RegistryError: two classes for the rule kind 'twice': "
         rf"\S+\.First \({re.escape(str(first))}\) and \S+\.Second \({re.escape(str(second))}\); rename one of them",
         str(caught.value),
     )
@@ -544,7 +544,7 @@ def test_two_plugins_of_one_kind_are_both_named(tmp_path: Path) -> None:
 def test_a_built_in_kind_cannot_be_taken(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text(KIND.format(name="Mine", kind="adam"))
-    with pytest.raises(RegistryError, match=r"two owners for the rule kind 'adam': subspace_opt\.rules\.adaptive\.Adam "):
+    with pytest.raises(RegistryError, match=r"two classes for the rule kind 'adam': subspace_opt\.rules\.adaptive\.Adam "):
         load_plugin(file)
 
 
@@ -563,8 +563,11 @@ def test_plugin_file_that_breaks(breakage: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("class A(Rule):\n    def apply(self, x, grad, state, step): ...", "needs a field such as `kind: Literal['my_kind'] = 'my_kind'`"),
-        ("class A:\n    pass", "cannot be registered: derive it from Rule or Selector"),
+        (
+            "class A(Rule):\n    def apply(self, x, grad, state, step): ...",
+            "has no name; add a field such as `kind: Literal['my_kind'] = 'my_kind'`",
+        ),
+        ("class A:\n    pass", "cannot be registered: it is neither a rule nor a selector; derive it from Rule or Selector"),
     ],
 )
 @pytest.mark.usefixtures("own_registry")
@@ -615,7 +618,7 @@ def test_installed_plugins_good_broken_and_doubled(tmp_path: Path) -> None:
     warned, error = json.loads(done.stdout)
     raising = "OSError: no licence"
     taking = (
-        f"RegistryError: two owners for the rule kind 'twice': good_plugin.Good ({site / 'good_plugin.py'}) "
+        f"RegistryError: two classes for the rule kind 'twice': good_plugin.Good ({site / 'good_plugin.py'}) "
         f"and taking_plugin.Taking ({site / 'taking_plugin.py'}); rename one of them"
     )
     assert warned == [
@@ -792,8 +795,8 @@ def test_checkpoint_cut_short(run: tuple[str, ...], tmp_path: Path, capsys: pyte
     status, out, error = left(capsys, *run, "--resume")
     assert (status, out) == (2, "")
     assert error == (
-        f"Error: {last} is cut short or damaged and cannot be loaded. Move it away and start the run again: no other "
-        "checkpoint is in this folder\n"
+        f"Error: {last} is truncated or damaged and cannot be loaded. Move it away and start the run again: there is no other "
+        "checkpoint in this folder\n"
     )
     assert last.stat().st_size == 1000
 
@@ -804,12 +807,12 @@ def test_checkpoint_of_another_run(run: tuple[str, ...], tmp_path: Path, capsys:
     status, _, error = left(capsys, run[0], "muon", *run[2:], "--resume")
     assert status == 2
     assert error == (
-        f"Error: {last} belongs to another run (spec: 'cosmos' there, 'muon' here). Give the same values to go on with it, or "
+        f"Error: {last} belongs to another run (spec: 'cosmos' there, 'muon' here). Give the same values to resume it, or "
         "another `out` for a new run\n"
     )
     status, _, error = left(capsys, *run)
     assert status == 2
-    assert error == (f"Error: out: {last} belongs to an earlier run. Resume it, or choose another folder for a new one\n")
+    assert error == (f"Error: out: {last} belongs to an earlier run. Resume that run, or choose another folder for a new one\n")
     assert last.read_bytes() == before
 
 

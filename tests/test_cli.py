@@ -248,7 +248,7 @@ def test_plan_of_70b_needs_no_memory(run: Run) -> None:
 
 
 def test_plan_names_the_tables_that_layers_share(run: Run) -> None:
-    assert re.search(r"^tables +16,384 +16\.0 KiB +shared by layers, never saved", run("plan", "trion", "--model", "tiny"), re.M)
+    assert re.search(r"^tables +16,384 +16\.0 KiB +shared by layers, not saved", run("plan", "trion", "--model", "tiny"), re.M)
     assert "tables" not in run("plan", "cosmos", "--model", "tiny")
 
 
@@ -292,16 +292,16 @@ def test_plan_tells_what_ranks_hold_and_send(run: Run) -> None:
     assert sum(ranks["state_bytes"]) > told["state_bytes"]  # what tensor parallelism leaves alone is held twice
     assert "on_ranks" not in json.loads(run("plan", "cosmos", "--model", "tiny", "--json"))
     text = run("plan", "cosmos", "--model", "tiny", "--ranks", "4", "--mesh", "tp", width=80)
-    assert re.search(r"^tp 4, a rank +smallest +mean +largest +total / ranks", text, re.M)
-    assert re.search(r"^sent a step +[\d.]+ KiB", text, re.M)
-    assert re.search(r"^7 parameters are cut by no dimension of the mesh", text, re.M)
+    assert re.search(r"^tp 4, each rank +smallest +mean +largest +total / ranks", text, re.M)
+    assert re.search(r"^sent in a step +[\d.]+ KiB", text, re.M)
+    assert re.search(r"^7 parameters are not sharded by this mesh", text, re.M)
     assert max(len(line.rstrip()) for line in text.splitlines()[:-1]) <= 80
 
 
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["plan", "muon", "--mesh", "tp"], "say how many there are: --ranks 8"),
+        (["plan", "muon", "--mesh", "tp"], "need the number of ranks; add it, for example --ranks 8"),
         (["plan", "muon", "--ranks", "4", "--shape", "2by2"], "--shape '2by2': give whole numbers with x between them, such as 2x4"),
         (["verify", "muon", "--ranks", "4", "--mesh", "hsdp", "--shape", "3x2"], "shape 3x2 does not fit mesh hsdp of 4 ranks"),
     ],
@@ -396,7 +396,7 @@ def test_train_that_is_interrupted(quick: list[str], tmp_path: Path, leave: Call
     monkeypatch.setattr(RunProgress, "__call__", interrupt)
     left = leave("train", "cosmos", *quick, "--steps", "9", "--out", str(tmp_path / "run"))
     assert left.status == 1
-    assert left.err.splitlines()[-1] == ("Error: cosmos was interrupted after 2 updates; go on with the same command and --resume")
+    assert left.err.splitlines()[-1] == ("Error: cosmos was interrupted after 2 updates; to continue, run the same command with --resume")
     assert (tmp_path / "run" / "last.pt").exists()
     left = leave("train", "cosmos", *quick, "--steps", "9")
     assert left.err.splitlines()[-1] == "Error: cosmos was interrupted after 2 updates; nothing was saved"
@@ -464,7 +464,7 @@ def test_demo_that_cannot_write_says_so_first(tmp_path: Path, leave: Callable[..
     file.write_text("")
     left = leave("demo", "--out", str(file / "demo"))
     assert left.status == 2
-    assert left.err == f"Error: out: {file / 'demo'} cannot be made a folder: Not a directory. Choose another\n"
+    assert left.err == f"Error: out: the folder {file / 'demo'} cannot be made: Not a directory. Choose another\n"
 
 
 # --- new-plugin
@@ -475,7 +475,7 @@ def test_new_plugin(tmp_path: Path, run: Run, leave: Callable[..., Left]) -> Non
     assert str(folder) in run("new-plugin", "top-peaks", "--in", str(tmp_path))
     assert (folder / "pyproject.toml").exists()
     left = leave("new-plugin", "top-peaks", "--in", str(tmp_path))
-    assert (left.status, left.err) == (2, f"Error: '{folder}' is there already; remove it, or take another name\n")
+    assert (left.status, left.err) == (2, f"Error: the folder '{folder}' exists; remove it, or choose another name\n")
 
 
 # --- live progress on a terminal

@@ -143,7 +143,7 @@ def test_a_cap_may_cut_through_a_character(tmp_path: Path) -> None:
     ("make", "says"),
     [
         (lambda folder: folder / "nowhere", "is neither a file nor a folder"),
-        (lambda folder: folder, "no text in .* Name a text file"),
+        (lambda folder: folder, "no text in .* Give a text file"),
         (lambda folder: (folder / "x.bin", (folder / "x.bin").write_bytes(b"\0"))[0], "left out: x.bin: binary"),
     ],
 )
@@ -205,7 +205,7 @@ def test_a_hugging_face_config_is_a_model_too(tmp_path: Path) -> None:
 def test_unknown_models_are_said(tmp_path: Path) -> None:
     with pytest.raises(LabError, match=r"'minni' is neither .* Did you mean 'mini'\? Known sizes: tiny, mini"):
         models.make_model("minni")
-    with pytest.raises(LabError, match="holds no Hugging Face config"):
+    with pytest.raises(LabError, match="has no Hugging Face config"):
         models.make_model(str(tmp_path))
 
 
@@ -427,7 +427,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pyte
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(LabError, match=r"No space left on device.*last\.pt is untouched"):
+    with pytest.raises(LabError, match=r"No space left on device.*last\.pt is unchanged"):
         checkpoint.write(tmp_path, {"step": 2})
     assert checkpoint.read(tmp_path / "last.pt")["step"] == 1
     assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
@@ -461,7 +461,7 @@ def weights_of(content: bytes, folder: Path) -> dict[str, torch.Tensor]:
 def test_a_new_run_does_not_write_over_an_old_one(config: TrainConfig, tmp_path: Path) -> None:
     config = with_(config, out=tmp_path)
     train(config)
-    with pytest.raises(LabError, match=r"belongs to an earlier run\. Resume it, or choose another folder"):
+    with pytest.raises(LabError, match=r"belongs to an earlier run\. Resume that run, or choose another folder"):
         train(config)
 
 
@@ -469,8 +469,8 @@ def test_a_new_run_does_not_write_over_an_old_one(config: TrainConfig, tmp_path:
     ("changes", "says"),
     [
         ({"lr": 0.5, "seed": 7}, r"seed: 0 there, 7 here; .*|lr: 0.01 there, 0.5 here; seed"),
-        ({"steps": 2}, "has 3 updates already, more than the 2 asked for"),
-        ({"steps": 12}, "Resume with steps 6, or start anew with steps 12"),
+        ({"steps": 2}, "already has 3 updates, more than the 2 of this run"),
+        ({"steps": 12}, "Resume with steps 6, or start a new run with steps 12"),
     ],
 )
 def test_another_runs_checkpoint_is_refused(changes: dict[str, Any], says: str, config: TrainConfig, tmp_path: Path) -> None:
@@ -509,7 +509,7 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_good_checkpoint(config: Tr
         optimizer.register_step_post_hook(spoil)
         return optimizer
 
-    with pytest.raises(LabError, match=r"is nan after 3 updates\. The last good checkpoint, .*last\.pt, is untouched; try"):
+    with pytest.raises(LabError, match=r"is nan after 3 updates\. The last good checkpoint, .*last\.pt, is unchanged; try"):
         train(config, make_optimizer=spoiling)
     assert checkpoint.read(tmp_path / "last.pt")["step"] == 2
     assert all(bool(tensor.isfinite().all()) for tensor in weights(tmp_path).values())
@@ -563,7 +563,7 @@ def test_a_comparison_starts_from_equal_weights_and_sees_equal_batches(config: T
     [
         ({"name": "stand-in"}, "two runs are called 'stand-in'"),
         ({"seed": 1}, r"other has seed 1, but stand-in has 0\. Only lr, name"),
-        ({"out": "x"}, "stand-in shares x with another run"),
+        ({"out": "x"}, "stand-in shares the folder x with another run"),
     ],
 )
 def test_an_unfair_comparison_is_refused(changes: dict[str, Any], says: str, config: TrainConfig) -> None:

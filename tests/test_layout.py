@@ -21,7 +21,7 @@ from subspace_opt import Entry, Plan, build, load_spec, make_plan
 from subspace_opt.distributed import meshes
 from subspace_opt.distributed.boxes import Box, Cut, full_box, shard_boxes
 from subspace_opt.distributed.meshes import MESH_KINDS, MeshError, make_mesh, place
-from subspace_opt.distributed.placement import Layout, Share
+from subspace_opt.distributed.placement import Layout, Sharding
 from subspace_opt.lab import meta_model
 from subspace_opt.plan import Row
 
@@ -103,16 +103,16 @@ def row_of(view: str, spec: str, name: str = "w", compensated: bool = False) -> 
 
 
 @st.composite
-def shared(draw: st.DrawFn) -> Share:
+def any_sharding(draw: st.DrawFn) -> Sharding:
     """A parameter of any view, cut in any way, on any mesh, among others."""
     row = row_of(draw(st.sampled_from(sorted(VIEWS))), draw(st.sampled_from(PIPELINES)), compensated=draw(st.booleans()))
     mesh = draw(MESHES)
-    divided = draw(st.booleans())
+    replicated = draw(st.booleans())
     shape = row.entry.shape
     dims = st.sampled_from([None, *range(len(shape))])
-    cuts = tuple(None if divided or (dim := draw(dims)) is None else Cut(dim) for _ in mesh)
-    layout = Layout(prod(mesh), divided, draw(st.lists(st.integers(0, 9), min_size=prod(mesh), max_size=prod(mesh))))
-    return layout.add([row], [shard_boxes(shape, mesh, cuts)], [() if divided else cuts])[0]
+    cuts = tuple(None if replicated or (dim := draw(dims)) is None else Cut(dim) for _ in mesh)
+    layout = Layout(prod(mesh), replicated, draw(st.lists(st.integers(0, 9), min_size=prod(mesh), max_size=prod(mesh))))
+    return layout.add([row], [shard_boxes(shape, mesh, cuts)], [() if replicated else cuts])[0]
 
 
 def marks(boxes: Sequence[Box], shape: tuple[int, ...]) -> torch.Tensor:
@@ -123,84 +123,88 @@ def marks(boxes: Sequence[Box], shape: tuple[int, ...]) -> torch.Tensor:
     return out
 
 
-@given(shared())
-def test_parts_cover_a_parameter_once(share: Share) -> None:
-    covered = marks([part.box for part in share.parts], share.row.entry.shape)
+@given(any_sharding())
+def test_parts_cover_a_parameter_once(sharding: Sharding) -> None:
+    covered = marks([part.box for part in sharding.parts], sharding.row.entry.shape)
     assert covered.eq(1).all()
-    owners = [owner for part in share.parts for owner in part.owners]
+    owners = [owner for part in sharding.parts for owner in part.owners]
     assert len(set(owners)) == len(owners)  # nobody has two
-    assert all(part.box.numel for part in share.parts)
-    assert sum(part.row.entry.numel for part in share.parts) == share.row.entry.numel
+    assert all(part.box.numel for part in sharding.parts)
+    assert sum(part.row.entry.numel for part in sharding.parts) == sharding.row.entry.numel
 
 
-@given(shared())
-def test_slots_are_covered_once_by_what_ranks_keep(share: Share) -> None:
-    row = share.row
+@given(any_sharding())
+def test_slots_are_covered_once_by_what_ranks_keep(sharding: Sharding) -> None:
+    row = sharding.row
     for key, (shape, _) in row.state.items():
         if key in ("step", "refreshed"):
             continue
-        boxes = {box for rank in range(len(share.boxes)) if (box := share.state_box(key, rank)) is not None}
+        boxes = {box for rank in range(len(sharding.boxes)) if (box := sharding.state_box(key, rank)) is not None}
         assert marks(sorted(boxes), shape).eq(1).all(), key
-        for part in share.parts:
+        for part in sharding.parts:
             if key in part.row.state:
                 assert prod(part.row.state[key][0]) == part.state[key].numel
 
 
-@given(shared())
-def test_messages_bring_each_part_all_of_itself(share: Share) -> None:
+@given(any_sharding())
+def test_messages_bring_each_part_all_of_itself(sharding: Sharding) -> None:
     """Every entry of a gradient comes to its owner once, from a rank that has it; every shard gets each entry of its updates once."""
-    shape = share.row.entry.shape
-    arriving = list(share.incoming(0))
+    shape = sharding.row.entry.shape
+    arriving = list(sharding.gradient_messages())
     for message in arriving:
-        assert share.boxes[message.source].contains(message.box)
-    for part in share.parts:
+        assert sharding.boxes[message.source].contains(message.box)
+    for part in sharding.parts:
         for owner in part.owners:
             got = marks([m.box for m in arriving if m.target == owner], shape)
-            assert torch.equal(got, marks([] if share.resident else [part.box], shape))
-    leaving = list(share.outgoing(0))
+            assert torch.equal(got, marks([] if sharding.updates_in_place else [part.box], shape))
+    leaving = list(sharding.update_messages())
     for message in leaving:
-        part = share.part_of(message.source)
+        part = sharding.part_of(message.source)
         assert part is not None
         assert part.box.contains(message.box)
     had = {(message.target, message.box) for message in leaving}
-    for message in share.copies(0):
+    for message in sharding.replica_messages():
         assert (message.source, message.box) in had  # a rank hands on what it was sent
         leaving.append(message)
-    for rank, box in enumerate(share.boxes):
+    for rank, box in enumerate(sharding.boxes):
         got = [m.box for m in leaving if m.target == rank]
-        own = share.part_of(rank)
-        if share.resident and own is not None:
+        own = sharding.part_of(rank)
+        if sharding.updates_in_place and own is not None:
             got.append(own.box)
         assert torch.equal(marks(got, shape).clamp(max=1), marks([box], shape))
-        assert marks(got, shape).max() <= 1 or share.resident
+        assert marks(got, shape).max() <= 1 or sharding.updates_in_place
 
 
-@given(shared(), st.booleans())
-def test_all_ranks_at_once_are_each_rank(share: Share, frozen: bool) -> None:
+@given(any_sharding(), st.booleans())
+def test_all_ranks_at_once_are_each_rank(sharding: Sharding, frozen: bool) -> None:
     """The planner's sums, which thousands of ranks need, against the messages one by one."""
-    ranks = len(share.boxes)
-    assert meshes.held([share, share], ranks) == [2 * share.bytes_held(rank) for rank in range(ranks)]
+    ranks = len(sharding.boxes)
+    assert meshes.total_bytes_held([sharding, sharding], ranks) == [2 * sharding.bytes_held(rank) for rank in range(ranks)]
     for refresh in (False, True):
-        assert meshes.sent([share, share], ranks, refresh) == [2 * share.bytes_sent(rank, refresh) for rank in range(ranks)]
+        assert meshes.total_bytes_sent([sharding, sharding], ranks, refresh=refresh) == [
+            2 * sharding.bytes_sent(rank, refresh=refresh) for rank in range(ranks)
+        ]
 
 
 def test_where_coordinates_are_enough_no_gradient_travels() -> None:
     row = row_of("matrix", "galore")
-    (share,) = Layout(2).add([row], [shard_boxes((12, 8), (2,), (Cut(1),))], [(Cut(1),)])
-    assert share.along == 1
-    assert meshes.sent([share], 2) == [12 * 2 * 4] * 2  # coordinates of 12 x 2 in float32: there, and back
-    assert meshes.sent([share], 2, refresh=True) > [12 * 4 * 4] * 2
+    (sharding,) = Layout(2).add([row], [shard_boxes((12, 8), (2,), (Cut(1),))], [(Cut(1),)])
+    assert sharding.basis_dim == 1
+    assert meshes.total_bytes_sent([sharding], 2) == [12 * 2 * 4] * 2  # coordinates of 12 x 2 in float32: there, and back
+    assert meshes.total_bytes_sent([sharding], 2, refresh=True) > [12 * 4 * 4] * 2
 
 
 # --- owners
 
 
-@pytest.mark.parametrize("divided", [False, True])
+@pytest.mark.parametrize("replicated", [False, True])
 @pytest.mark.parametrize(("number", "ranks"), [(64, 8), (61, 8), (5, 8), (100, 7)])
-def test_equal_matrices_are_owned_evenly(number: int, ranks: int, divided: bool) -> None:
+def test_equal_matrices_are_owned_evenly(number: int, ranks: int, replicated: bool) -> None:
     rows = [row_of("matrix", "muon", f"w{i}") for i in range(number)]
-    boxes = shard_boxes((12, 8), (ranks,), (None if divided else Cut(0),))
-    owners = Counter(part.owners[0] for share in Layout(ranks, divided).add(rows, [boxes] * number, [()] * number) for part in share.parts)
+    boxes = shard_boxes((12, 8), (ranks,), (None if replicated else Cut(0),))
+    owners = Counter(
+        part.owners[0] for sharding in Layout(ranks, replicated).add(rows, [boxes] * number, [()] * number) for part in sharding.parts
+    )
     counts = [owners[rank] for rank in range(ranks)]
     assert sum(counts) == number
     assert max(counts) - min(counts) <= 1
@@ -227,8 +231,8 @@ def test_the_order_of_parameters_changes_no_owner(order: list[int], ranks: int) 
     assert owners_of(straight) == owners_of([mixed[order.index(i)] for i in range(9)])
 
 
-def owners_of(shares: Sequence[Share]) -> list[tuple[int, ...]]:
-    return [part.owners for share in shares for part in share.parts]
+def owners_of(shardings: Sequence[Sharding]) -> list[tuple[int, ...]]:
+    return [part.owners for sharding in shardings for part in sharding.parts]
 
 
 # --- meshes that need not exist
@@ -266,7 +270,7 @@ def test_a_rank_has_its_place_among_those_that_share() -> None:
 @pytest.mark.parametrize(
     ("kind", "ranks", "shape", "told"),
     [
-        ("zero", 4, None, "mesh 'zero' is unknown; take fsdp, hsdp"),
+        ("zero", 4, None, "mesh 'zero' is unknown; choose one of fsdp, hsdp"),
         ("hsdp", 5, None, "give an even number, or the shape: --shape 1x5"),
         ("hsdp", 8, (2, 3), "shape 2x3 does not fit mesh hsdp of 8 ranks: it takes 2 numbers, product 8"),
         ("fsdp", 8, (2, 4), "shape 2x4 does not fit mesh fsdp of 8 ranks: it takes 1 number, product 8"),
@@ -279,7 +283,7 @@ def test_a_mesh_that_is_none(kind: str, ranks: int, shape: tuple[int, ...] | Non
 
 def test_tensor_parallelism_needs_layers_that_it_knows() -> None:
     plan = make_plan(load_spec("muon"), [Entry("conv.weight", (8, 8))])
-    with pytest.raises(MeshError, match=r"mesh tp cuts q_proj, .* the model has none of these; take fsdp"):
+    with pytest.raises(MeshError, match=r"mesh tp cuts q_proj, .* the model has none of these; choose fsdp"):
         place(plan, make_mesh("tp", 2))
 
 

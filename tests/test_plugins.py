@@ -69,21 +69,21 @@ def test_a_skeleton_passes_its_own_tests(kind: Kind, tmp_path: Path) -> None:
 
 def test_a_skeleton_tells_what_it_cannot_be_called(tmp_path: Path) -> None:
     for name, kind, message in (
-        ("Svd", "selector", "'Svd' is no name for a plugin: take small letters"),
-        ("a/b", "rule", "'a/b' is no name for a plugin"),
-        ("lambda", "rule", "'lambda' is no name for a plugin"),
-        ("svd", "selector", "there is a selector 'svd' already: subspace_opt.selectors.svd.Svd"),
-        ("kron-eigen", "selector", "there is a selector 'kron_eigen' already"),
-        ("cosmos", "preset", "there is a preset 'cosmos' already"),
-        ("step", "rule", "'Step' is a word of the library itself"),
-        ("some", "preconditioner", "a plugin is a selector, rule, preset, not 'preconditioner'"),
+        ("Svd", "selector", "'Svd' is not a valid name: use lower-case letters"),
+        ("a/b", "rule", "'a/b' is not a valid name"),
+        ("lambda", "rule", "'lambda' is not a valid name"),
+        ("svd", "selector", "the selector 'svd' exists: subspace_opt.selectors.svd.Svd"),
+        ("kron-eigen", "selector", "the selector 'kron_eigen' exists"),
+        ("cosmos", "preset", "the preset 'cosmos' exists"),
+        ("step", "rule", "the class name 'Step' is used by the library"),
+        ("some", "preconditioner", "a plugin must be one of selector, rule, preset, not 'preconditioner'"),
     ):
         with pytest.raises(ScaffoldError) as caught:
             new_plugin(name, tmp_path, kind)  # type: ignore[arg-type]
         assert message in str(caught.value)
     assert not list(tmp_path.iterdir())
     new_plugin("svd", tmp_path, "preset")
-    with pytest.raises(RegistryError, match="is there already; remove it"):
+    with pytest.raises(RegistryError, match="exists; remove it"):
         new_plugin("subspace-opt-svd", tmp_path, "preset")
 
 
@@ -130,7 +130,7 @@ def test_a_package_brings_presets_by_their_file_names(site: Site) -> None:
 def test_packages_are_not_looked_at_for_a_built_in_preset(site: Site) -> None:
     site.add("preset-pack-lazy", {"lazy.yaml": PLAIN})
     load_spec("cosmos")
-    assert not presets._looked_at
+    assert not presets._searched
     assert "preset_pack_lazy" not in sys.modules
     load_spec("lazy")
     assert "preset_pack_lazy" in sys.modules

@@ -312,7 +312,7 @@ def few_bits(kind: str) -> list[str]:
         (alone, _), (model, optimizer) = runs
         gaps = differences(whole_weights(alone), whole_weights(model))
         wrong += [f"{preset}: {name} differs by {gap:.1e}" for name, gap in gaps if not gap < 3e-3]
-        planned = sum(share.bytes_held(team.rank) for team, share in optimizer._shares().values())
+        planned = sum(sharding.bytes_held(group.rank) for group, sharding in optimizer._shardings().values())
         if planned != measured_bytes(optimizer):
             wrong.append(f"{preset}: {planned} bytes planned, {measured_bytes(optimizer)} held")
         saved, weights = _copied(optimizer.state_dict()), whole_weights(model)

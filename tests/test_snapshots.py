@@ -276,7 +276,7 @@ def test_parameters_in_another_order_and_in_other_groups_are_matched_by_name(tmp
     assert same(whole(again, other), whole(model, optimizer))
 
     again, other = made(kind, seed=7)
-    refused(tmp_path, again, other, "the parameters of group 0 were in groups with different weight_decay")
+    refused(tmp_path, again, other, "the saved groups of the parameters of group 0 differ in weight_decay")
 
 
 def test_tied_weights_stay_tied(tmp_path: Path) -> None:
@@ -335,9 +335,9 @@ def flip(path: Path) -> None:
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
-    "cut": (cut, "it is cut short"),
-    "longer": (lengthen, "it is longer"),
-    "flipped": (flip, "is damaged: its SHA-256 is not that of what was written"),
+    "cut": (cut, "it is truncated"),
+    "longer": (lengthen, "it is too long"),
+    "flipped": (flip, "is damaged: its SHA-256 does not match the manifest"),
     "missing": (Path.unlink, "is missing"),
 }
 
@@ -362,7 +362,7 @@ def test_a_damaged_file_is_refused_by_name_and_the_one_before_loads(two: tuple[P
     spoil(folder / "step-00000002" / file)
     model, optimizer = made("cosmos", seed=7)
     run(model, optimizer, range(1))
-    remedy = f"Load the one before it, snapshots.load({str(folder)!r}, model, optimizer, step=1)"
+    remedy = f"Load the snapshot before it, snapshots.load({str(folder)!r}, model, optimizer, step=1)"
     refused(folder, model, optimizer, f"{folder / 'step-00000002'} cannot be loaded: {file}", said, remedy)
     snapshots.load(folder, model, optimizer, step=1)
     assert same(whole(model, optimizer), first)
@@ -373,11 +373,11 @@ def test_a_damaged_file_is_refused_by_name_and_the_one_before_loads(two: tuple[P
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (cut, "manifest.json is cut short or damaged"),
-        (lambda path: path.write_bytes(b""), "manifest.json is cut short or damaged"),
-        (lambda path: path.write_bytes(b"[]"), "manifest.json is cut short or damaged"),
+        (cut, "manifest.json is truncated or damaged"),
+        (lambda path: path.write_bytes(b""), "manifest.json is truncated or damaged"),
+        (lambda path: path.write_bytes(b"[]"), "manifest.json is truncated or damaged"),
         (lambda path: path.write_text(path.read_text().replace('"step": 2', '"step": 3')), "manifest.json is damaged"),
-        (Path.unlink, "has no manifest.json, so it is no snapshot of this library or has lost it"),
+        (Path.unlink, "has no manifest.json: it was lost, or another program wrote the folder"),
     ],
 )
 def test_a_damaged_manifest_is_refused(two: tuple[Path, Saved], spoil: Callable[[Path], None], said: str) -> None:
@@ -385,7 +385,7 @@ def test_a_damaged_manifest_is_refused(two: tuple[Path, Saved], spoil: Callable[
     folder, first = two
     spoil(folder / "step-00000002" / "manifest.json")
     model, optimizer = made("cosmos", seed=7)
-    refused(folder, model, optimizer, said, "Load the one before it", "step=1)")
+    refused(folder, model, optimizer, said, "Load the snapshot before it", "step=1)")
     snapshots.load(folder, model, optimizer, step=1)
     assert same(whole(model, optimizer), first)
 
@@ -414,7 +414,7 @@ def test_a_foreign_file_is_refused_by_name(two: tuple[Path, Saved]) -> None:
     folder, _ = two
     (folder / "step-00000002" / "__1_0.distcp").write_bytes(b"of another run")
     model, optimizer = made("cosmos", seed=7)
-    refused(folder, model, optimizer, "__1_0.distcp is not of this snapshot: move it out of the folder")
+    refused(folder, model, optimizer, "__1_0.distcp does not belong to this snapshot: move it out of the folder")
     (folder / "step-00000002" / "__1_0.distcp").unlink()
     assert snapshots.load(folder, model, optimizer).step == 2
 
@@ -423,22 +423,20 @@ def test_the_only_snapshot_has_none_before_it(tmp_path: Path) -> None:
     model, optimizer = made("AdamW")
     snapshots.save(tmp_path, model, optimizer, step=1)
     flip(tmp_path / "step-00000001" / "rest.pt")
-    refused(tmp_path, model, optimizer, "rest.pt is damaged", "No complete snapshot is before it")
+    refused(tmp_path, model, optimizer, "rest.pt is damaged", "There is no earlier complete snapshot")
 
 
 def test_a_snapshot_under_another_name_is_refused(two: tuple[Path, Saved]) -> None:
     folder, _ = two
     (folder / "step-00000002").rename(folder / "step-00000009")
     model, optimizer = made("cosmos")
-    refused(folder, model, optimizer, "step-00000009 is the snapshot of step 2 under another name; give it back its name")
+    refused(folder, model, optimizer, "step-00000009 is the snapshot of step 2 under another name; rename it to step-00000002")
 
 
 def test_a_snapshot_of_a_later_format_is_refused(two: tuple[Path, Saved], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(manifest, "FORMAT", 0)
     model, optimizer = made("cosmos")
-    refused(
-        two[0], model, optimizer, "is of format 1 and this subspace_opt reads 0; it was written by subspace_opt 0.1.0: load it with that"
-    )
+    refused(two[0], model, optimizer, "has format 1 and this subspace_opt reads format 0; load it with subspace_opt 0.1.0, which wrote it")
 
 
 def test_a_checkpoint_of_torch_alone_is_refused(tmp_path: Path) -> None:
@@ -447,8 +445,8 @@ def test_a_checkpoint_of_torch_alone_is_refused(tmp_path: Path) -> None:
     for folder in (tmp_path / "bare", tmp_path / "runs" / "step-00000003"):
         with pytest.warns(UserWarning, match="torch.distributed is disabled"):
             dcp.save(state, checkpoint_id=folder)
-    refused(tmp_path / "bare", model, optimizer, "It is itself a checkpoint of torch.distributed.checkpoint")
-    refused(tmp_path / "runs", model, optimizer, "has no manifest.json", "a checkpoint of torch.distributed.checkpoint alone")
+    refused(tmp_path / "bare", model, optimizer, "It is a checkpoint of torch.distributed.checkpoint")
+    refused(tmp_path / "runs", model, optimizer, "has no manifest.json", "a checkpoint that torch.distributed.checkpoint wrote by itself")
     refused(tmp_path / "none", model, optimizer, "none has no complete snapshot.")
     assert snapshots.latest(tmp_path / "runs") is None
     with pytest.raises(SnapshotError, match="has step-00000003 already"):
@@ -463,9 +461,13 @@ def test_another_model_is_refused(two: tuple[Path, Saved]) -> None:
         change(model)
         return model, OPTIMIZERS["cosmos"](model.named_parameters())
 
-    refused(folder, *changed(lambda m: m.register_parameter("more", nn.Parameter(torch.ones(2)))), "is of another model: it lacks more;")
-    refused(folder, *changed(lambda m: delattr(m, "last")), "is of another model: it has besides last;")
-    refused(folder, *changed(lambda m: delattr(m, "seen")), "is of another model: it has besides seen;")
+    refused(
+        folder,
+        *changed(lambda m: m.register_parameter("more", nn.Parameter(torch.ones(2)))),
+        "belongs to another model: the snapshot lacks more;",
+    )
+    refused(folder, *changed(lambda m: delattr(m, "last")), "belongs to another model: the snapshot has in addition last;")
+    refused(folder, *changed(lambda m: delattr(m, "seen")), "belongs to another model: the snapshot has in addition seen;")
     wider = nn.Parameter(torch.ones(9, 8))
     refused(folder, *changed(lambda m: setattr(m, "first", wider)), "'first' has shape (7, 8) there and (9, 8) here")
     refused(folder, *changed(lambda m: m.double()), "has dtype torch.float32 there and torch.float64 here")
@@ -504,12 +506,20 @@ def test_another_optimizer_is_refused(tmp_path: Path) -> None:
     run(model, optimizer, range(1))
     snapshots.save(tmp_path, model, optimizer, step=1)
     refused(tmp_path, *made("cosmos"), "the checkpoint is of another optimizer: its groups carry no spec")
-    refused(tmp_path, *made("SGD"), "has the state of AdamW, and this is SGD: build the optimizer as it was")
+    refused(tmp_path, *made("SGD"), "has the state of AdamW, and this is SGD: build the optimizer as it was saved")
     model = Model()
     refused(
-        tmp_path, model, torch.optim.AdamW(model.parameters(), amsgrad=True), "its optimizer has other options: 'bias' has slots exp_avg, "
+        tmp_path,
+        model,
+        torch.optim.AdamW(model.parameters(), amsgrad=True),
+        "the optimizer has other options than the saved one: 'bias' has slots exp_avg, ",
     )
-    refused(tmp_path, model, torch.optim.AdamW(list(model.parameters())[:2]), "its optimizer has other parameters: it has besides ")
+    refused(
+        tmp_path,
+        model,
+        torch.optim.AdamW(list(model.parameters())[:2]),
+        "the optimizer has other parameters than the saved one: the snapshot has in addition ",
+    )
 
 
 def test_a_slot_of_another_precision_is_refused(tmp_path: Path) -> None:

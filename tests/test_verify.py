@@ -72,18 +72,18 @@ def test_a_full_basis_is_told(certificates: list[Certificate]) -> None:
 
 def go_astray(rank: int) -> None:
     """An optimizer that is wrong on rank 1 alone: a weight a little off, and a message more."""
-    from subspace_opt.distributed import step as together
+    from subspace_opt.distributed import step as distributed
 
-    step = together.take_step
+    step = distributed.take_step
 
-    def wrong(items: list[together.Item], *rest: object) -> None:
-        step(items, *rest)  # type: ignore[arg-type]
+    def wrong(params: list[distributed.ShardedParam], *rest: object) -> None:
+        step(params, *rest)  # type: ignore[arg-type]
         if rank == 1:
-            items[-1].weight.add_(1e-4)
+            params[-1].weight.add_(1e-4)
         both = torch.zeros(2, dtype=torch.uint8)
         dist.all_to_all_single(torch.empty_like(both), both)
 
-    together.take_step = wrong
+    distributed.take_step = wrong
 
 
 def test_a_wrong_optimizer_is_caught() -> None:

@@ -1,4 +1,4 @@
-"""Files that survive a power cut."""
+"""Flush folders to the disk, so that new files survive a power cut."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from pathlib import Path
 
 
 def flush_names(folder: Path) -> None:
-    """Names that were made or changed are on the disk only once their folder is; Windows cannot open folders."""
+    """Write the folder's entries to the disk: a new or renamed file is safe only after its folder has been flushed.
+
+    Does nothing on Windows, which cannot open folders.
+    """
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
         try:

@@ -1,7 +1,7 @@
-"""The command `subspace-opt`: look at specs, plan their memory, train with them.
+"""The command `subspace-opt`: show specs, plan their memory, train with them.
 
-Exit status: 0 done; 1 a run began, and failed or was interrupted; 2 the input is bad. A mistake of the user's is one
-message on stderr, a bug keeps its traceback. Results go to stdout and progress to stderr, so `--json` can be piped.
+Exit status: 0 success; 1 a run started and failed or was interrupted; 2 bad input. Bad input gives one message on stderr; a bug gives a
+traceback. Results go to stdout and progress to stderr, so that `--json` can be piped.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ app = typer.Typer(
     epilog="Example: subspace-opt plan cosmos --model 7b --set matrix.selector.rank=256",
     no_args_is_help=True,
     add_completion=False,
-    rich_markup_mode=None,  # a box drawn around a message would break file:line:column in the middle
+    rich_markup_mode=None,  # a box around a message would break the line within file:line:column
     pretty_exceptions_enable=False,
 )
 
@@ -61,14 +61,14 @@ def _show_version(asked: bool) -> None:
 
 @app.callback()
 def _top(
-    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and leave.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")] = False,
 ) -> None:
     pass
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run the command and leave with its exit status."""
-    for package in ("torchao", "torch.utils._pytree"):  # transformers imports torchao, which tells of kernels that nobody here asked for
+    """Run the command and exit with its status."""
+    for package in ("torchao", "torch.utils._pytree"):  # imported by transformers; logs warnings about unused kernels
         logging.getLogger(package).setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning

@@ -1,4 +1,4 @@
-"""Measuring presets against their authors' trajectories."""
+"""The command `parity`: compare presets with their authors' trajectories."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from .training import RunError
 
 
 def parity(
-    golden: Annotated[Path, typer.Option(metavar="DIR", help="The folder of the trajectories, tests/golden of a checkout.")] = Path(
+    golden: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the trajectories: tests/golden of a checkout.")] = Path(
         "tests/golden"
     ),
     as_json: AsJson = False,
 ) -> None:
-    """Measure presets against their authors' own code.
+    """Compare presets with their authors' own code.
 
-    Its trajectories are replayed; leaves with status 1 if one differs by more than its tolerance.
+    Replays recorded trajectories of that code. Exits with status 1 if one differs by more than its tolerance.
     """
-    from ..testing.parity import measure_all  # needs numpy, which the optimizers do not
+    from ..testing.parity import measure_all  # numpy is not a core dependency
 
     try:
         measured = measure_all(golden)

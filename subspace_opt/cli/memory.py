@@ -1,4 +1,4 @@
-"""What an optimizer will keep for a model, before there is one: explain, plan."""
+"""The commands `explain` and `plan`: the memory of an optimizer, computed before a model is built."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def explain(
     plugin: Plugins = [],  # noqa: B006
     as_json: AsJson = False,
 ) -> None:
-    """Say what happens to every parameter, and why.
+    """Show the pipeline of every parameter, and why.
 
-    One row a parameter: shape, pipeline, rank, lr multiplier, weight decay, bytes of state, and the route that decided.
+    One row for each parameter: shape, pipeline, rank, lr multiplier, weight decay, bytes of state, and the route that decided.
     """
     planned, title = _planned(spec, set_, model, vocab, dtype)
     if as_json:
@@ -44,8 +44,8 @@ def plan(
     model: ModelName = "60m",
     vocab: Vocabulary = None,
     dtype: Dtype = "float32",
-    ranks: Annotated[int | None, typer.Option(min=1, help="Tell what each of so many ranks holds and sends, too.")] = None,
-    mesh: Annotated[MeshKind | None, typer.Option(help="How the ranks share the model; fsdp if not told.")] = None,
+    ranks: Annotated[int | None, typer.Option(min=1, help="Also show the bytes that each of this number of ranks holds and sends.")] = None,
+    mesh: Annotated[MeshKind | None, typer.Option(help="How the ranks share the model; default: fsdp.")] = None,
     shape: MeshShape = None,
     set_: Overrides = [],  # noqa: B006
     plugin: Plugins = [],  # noqa: B006
@@ -53,10 +53,10 @@ def plan(
 ) -> None:
     """Add up the optimizer's memory, layer by layer.
 
-    To the byte what a run allocates, beside what AdamW would. The model's weights are never made: 70b takes seconds.
+    The bytes equal those that a run allocates. The table shows AdamW's bytes too. No weights are allocated, so 70b takes seconds.
     """
     if ranks is None and (mesh or shape):
-        raise MeshError("--mesh and --shape tell how ranks share the model; say how many there are: --ranks 8")
+        raise MeshError("--mesh and --shape need the number of ranks; add it, for example --ranks 8")
     grid = None if ranks is None else read_mesh(mesh or "fsdp", ranks, shape)
     planned, title = _planned(spec, set_, model, vocab, dtype)
     placed = None if grid is None else place(planned, grid)
@@ -71,8 +71,8 @@ def plan(
 
 
 def _planned(spec: str, changed: Iterable[str], model: str, vocab: int | None, dtype: str) -> tuple[Plan, str]:
-    """The plan for a model that has shapes and no memory, and a title for it."""
-    loaded = load_spec(spec, overrides(changed))  # before the model: a mistake is told at once
+    """The plan for a model on the meta device, and a title for it."""
+    loaded = load_spec(spec, overrides(changed))  # before the model is built, so that errors in the spec appear at once
     shapes = meta_model(model, vocab_size=vocab).to(getattr(torch, dtype))
     planned = build(loaded, shapes).plan
     return planned, f"{loaded.name} on {model}: {sum(row.entry.numel for row in planned):,} parameters in {dtype}"

@@ -1,4 +1,4 @@
-"""What several commands take, and how they answer a program."""
+"""Options that several commands share, and JSON output."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from ..spec.document import DocumentError, parse_document
 
 
 def parse_override(given: str) -> tuple[str, Any]:
-    """`matrix.selector.rank=128` as a dotted path and a plain value.
+    """Parse `matrix.selector.rank=128` into a dotted path and a plain value.
 
     Raises:
-        SpecError: no `=`, or a value that is no YAML of one line.
+        SpecError: the text has no `=`, or its value is not YAML of one line.
     """
     path, equals, text = given.partition("=")
     if not equals or not path.strip():
@@ -28,17 +28,17 @@ def parse_override(given: str) -> tuple[str, Any]:
     except DocumentError as error:
         raise SpecError(f"--set '{given}': the value cannot be read: {str(error).partition(': ')[2]}") from None
     if list(data) != ["value"]:
-        raise SpecError(f"--set '{given}': the value takes one line of YAML, such as 128 or {{kind: svd, rank: 8}}")
+        raise SpecError(f"--set '{given}': the value must be one line of YAML, such as 128 or {{kind: svd, rank: 8}}")
     return path.strip(), data["value"]
 
 
 def overrides(given: Iterable[str]) -> dict[str, Any]:
-    """All `--set` options as `load_spec` takes them; of two for one path the last holds."""
+    """All `--set` options as a mapping for `load_spec`. If a path occurs twice, the last value counts."""
     return dict(map(parse_override, given))
 
 
 def print_json(data: Any) -> None:
-    """One document on stdout."""
+    """Print one JSON document on stdout."""
     typer.echo(json.dumps(data, indent=2, ensure_ascii=False))
 
 
@@ -48,10 +48,10 @@ def _load_plugins(paths: list[Path]) -> list[Path]:
     return paths
 
 
-SpecName = Annotated[str, typer.Argument(metavar="SPEC", help="A preset's name, or the path of a .yaml or .json file.")]
+SpecName = Annotated[str, typer.Argument(metavar="SPEC", help="Name of a preset, or path of a .yaml or .json file.")]
 Overrides = Annotated[
     list[str],
-    typer.Option("--set", metavar="PATH=VALUE", help="Set a value of the spec by its dotted path; can be repeated."),
+    typer.Option("--set", metavar="PATH=VALUE", help="Set a value of the spec by its dotted path. Repeat for several."),
 ]
 Plugins = Annotated[
     list[Path],
@@ -59,13 +59,13 @@ Plugins = Annotated[
         "--plugin",
         metavar="FILE.py",
         callback=_load_plugins,
-        help="Run a Python file that registers kinds; can be repeated.",
+        help="Run a Python file that registers kinds. Repeat for several.",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 Dtype = Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Dtype of the parameters.")]
-ModelName = Annotated[str, typer.Option("--model", metavar="NAME", help="A size, tiny to 70b, or the path of a Hugging Face config.")]
+ModelName = Annotated[str, typer.Option("--model", metavar="NAME", help="A size from tiny to 70b, or path of a Hugging Face config.")]
 Vocabulary = Annotated[
     int | None,
-    typer.Option("--vocab", min=1, help="Vocabulary; a size has 32000 (`train` uses 256 bytes), a config its own."),
+    typer.Option("--vocab", min=1, help="Size of the vocabulary. Default: 32000, or that of the config (`train` uses 256)."),
 ]

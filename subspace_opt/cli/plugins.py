@@ -1,4 +1,4 @@
-"""Laying out a plugin package."""
+"""The command `new-plugin`: write the skeleton of a plugin package."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from .scaffold import Kind, new_plugin
 
 
 def new(
-    name: Annotated[str, typer.Argument(help="What to call its kind, or its preset: small letters, digits, hyphens.")],
-    kind: Annotated[Kind, typer.Option(help="What it brings.")] = "selector",
-    directory: Annotated[Path, typer.Option("--in", metavar="DIR", help="Where to put its folder.")] = Path(),
+    name: Annotated[str, typer.Argument(help="Name of its kind or preset: lower-case letters, digits, hyphens.")],
+    kind: Annotated[Kind, typer.Option(help="What the plugin adds.")] = "selector",
+    directory: Annotated[Path, typer.Option("--in", metavar="DIR", help="Folder in which to create the package.")] = Path(),
 ) -> None:
     """Write the skeleton of a plugin package, with tests that pass.
 
-    It is a package of its own: a working rule, selector or preset to start from, an example, tests, a README.
+    The package has a working rule, selector or preset to start from, an example, tests and a README.
     """
     folder = new_plugin(name, directory, kind)
-    typer.echo(f"{folder} is written. Next:\n  pip install -e '{folder}[test]'\n  pytest {folder}")
+    typer.echo(f"Created {folder}. Next:\n  pip install -e '{folder}[test]'\n  pytest {folder}")

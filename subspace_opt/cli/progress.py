@@ -1,4 +1,4 @@
-"""The live progress of runs."""
+"""Live progress of training runs."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from ..lab.report import readable_bytes
 
 
 class RunProgress:
-    """Shows the events of runs: bars on a terminal, elsewhere a line for each validation."""
+    """Shows the events of runs: progress bars on a terminal, otherwise one line for each validation."""
 
     def __init__(self, out: Console, runs: Sequence[tuple[str, int]]) -> None:
-        """`runs`: (name, steps) of all that are to come."""
+        """`runs`: (name, steps) of all runs that follow."""
         self.out = out
-        self.began = False  # whether any run has passed its checks and started
-        self.saved: str | None = None  # the last checkpoint
+        self.began = False  # True once a run has passed its checks and started
+        self.saved: str | None = None  # path of the last checkpoint
         self._last: Stepped | None = None
         self._corpus = ""
         self._bars = Progress(
-            TextColumn("{task.description}", table_column=Column(overflow="ellipsis")),  # gives way first
+            TextColumn("{task.description}", table_column=Column(overflow="ellipsis")),  # shortened first if the terminal is narrow
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
             TextColumn("{task.fields[told]}"),
@@ -47,7 +47,7 @@ class RunProgress:
         self._bars.stop()
 
     def __call__(self, event: Event) -> None:
-        """Take one event."""
+        """Show one event."""
         match event:
             case Started():
                 self._start(event)
@@ -91,11 +91,11 @@ class RunProgress:
         self._say("  ".join(parts))
 
     def _say(self, line: str) -> None:
-        self.out.print(line, markup=False, soft_wrap=True)  # one line of a log stays one line
+        self.out.print(line, markup=False, soft_wrap=True)  # never wrapped: a log line is one line
 
 
 def _clock(seconds: float) -> str:
-    """0:07, 12:34, 1:02:03."""
+    """Seconds as 0:07, 12:34 or 1:02:03."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"

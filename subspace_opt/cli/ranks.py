@@ -1,4 +1,4 @@
-"""Several ranks: what `plan` tells of them, and `verify`, a certificate."""
+"""Several ranks: the table that `plan` shows for them, and the command `verify`."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from .tables import console, make_table, split_name
 from .training import RunError
 
 if TYPE_CHECKING:
-    from ..lab.verify import Certificate
+    from ..lab.verify import Certificate, Trial
 
 MeshName = Annotated[MeshKind, typer.Option("--mesh", help="How the ranks share the model.")]
 MeshShape = Annotated[
-    str | None, typer.Option("--shape", metavar="2x4", help="Shape of a mesh of two dimensions; tensor parallelism has the last.")
+    str | None, typer.Option("--shape", metavar="2x4", help="Shape of a mesh with two dimensions; tensor parallelism uses the last.")
 ]
-SHOWN = 16  # ranks in a table; of more, those that disagree
+SHOWN = 16  # rows in a table of ranks; with more ranks, those that disagree with the plan
 
 
 def read_mesh(kind: str, ranks: int, shape: str | None) -> Mesh:
-    """The mesh that options tell of.
+    """The mesh of the options --mesh, --ranks and --shape.
 
     Raises:
-        MeshError: a shape that is none, or does not fit.
+        MeshError: the shape is malformed, or does not fit the number of ranks.
     """
     if shape is None:
         return make_mesh(kind, ranks)
@@ -47,7 +47,7 @@ def read_mesh(kind: str, ranks: int, shape: str | None) -> Mesh:
 
 
 def ranks_to_dict(placed: PlacedPlan) -> dict[str, Any]:
-    """Bytes of every rank."""
+    """The bytes that each rank holds and sends, for JSON."""
     return {
         "mesh": placed.mesh.kind,
         "shape": list(placed.mesh.shape),
@@ -59,22 +59,22 @@ def ranks_to_dict(placed: PlacedPlan) -> dict[str, Any]:
 
 
 def show_ranks(placed: PlacedPlan, out: Console) -> None:
-    """What a rank holds and sends: the least, the mean, the most."""
+    """The bytes that a rank holds and sends: smallest, mean and largest."""
     numbers = ("smallest", "mean", "largest", "total / ranks")
-    lines = make_table(f"{placed.mesh}, a rank", *numbers, right=numbers)
+    lines = make_table(f"{placed.mesh}, each rank", *numbers, right=numbers)
     total = placed.plan.total_bytes / placed.mesh.ranks
-    own = [("state", placed.bytes_held, readable_bytes(round(total))), ("sent a step", placed.bytes_sent, "")]
+    own = [("state", placed.bytes_held, readable_bytes(round(total))), ("sent in a step", placed.bytes_sent, "")]
     if placed.bytes_sent_at_refresh != placed.bytes_sent:
-        own.append(("with a refresh of all bases", placed.bytes_sent_at_refresh, ""))
+        own.append(("sent in a step that refreshes all bases", placed.bytes_sent_at_refresh, ""))
     for name, each, even in own:
         mean = round(sum(each) / len(each))
         lines.add_row(name, readable_bytes(min(each)), readable_bytes(mean), readable_bytes(max(each)), even)
     out.print()
     out.print(lines)
-    alone = [row for row, share in zip(placed.plan.rows, placed.shares, strict=True) if share is None]
+    alone = [row for row, sharding in zip(placed.plan.rows, placed.shardings, strict=True) if sharding is None]
     if alone:
         size = readable_bytes(sum(row.state_bytes for row in alone))
-        out.print(f"{len(alone)} parameters are cut by no dimension of the mesh: every rank has all of their state, {size}", soft_wrap=True)
+        out.print(f"{len(alone)} parameters are not sharded by this mesh: every rank holds all of their state, {size}", soft_wrap=True)
 
 
 # ------------------------------------------------------------------------------------------------------------ verify
@@ -82,53 +82,56 @@ def show_ranks(placed: PlacedPlan, out: Console) -> None:
 
 def verify(
     spec: SpecName,
-    ranks: Annotated[int | None, typer.Option(min=1, help="Ranks; 4, or as many as torchrun has started.")] = None,
+    ranks: Annotated[int | None, typer.Option(min=1, help="Number of ranks. Default: 4, or the number that torchrun started.")] = None,
     mesh: MeshName = "fsdp",
     shape: MeshShape = None,
-    model: Annotated[str, typer.Option("--model", metavar="NAME", help="A size, or the path of a Hugging Face config.")] = "tiny",
-    vocab: Annotated[int | None, typer.Option(min=1, help="Vocabulary; a size has 256, a config its own.")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Updates.")] = 20,
+    model: Annotated[str, typer.Option("--model", metavar="NAME", help="A size, or path of a Hugging Face config.")] = "tiny",
+    vocab: Annotated[int | None, typer.Option(min=1, help="Size of the vocabulary. Default: 256, or that of the config.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Number of updates.")] = 20,
     dtype: Annotated[Literal["float64", "float32", "bfloat16"], typer.Option(help="Dtype of the parameters.")] = "float64",
-    train: Annotated[bool, typer.Option("--train", help="Gradients of the model on random tokens, instead of random ones.")] = False,
-    time_limit: Annotated[float, typer.Option(min=1, help="Seconds after which to give up.")] = 600,
+    train: Annotated[bool, typer.Option("--train", help="Use the model's gradients on random tokens, not random ones.")] = False,
+    time_limit: Annotated[float, typer.Option(min=1, help="Stop with an error after this number of seconds.")] = 600,
     set_: Overrides = [],  # noqa: B006
     plugin: Plugins = [],  # noqa: B006
     as_json: AsJson = False,
 ) -> None:
-    """Certify that several ranks do what one process does.
+    """Check that several ranks give the weights of one process.
 
-    Both run the same spec on the same gradients. Then weights, bytes of state and bytes sent are compared, the latter two with the plan.
-    Leaves with status 1 if anything differs.
+    Both run the same spec on the same gradients. Their weights must agree, and the bytes of state and the bytes sent must equal the plan.
+    Exits with status 1 if anything differs.
 
-    The ranks are processes of this machine; under torchrun (torchrun --nproc-per-node 8 -m subspace_opt.cli verify cosmos) those that it
-    has started, on their GPUs.
+    The ranks are processes on this machine. Under torchrun they are its processes, on their GPUs:
+    torchrun --nproc-per-node 8 -m subspace_opt.cli verify cosmos
     """
     from ..lab.model import SIZES
-    from ..lab.verify import CertificateError, Trial, certify, certify_here, torchrun_ranks  # late: imports torch.distributed
+    from ..lab.verify import Trial, torchrun_ranks  # late: imports torch.distributed
 
-    load_spec(spec, overrides(set_))  # before ranks are started: a mistake is told at once
+    changed = overrides(set_)
+    load_spec(spec, changed)  # before the ranks start, so that errors in the spec appear at once
     started = torchrun_ranks()
     if started is not None and ranks not in (None, started):
-        raise MeshError(f"--ranks {ranks}: torchrun has started {started}; leave --ranks out")
+        raise MeshError(f"--ranks {ranks}: torchrun has started {started} ranks; leave --ranks out")
     number = started or ranks or 4
-    trial = Trial(
-        spec,
-        mesh,
-        number,
-        read_mesh(mesh, number, shape).shape,
-        model,
-        vocab or (256 if model in SIZES else None),
-        steps,
-        dtype,
-        train,
-        overrides=overrides(set_),
-        plugins=tuple(str(Path(path).resolve()) for path in plugin),
-    )
+    sides = read_mesh(mesh, number, shape).shape
+    words = vocab or (256 if model in SIZES else None)
+    files = tuple(str(Path(path).resolve()) for path in plugin)
+    trial = Trial(spec, mesh, number, sides, model, words, steps, dtype, train, overrides=changed, plugins=files)
+    _verify(trial, time_limit, under_torchrun=started is not None, as_json=as_json)
+
+
+def _verify(trial: Trial, time_limit: float, *, under_torchrun: bool, as_json: bool) -> None:
+    """Run the trial; the first rank prints the certificate.
+
+    Raises:
+        RunError: a rank failed, or something differs.
+    """
+    from ..lab.verify import CertificateError, certify, certify_here
+
     try:
-        certificate = certify_here(trial, time_limit=time_limit) if started else certify([trial], time_limit=time_limit)[0]
+        certificate = certify_here(trial, time_limit=time_limit) if under_torchrun else certify([trial], time_limit=time_limit)[0]
     except CertificateError as error:
         raise RunError(str(error)) from error
-    if not started or _is_first():
+    if not under_torchrun or _is_first():
         if as_json:
             print_json(certificate.to_dict())
         else:
@@ -142,20 +145,20 @@ def _is_first() -> bool:
 
 
 def verdict(certificate: Certificate) -> str:
-    """What holds and what does not, in a sentence."""
+    """The result in one sentence: equal, or what differs."""
     worst, wrong = certificate.largest, [rank for rank in certificate.ranks if not rank.holds]
     told = []
     if not certificate.weights_hold:
-        told.append(f"'{worst.name}' differs by {worst.part:.1e} of the way that it has gone (tolerance {certificate.tolerance:g})")
+        told.append(f"'{worst.name}' differs by {worst.part:.1e} of the distance that it moved (tolerance {certificate.tolerance:g})")
     if wrong:
-        told.append(f"bytes of rank {', '.join(str(rank.rank) for rank in wrong[:SHOWN])} are not those of the plan")
+        told.append(f"the bytes of rank {', '.join(str(rank.rank) for rank in wrong[:SHOWN])} differ from the plan")
     if not told:
-        return f"equal: weights within {certificate.tolerance:g} of the way that they have gone, state and traffic to the byte"
+        return f"equal: weights within {certificate.tolerance:g} of the distance that they moved, state and traffic to the byte"
     return "; ".join(told)
 
 
 def show_certificate(certificate: Certificate, out: Console) -> None:
-    """Weights by layer, bytes by rank, the verdict."""
+    """Differences of weights by layer, bytes by rank, and the verdict."""
     trial = certificate.trial
     gradients = "its own gradients" if trial.train else "random gradients"
     size = f"{certificate.parameters:,} parameters in {trial.dtype}"
@@ -166,7 +169,7 @@ def show_certificate(certificate: Certificate, out: Console) -> None:
         markup=False,
         soft_wrap=True,
     )
-    numbers = ("largest difference", "way gone", "part")
+    numbers = ("largest difference", "distance moved", "ratio")
     layers = make_table("layer", *numbers, right=numbers, fold="layer")
     for name, found in groupby(certificate.differences, key=lambda each: split_name(each.name)[0]):
         worst = max(found, key=lambda each: each.part)
@@ -174,10 +177,10 @@ def show_certificate(certificate: Certificate, out: Console) -> None:
         layers.add_row(escape(name), f"{worst.largest:.1e}", f"{worst.way:.1e}", f"{worst.part:.1e}", style=wrong)
     out.print(layers)
     if certificate.full:
-        told = f"{len(certificate.full)} matrices are as small as the rank, which leaves nothing to the complement: set a smaller one"
+        told = f"the rank is at least the size of {len(certificate.full)} matrices, so their complement is empty: set a smaller rank"
         out.print(f"{told}, such as --set matrix.selector.rank=16", soft_wrap=True)
     out.print()
-    columns = ("state held", "planned", "sent first", "planned", "sent later", "planned")
+    columns = ("state held", "planned", "sent in step 1", "planned", "sent later", "planned")
     ranks = make_table("rank", *columns, right=columns)
     for rank in _shown(certificate):
         style = None if rank.holds else "red"

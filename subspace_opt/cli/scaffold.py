@@ -1,4 +1,4 @@
-"""`new_plugin`: the skeleton of a plugin package, which passes its own conformance tests as it is written."""
+"""Write the skeleton of a plugin package. The skeleton passes its own conformance tests."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from ..spec import presets
 Kind = Literal["selector", "rule", "preset"]
 
 NAME = re.compile(r"[a-z][a-z0-9]*([-_][a-z0-9]+)*")
-TAKEN = {*public_names, "Field", "Literal", "Order", "Tensor"}  # what the written modules import
+TAKEN = {*public_names, "Field", "Literal", "Order", "Tensor"}  # names that the generated modules import
 
 
 class ScaffoldError(RegistryError):
-    """A plugin that cannot be laid out under this name or in this place; nothing was written."""
+    """A plugin cannot be created under this name or in this folder. Nothing was written."""
 
 
 def new_plugin(name: str, directory: str | Path = ".", kind: Kind = "selector") -> Path:
     """Write the package `subspace-opt-NAME` into a directory and return its folder.
 
-    It holds a rule or selector that works, or a preset; a spec that uses it; tests that run the conformance kit on it; a README.
+    The package has a working rule, selector or preset, a spec that uses it, tests that run the conformance kit, and a README.
 
     Raises:
-        ScaffoldError: a name that is no name or is taken, or a folder that is there already.
+        ScaffoldError: the name is invalid or in use, or the folder exists.
     """
     word = name.removeprefix("subspace-opt-")
     if kind not in get_args(Kind):
-        raise ScaffoldError(f"a plugin is a {', '.join(get_args(Kind))}, not '{kind}'")
+        raise ScaffoldError(f"a plugin must be one of {', '.join(get_args(Kind))}, not '{kind}'")
     if not NAME.fullmatch(word) or keyword.iskeyword(word):
-        raise ScaffoldError(f"'{name[:80]}' is no name for a plugin: take small letters, digits and single hyphens, such as top-peaks")
+        raise ScaffoldError(f"'{name[:80]}' is not a valid name: use lower-case letters, digits and single hyphens, such as top-peaks")
     if _class_name(word) in TAKEN:
-        raise ScaffoldError(f"'{_class_name(word)}' is a word of the library itself; take another name")
+        raise ScaffoldError(f"the class name '{_class_name(word)}' is used by the library; choose another name")
     _check_free(word, kind)
     folder = Path(directory) / f"subspace-opt-{word.replace('_', '-')}"
     if folder.exists():
-        raise ScaffoldError(f"'{folder}' is there already; remove it, or take another name")
+        raise ScaffoldError(f"the folder '{folder}' exists; remove it, or choose another name")
     for path, text in _files(word, kind).items():
         file = folder / path
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -55,13 +55,13 @@ def _class_name(word: str) -> str:
 def _check_free(word: str, kind: Kind) -> None:
     if kind == "preset":
         if (taken := presets.find(word)) is not None:
-            raise ScaffoldError(f"there is a preset '{word}' already: {taken.file}; take another name")
+            raise ScaffoldError(f"the preset '{word}' exists: {taken.file}; choose another name")
     elif (cls := find(kind, word.replace("-", "_"))) is not None:
-        raise ScaffoldError(f"there is a {kind} '{word.replace('-', '_')}' already: {owner(cls)}; take another name")
+        raise ScaffoldError(f"the {kind} '{word.replace('-', '_')}' exists: {owner(cls)}; choose another name")
 
 
 def _files(word: str, kind: Kind) -> dict[str, str]:
-    """The text of every file by its path in the package."""
+    """The text of each file, by its path in the package."""
     snake, dashed = word.replace("-", "_"), word.replace("_", "-")
     words = {
         "PACKAGE": f"subspace_opt_{snake}",
@@ -85,13 +85,13 @@ def _files(word: str, kind: Kind) -> dict[str, str]:
 
 
 def _filled(text: str, words: dict[str, str]) -> str:
-    for _ in range(2):  # a word may hold another
+    for _ in range(2):  # a replacement may contain another mark
         for name, word in words.items():
             text = text.replace(f"@{name}@", word)
     return text
 
 
-# -------------------------------------------------------------------------------------------------------------- the texts
+# -------------------------------------------------------------------------------------------------------------- templates
 
 PYPROJECT = """\
 [build-system]
@@ -109,7 +109,7 @@ dependencies = ["subspace-opt>=@VERSION@"]
 [project.optional-dependencies]
 test = ["pytest>=8"]
 
-# The whole registration.
+# This entry point registers the plugin.
 [project.entry-points."@GROUP@"]
 @KIND@ = "@PACKAGE@"
 
@@ -137,10 +137,10 @@ from torch import Tensor
 
 @register
 class @CLASS@(LowRank):
-    """The `rank` columns of largest `|X|_p`, as coordinates: a basis of r indices (write here where it comes from)."""
+    """The `rank` columns with the largest norm `|X|_p`, as a basis of r indices (name your source here)."""
 
     kind: Literal["@KIND@"] = "@KIND@"
-    power: float = Field(4.0, ge=1.0, description="The p of the norm; the larger, the more single entries count.")
+    power: float = Field(4.0, ge=1.0, description="The p of the norm. A larger p gives single large entries more weight.")
 
     def slots(self, rows: Dim, cols: Dim) -> dict[str, Slot]:
         return {"index": Slot((self.coords(rows, cols)[1],), dtype=torch.int64)}  # (B, r)
@@ -150,7 +150,7 @@ class @CLASS@(LowRank):
 
     def refresh(self, x: Tensor, state: State, step: Step) -> tuple[State, Order | None]:
         size = torch.linalg.vector_norm(x, ord=self.power, dim=-2)  # (B, n)
-        # In ascending order a column that stays selected moves little in position.
+        # Ascending order: a column that stays selected keeps about the same position.
         return {"index": size.topk(state["index"].size(-1)).indices.sort().values}, None
 ''',
     "rule": '''\
@@ -167,12 +167,12 @@ from torch import Tensor
 
 @register
 class @CLASS@(Rule):
-    """`M <- beta M + (1 - beta) X; M min(1, limit / rms(M))` (write here where it comes from)."""
+    """`M <- beta M + (1 - beta) X; M min(1, limit / rms(M))` (name your source here)."""
 
     kind: Literal["@KIND@"] = "@KIND@"
-    beta: float = Field(0.9, ge=0.0, lt=1.0, description="Part of the average that is kept at each update.")
-    limit: float = Field(1.0, gt=0.0, description="Largest root mean square of what is passed on.")
-    on_refresh: Transport = Field("keep", description="What becomes of the average at a refresh.")
+    beta: float = Field(0.9, ge=0.0, lt=1.0, description="Fraction of the average that is kept at each update.")
+    limit: float = Field(1.0, gt=0.0, description="Upper bound of the root mean square of the result.")
+    on_refresh: Transport = Field("keep", description="How the average changes at a refresh: keep, reset or project.")
 
     def slots(self, rows: Dim, cols: Dim) -> dict[str, Slot]:
         return {"exp_avg": Slot((rows, cols), self.on_refresh)}
@@ -183,7 +183,7 @@ class @CLASS@(Rule):
         return m * (self.limit / rms.clamp_min(self.limit)), {"exp_avg": m}
 ''',
     "preset": '''\
-"""Presets for subspace_opt: every .yaml file beside this one, by its name."""
+"""Presets for subspace_opt: each .yaml file beside this module is a preset with the name of the file."""
 ''',
 }
 
@@ -194,7 +194,7 @@ USES: dict[Kind, str] = {
 }
 
 EXAMPLE = """\
-# Nothing but the name `@KIND@` asks for the plugin.
+# The name `@KIND@` alone loads the plugin.
 version: 1
 name: @KIND@-example
 defaults: {lr: 1.0e-3, weight_decay: 0.0}
@@ -207,8 +207,8 @@ pipelines:
 PRESET = """\
 version: 1
 name: @PRESET@
-source: [write here where it comes from]
-notes: Adam in the leading singular directions of the gradient, and nothing outside.
+source: [name your source here]
+notes: Adam in the leading singular directions of the gradient. The rest of the gradient is dropped.
 defaults: {lr: 1.0e-3, weight_decay: 0.0}
 pipelines:
   matrix:
@@ -225,7 +225,7 @@ routes:
 """
 
 _COMPONENT_TESTS = '''\
-"""The @FAMILY@ keeps the contract of every @FAMILY@; a spec finds it by its name alone."""
+"""The @FAMILY@ passes the conformance kit, and specs find it by its name."""
 
 from pathlib import Path
 
@@ -256,7 +256,7 @@ TESTS: dict[Kind, str] = {
     "selector": _COMPONENT_TESTS,
     "rule": _COMPONENT_TESTS,
     "preset": '''\
-"""The preset is found by its name alone and keeps the contract of every spec."""
+"""The preset is found by its name and passes the conformance kit."""
 
 import pytest
 from subspace_opt import load_spec
@@ -282,15 +282,15 @@ A @FAMILY@ for `subspace_opt`.
 @USE@
 ```
 
-`example.yaml` is a whole spec that uses it: `build("example.yaml", model)`.
+`example.yaml` is a complete spec that uses it: `build("example.yaml", model)`.
 
 ## Work on it
 
 ```console
 $ pip install -e '.[test]'
-$ pytest                                                          # the conformance kit, and tests of your own
+$ pytest                                                          # the conformance kit and your own tests
 $ pytest --pyargs subspace_opt.testing --component @KIND@         # the kit alone
-$ subspace-opt list                                               # it is in there
+$ subspace-opt list                                               # lists it
 ```
 """
 
@@ -300,13 +300,13 @@ README: dict[Kind, str] = {
     "preset": """\
 # @PROJECT@
 
-Presets for `subspace_opt`: every YAML file beside `src/@PACKAGE@/__init__.py`, by its name.
+Presets for `subspace_opt`: each YAML file beside `src/@PACKAGE@/__init__.py` is a preset with the name of the file.
 
 ## Work on it
 
 ```console
 $ pip install -e '.[test]'
-$ pytest                                                          # the conformance kit, and tests of your own
+$ pytest                                                          # the conformance kit and your own tests
 $ pytest --pyargs subspace_opt.testing --spec @PRESET@            # the kit alone
 $ subspace-opt show @PRESET@
 ```

@@ -1,4 +1,4 @@
-"""Looking at specs: list, show, validate, schema."""
+"""The commands `list`, `show`, `validate` and `schema`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .tables import console, show_catalogue
 
 
 def list_kinds(plugin: Plugins = [], as_json: AsJson = False) -> None:  # noqa: B006
-    """What there is: presets, selectors, rules, plugins."""
+    """List presets, selectors, rules and plugins."""
     catalogue = _catalogue(plugin)
     if as_json:
         print_json(catalogue)
@@ -28,14 +28,14 @@ def list_kinds(plugin: Plugins = [], as_json: AsJson = False) -> None:  # noqa: 
 
 def show(
     spec: SpecName,
-    full: Annotated[bool, typer.Option("--full", help="Also what has its default value.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Include fields with their default value.")] = False,
     set_: Overrides = [],  # noqa: B006
     plugin: Plugins = [],  # noqa: B006
     as_json: AsJson = False,
 ) -> None:
     """Print a spec as YAML.
 
-    What has its default value is left out; --full and --json have every value.
+    Fields with their default value are left out; --full and --json include them.
     """
     loaded = load_spec(spec, overrides(set_))
     if as_json:
@@ -50,9 +50,9 @@ def validate(
     plugin: Plugins = [],  # noqa: B006
     as_json: AsJson = False,
 ) -> None:
-    """Check specs, and say what is wrong with them.
+    """Check specs and report errors in them.
 
-    Leaves with status 2 if anything is.
+    Exits with status 2 if any spec has an error.
     """
     found = [_check(file, overrides(set_)) for file in files]
     if as_json:
@@ -69,7 +69,7 @@ def validate(
 def schema(plugin: Plugins = []) -> None:  # noqa: B006
     """Print the JSON schema of a spec file, for editors.
 
-    It knows every kind that is installed.
+    The schema has every installed kind.
     """
     print_json(json_schema())
 
@@ -100,7 +100,7 @@ def _catalogue(files: Sequence[Path]) -> dict[str, Any]:
 
 
 def _plugins(files: Sequence[Path], known: dict[str, type[Component]]) -> Iterator[dict[str, Any]]:
-    """Installed plugins, those that failed too, and files given on the command line."""
+    """Installed plugins, including those that failed, and the files given on the command line."""
     for point in plugin_entry_points():
         own = [kind for kind, cls in known.items() if _within(cls.__module__, point.module)]
         yield _plugin(point.name, _package(point), own, failures().get(point.name))
@@ -130,7 +130,7 @@ def _presets() -> Iterator[dict[str, Any]]:
         entry = {"name": name, "package": " and ".join(owner.package for owner in owners)}
         try:
             spec = load_spec(name)
-        except SpecError as error:  # of a package: what is built in is tested
+        except SpecError as error:  # only presets of packages can fail: the built-in ones are tested
             yield {**entry, "source": [], "about": "", "defaults": None, "error": str(error)}
         else:
             said = {"source": spec.source, "about": spec.about, "defaults": spec.defaults.model_dump()}
@@ -145,6 +145,6 @@ def _described(family: dict[str, type[Component]], origin: dict[str, str]) -> li
 
 
 def _mathematics(cls: type) -> str:
-    """How the docstring of a kind begins, on one line."""
+    """The first paragraph of a kind's docstring, on one line."""
     paragraph = (inspect.getdoc(cls) or "").partition("\n\n")[0]
     return " ".join(paragraph.split()).rstrip(":")

@@ -1,4 +1,4 @@
-"""Tables of kinds, plans and results, as wide as the terminal allows."""
+"""Tables of kinds, plans and results, as wide as the terminal."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from ..plan import Plan, Row, adamw_bytes, said
 if TYPE_CHECKING:
     from ..testing.parity import Parity
 
-PIPE_WIDTH = 160  # a file has no width; rows that `grep` is to find should not be folded
+PIPE_WIDTH = 160  # width if the output is a file or pipe: wide, so that `grep` finds whole rows
 
 
 def console(*, stderr: bool = False) -> Console:
-    """As wide as the terminal or $COLUMNS; wide where there is neither."""
+    """A console as wide as the terminal or $COLUMNS, or `PIPE_WIDTH` if there is neither."""
     stream = sys.stderr if stderr else sys.stdout
     free = not stream.isatty() and "COLUMNS" not in os.environ
     return Console(stderr=stderr, highlight=False, width=PIPE_WIDTH if free else None)
 
 
 def make_table(*columns: str, right: Collection[str] = (), fold: str = "") -> Table:
-    """Columns two spaces apart; only `fold` gives way where there is too little room."""
+    """A table with two spaces between columns. If the table is too wide, only the column `fold` wraps."""
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
     for column in columns:
         table.add_column(column, justify="right" if column in right else "left", no_wrap=column != fold, overflow="fold")
@@ -44,7 +44,7 @@ def make_table(*columns: str, right: Collection[str] = (), fold: str = "") -> Ta
 
 
 def show_parity(measured: Sequence[Parity], out: Console) -> None:
-    """A line for each trajectory; what is left out of one, below."""
+    """One line for each trajectory, and below them the parameters that are left out."""
     table = make_table("preset", "file", "tolerance", "error", "", right=("tolerance", "error"))
     for row in measured:
         error = f"{row.error:.1e}" if row.compared else "-"
@@ -54,7 +54,7 @@ def show_parity(measured: Sequence[Parity], out: Console) -> None:
     out.print(f"\n{sum(row.holds for row in measured)} of {len(measured)} trajectories within their tolerance")
     defects = {why for row in measured for why in row.left_out.values()}
     if defects:
-        out.print("left out, being defects of the reference that tests reproduce:")
+        out.print("left out because of defects of the reference code, which tests reproduce:")
         for why in sorted(defects):
             names = ", ".join(row.file for row in measured if why in row.left_out.values())
             out.print(f"  {why}: {names}", soft_wrap=True)
@@ -64,7 +64,7 @@ def show_parity(measured: Sequence[Parity], out: Console) -> None:
 
 
 def show_catalogue(catalogue: Mapping[str, Any], out: Console) -> None:
-    """Presets, kinds, plugins: a table each."""
+    """One table each for presets, selectors, rules and plugins."""
     presets = make_table("preset", "source", fold="source")
     for preset in catalogue["presets"]:
         words = escape(", ".join(preset["source"])) if preset["error"] is None else _failed(preset["error"])
@@ -98,7 +98,7 @@ def _failed(why: str) -> str:
 
 @dataclass(frozen=True)
 class Layer:
-    """The parameters of one layer of a model, which a plan adds up."""
+    """The sums of one layer: parameters, and bytes of state."""
 
     name: str
     parameters: int
@@ -107,14 +107,14 @@ class Layer:
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """(layer, rest) of a parameter's name: the layer ends with the first number; without one it is the module."""
+    """(layer, rest) of a parameter's name. The layer ends with the first number; without a number it is the module."""
     parts = name.split(".")
     end = next((i + 1 for i, part in enumerate(parts) if part.isdigit()), len(parts) - 1)
     return ".".join(parts[:end]) or name, ".".join(parts[end:])
 
 
 def layers(plan: Plan) -> list[Layer]:
-    """The plan's bytes by layer, in the model's order."""
+    """The plan's bytes by layer, in the order of the model."""
     out = []
     for name, rows in groupby(plan, key=lambda row: split_name(row.entry.name)[0]):
         mine = list(rows)
@@ -124,7 +124,7 @@ def layers(plan: Plan) -> list[Layer]:
 
 
 def show_plan(plan: Plan, title: str, out: Console) -> None:
-    """Bytes of state by layer and in total, beside AdamW's. Neighbours that cost the same share a row."""
+    """Bytes of state by layer and in total, next to AdamW's. Consecutive layers with equal numbers share a row."""
     numbers = ("layers", "parameters each", "state each", "AdamW's each", "ratio")
     table = make_table("layer", *numbers, right=numbers, fold="layer")
     for alike in _alike(layers(plan)):
@@ -138,13 +138,13 @@ def show_plan(plan: Plan, title: str, out: Console) -> None:
 
 
 def _alike(all_layers: list[Layer]) -> Iterator[list[Layer]]:
-    """Runs of layers that differ in their number alone."""
+    """Consecutive layers that differ only in their number."""
     for _, run in groupby(all_layers, key=lambda x: (re.sub(r"\d+$", "", x.name), x.parameters, x.state_bytes, x.adamw_bytes)):
         yield list(run)
 
 
 def _span(names: Sequence[str]) -> str:
-    """`model.layers.0-7` for the first and last of a run of names."""
+    """`model.layers.0-7` for a list of consecutive layers."""
     return names[0] if len(names) == 1 else f"{names[0]}-{names[-1].rpartition('.')[2]}"
 
 
@@ -154,13 +154,13 @@ def _show_total(plan: Plan, out: Console) -> None:
     table.add_row("state", f"{ours:,}", readable_bytes(ours), f"{ours / theirs:.2f} of AdamW's" if theirs else "")
     table.add_row("AdamW's", f"{theirs:,}", readable_bytes(theirs))
     if tables:
-        table.add_row("tables", f"{tables:,}", readable_bytes(tables), "shared by layers, never saved")
+        table.add_row("tables", f"{tables:,}", readable_bytes(tables), "shared by layers, not saved")
     out.print()
     out.print(table)
 
 
 def show_explained(plan: Plan, title: str, out: Console) -> None:
-    """One row a parameter, and below it the routes that decided."""
+    """One row for each parameter, and below the table the routes that decided."""
     full = _explained(plan)
     fits = out.measure(full, options=out.options.update(width=10_000)).maximum <= out.width
     out.print(title, end="\n\n", markup=False, soft_wrap=True)
@@ -185,7 +185,7 @@ def _explained(plan: Plan) -> Table:
 
 
 def _explained_by_layer(plan: Plan) -> Table:
-    """For a narrow terminal: a layer's name stands once above its parameters, lr and decay only below the table."""
+    """The same for a narrow terminal: the name of a layer has a row of its own, and lr and decay are only in the table of routes."""
     table = make_table(
         "parameter",
         "shape",
@@ -216,12 +216,12 @@ def _rank(row: Row) -> str:
 
 
 def _cause(row: Row) -> str:
-    """`routes.2` of `routes.2: min_dims 2`."""
+    """The name of the route: `routes.2` of `routes.2: min_dims 2`."""
     return row.why.partition(":")[0]
 
 
 def _seen(row: Row) -> str:
-    """The shape, and how it is seen where that is something else."""
+    """The shape, and its view if that differs."""
     shape, view = "x".join(map(str, row.entry.shape)) or "scalar", row.view
     turned = f"{view.rows}x{view.cols}, stored transposed"
     if str(view) == turned:
@@ -233,7 +233,7 @@ def _seen(row: Row) -> str:
 
 
 def show_results(results: Sequence[Result], out: Console) -> None:
-    """One row a run, in the order they ran; the best validation loss stands out."""
+    """One row for each run, in order; the row with the best validation loss is green."""
     numbers = ("lr", "loss", "bits/byte", "state", "step() ms", "update ms", "tokens/s")
     table = make_table("run", *numbers, right=numbers, fold="run")
     best = min((r.validation_loss for r in results if not math.isnan(r.validation_loss)), default=math.nan)
@@ -244,5 +244,5 @@ def show_results(results: Sequence[Result], out: Console) -> None:
         table.add_row(escape(r.run), f"{r.lr:.3g}", *losses, readable_bytes(r.measured_state_bytes), *times, style=style)
     out.print()
     out.print(table)
-    out.print("loss: validation, nats per byte; times: medians, an update includes its step()", style="dim")
+    out.print("loss: validation loss in nats per byte; times: medians; an update includes its step()", style="dim")
     out.print()

@@ -1,4 +1,4 @@
-"""Training: train, demo."""
+"""The commands `train` and `demo`."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from .tables import console, show_results
 TITLE = "Python's standard library, byte by byte"
 TRY_NEXT = """\
 Try next:
-  subspace-opt show cosmos                    the spec that ran
-  subspace-opt list                           what else there is
-  subspace-opt plan cosmos --model 7b         what it costs at full size
+  subspace-opt show cosmos                    shows the spec of the first run
+  subspace-opt list                           lists all presets, selectors and rules
+  subspace-opt plan cosmos --model 7b         shows the memory for a large model
   subspace-opt train cosmos --model mini --set matrix.complement=sign"""
 
 
 class RunError(RuntimeError):
-    """A run began and did not get to its end."""
+    """A run started and did not finish."""
 
 
 def _field(name: str, metavar: str | None = None) -> Any:
-    """An option of `train`; its help and its default are those of the config's field."""
+    """An option of `train` with the help and default of the config's field."""
     field = TrainConfig.model_fields[name]
     text = str(field.description)
     default = "" if field.default in (None, (), "") else f"  [default: {field.default}]"
@@ -65,24 +65,27 @@ def train(
     out: Annotated[Path | None, _field("out", "DIR")] = None,
     save_every: Annotated[int | None, _field("save_every")] = None,
     name: Annotated[str | None, _field("name")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in --out, if it is there.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the checkpoint in --out, if there is one.")] = False,
     set_: Overrides = [],  # noqa: B006
     plugin: Plugins = [],  # noqa: B006
     as_json: AsJson = False,
 ) -> None:
     """Train a language model with a spec.
 
-    It reads text files, a byte a token; without --data, Python's own source.
+    The text comes from the files in --data, one token a byte; without --data, from Python's own source.
 
-    Ctrl-C stops after the update at hand and, with --out, saves: the same command with --resume goes on.
+    Ctrl-C stops after the current update and, with --out, saves a checkpoint. The same command with --resume continues.
     """
+    options = {key: value for key, value in context.params.items() if key in TrainConfig.model_fields}
+    given = {key: value for key, value in options.items() if value not in (None, [])}
+    _train(_config({**given, "overrides": overrides(set_)}), resume=resume, as_json=as_json)
+
+
+def _train(config: TrainConfig, *, resume: bool, as_json: bool) -> None:
     from ..lab import to_json
     from ..lab import train as run
 
-    options = {key: value for key, value in context.params.items() if key in TrainConfig.model_fields}
-    given = {key: value for key, value in options.items() if value not in (None, [])}
-    config = _config({**given, "overrides": overrides(set_)})
-    load_spec(spec, config.overrides)  # before the text is read: a mistake is told at once
+    load_spec(config.spec, config.overrides)  # before the text is read, so that errors in the spec appear at once
     with _running([config]) as progress:
         result = run(config, resume=resume, on_event=progress)
     if as_json:
@@ -91,24 +94,24 @@ def train(
         show_results([result], console())
         if progress.saved:
             typer.echo(f"checkpoint: {progress.saved}")
-    _check_finished([result], "go on with the same command and --resume" if progress.saved else "nothing was saved")
+    _check_finished([result], "to continue, run the same command with --resume" if progress.saved else "nothing was saved")
 
 
 def demo(
-    steps: Annotated[int | None, typer.Option(min=1, help="Updates of each run; fewer are quicker and say less.")] = None,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the picture and numbers.")] = Path("runs/demo"),
+    steps: Annotated[int | None, typer.Option(min=1, help="Updates of each run.")] = None,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the picture and the numbers.")] = Path("runs/demo"),
     as_json: AsJson = False,
 ) -> None:
     """Compare four optimizers on one small problem.
 
-    Each trains the same small LLaMA on the same text, Python's own source: about two minutes on two CPU cores.
+    Each trains the same small LLaMA on the same text, Python's own source. This takes about two minutes on two CPU cores.
     """
     from ..lab import compare, to_json, write_picture
     from ..lab.demo import configs
     from ..lab.run.journal import make_folder
 
     runs = [config if steps is None else config.model_copy(update={"steps": steps}) for config in configs()]
-    _check_picture()  # now, not after two minutes
+    _check_picture()  # before the runs, not after two minutes
     folder = make_folder(out)
     with _running(runs) as progress:
         results = compare(runs, on_event=progress)
@@ -120,7 +123,7 @@ def demo(
     else:
         show_results(results, console())
         typer.echo(f"picture: {picture}\nnumbers: {numbers}\n\n{TRY_NEXT}")
-    _check_finished(results, "the runs after it were not begun")
+    _check_finished(results, "later runs were not started")
 
 
 def _config(given: dict[str, Any]) -> TrainConfig:
@@ -137,12 +140,12 @@ def _config(given: dict[str, Any]) -> TrainConfig:
 
 def _check_picture() -> None:
     if find_spec("matplotlib") is None:
-        raise LabError("the picture needs matplotlib, which is not installed. Run: pip install 'subspace-opt[lab]'")
+        raise LabError("the picture needs matplotlib, which is not installed; run: pip install 'subspace-opt[lab]'")
 
 
 @contextmanager
 def _running(configs: Sequence[TrainConfig]) -> Iterator[RunProgress]:
-    """Live progress. What goes wrong once a run has begun is its failure, and no longer bad input."""
+    """Show live progress. An error after a run has started becomes a RunError; before, it is bad input."""
     with RunProgress(console(stderr=True), [(config.label, config.steps) for config in configs]) as progress:
         try:
             yield progress

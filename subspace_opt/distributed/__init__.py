@@ -1,5 +1,16 @@
-"""The same step on many ranks.
+"""One optimizer step on many ranks.
 
-In: parameters that several ranks hold (FSDP2, tensor parallel, DDP). Out: the weights that one process would have; ranks divide work and
-state. Placement is pure; only `exchange` imports `torch.distributed`. Nothing here is imported before a parameter is shared.
+In: parameters that several ranks hold (FSDP2, tensor parallel, DDP) and this rank's shards of their gradients. Out: the weights that one
+process would compute; the ranks divide work and state. Only `exchange` imports `torch.distributed`; `boxes`, `parts`, `placement` and
+`meshes` are pure functions of shapes.
+
+    boxes         index ranges of tensors, and the shards that a mesh makes
+    parts         the matrices that one rank computes of a parameter, with their own plan and state
+    placement     who owns which part, which messages a step sends, how many bytes a rank holds and sends
+    meshes        the same for meshes that do not exist, for the planner
+    exchange      process groups, shards of DTensors, all-to-all, state as DTensors
+    shards        one sharded parameter in one step
+    coordinates   low-rank updates that send only coordinates between refreshes
+    buckets       gradients to owners and updates back, some parameters at a time
+    step          the whole step: agree on gradients, exchange, compute, update
 """

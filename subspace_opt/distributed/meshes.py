@@ -1,12 +1,12 @@
-"""Meshes that need not exist: where the parameters of a plan would lie on so many ranks, what each would hold and send. Pure.
+"""Plans on meshes that need not exist: shards, state and traffic of every rank. Pure functions of shapes.
 
     fsdp      every parameter is cut along its first dimension, as FSDP2's fully_shard does
-    hsdp      the same within groups of ranks; the groups are copies of each other
-    ddp       every rank has every parameter, and work and state are divided all the same
-    tp        layers of attention and feed-forward are cut as tensor parallelism cuts them (below); every rank has all the rest
-    fsdp+tp   what tensor parallelism has cut, and all the rest, is cut by FSDP2 over the other dimension of the mesh
+    hsdp      the same within each group of ranks; the groups are replicas of each other
+    ddp       every rank holds every parameter; the ranks divide work and state all the same
+    tp        tensor parallelism cuts the layers of attention and feed-forward (below); every rank holds all other parameters
+    fsdp+tp   FSDP2 cuts all parameters over the other dimension of the mesh, those cut by tensor parallelism a second time
 
-Ranks stand in row-major order of their coordinates; tensor parallelism has the last dimension, copies of HSDP the first.
+Ranks are numbered in row-major order of their coordinates. Tensor parallelism has the last dimension, the replicas of HSDP the first.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from torch import Tensor
 
 from ..plan import COUNTERS, Entry, Plan
 from .boxes import Box, Cut, box_holders, full_box, replica_index, shard_boxes
-from .placement import Layout, Share, add_state
+from .placement import Layout, Sharding, add_state_bytes
 
 MeshKind = Literal["fsdp", "hsdp", "ddp", "tp", "fsdp+tp"]
 MESH_KINDS: tuple[MeshKind, ...] = get_args(MeshKind)
 
-# Megatron's way (arXiv:1909.08053): the first layer of a pair is cut by its outputs, the second by its inputs, so that nothing
-# travels between the two. By the names that LLaMA and its relatives give to them.
+# Megatron's tensor parallelism (arXiv:1909.08053) cuts the first layer of a pair by its outputs and the second by its inputs, so that
+# nothing is communicated in between. The names are those of LLaMA and models derived from it.
 BY_OUTPUTS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 BY_INPUTS = ("o_proj", "down_proj")
 
 
 class MeshError(ValueError):
-    """Ranks that make no such mesh, or a model of which it has nothing to cut."""
+    """The ranks do not form the mesh, or the mesh cuts no parameter of the model."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,11 @@ class Mesh:
 
     @property
     def ranks(self) -> int:
+        """The number of ranks."""
         return prod(self.shape)
 
     def position(self, rank: int, axes: Sequence[int]) -> int:
-        """Where a rank stands among those that differ from it along `axes` alone, in row-major order."""
+        """The position of a rank, in row-major order, among the ranks whose coordinates differ from its own along `axes` only."""
         at = []
         for size in reversed(self.shape):
             rank, index = divmod(rank, size)
@@ -66,40 +67,42 @@ class Mesh:
 
 
 def make_mesh(kind: str, ranks: int, shape: Sequence[int] | None = None) -> Mesh:
-    """A mesh of so many ranks; one of two dimensions is 2 x half of them unless `shape` says otherwise, tensor parallelism having the 2.
+    """A mesh of `ranks` ranks.
+
+    Without `shape`, a mesh of two dimensions has 2 in one of them: hsdp 2 replicas, fsdp+tp 2 tensor-parallel ranks.
 
     Raises:
-        MeshError: an unknown kind, or a shape that does not fit kind and ranks.
+        MeshError: the kind is unknown, or the shape does not fit the kind and the number of ranks.
     """
     known = next((one for one in MESH_KINDS if one == kind), None)
     if known is None:
-        raise MeshError(f"mesh '{kind}' is unknown; take {', '.join(MESH_KINDS)}")
+        raise MeshError(f"mesh '{kind}' is unknown; choose one of {', '.join(MESH_KINDS)}")
     dims = 2 if known in ("hsdp", "fsdp+tp") else 1
     if shape is None:
         if dims == 2 and (ranks < 2 or ranks % 2):
             raise MeshError(f"mesh {known} of {ranks} ranks has two dimensions; give an even number, or the shape: --shape 1x{ranks}")
         shape = (ranks,) if dims == 1 else (2, ranks // 2) if known == "hsdp" else (ranks // 2, 2)
     if len(shape) != dims or prod(shape) != ranks or min(shape) < 1:
-        told = "x".join(map(str, shape))
+        given = "x".join(map(str, shape))
         raise MeshError(
-            f"shape {told} does not fit mesh {known} of {ranks} ranks: it takes {dims} number{'s' * (dims > 1)}, product {ranks}"
+            f"shape {given} does not fit mesh {known} of {ranks} ranks: it takes {dims} number{'s' * (dims > 1)}, product {ranks}"
         )
     return Mesh(known, tuple(shape))
 
 
-def tensor_cuts(name: str) -> tuple[Cut | None] | None:
-    """How tensor parallelism cuts a parameter, by its name; None for one that it leaves as an ordinary tensor on every rank."""
+def tensor_parallel_cuts(name: str) -> tuple[Cut | None] | None:
+    """How tensor parallelism cuts the parameter `name`; None if it leaves the parameter as an ordinary tensor on every rank."""
     module, leaf = (["", *name.split(".")])[-2:]
     if module in BY_OUTPUTS:
         return (Cut(0),)
     if module in BY_INPUTS:
-        return (Cut(1) if leaf == "weight" else None,)  # a bias is added after the sum over ranks
+        return (Cut(1) if leaf == "weight" else None,)  # the bias is added after the sum over ranks
     return None
 
 
-def _cuts(entry: Entry, kind: MeshKind) -> tuple[tuple[int, ...], tuple[Cut | None, ...]]:
-    """The dimensions of the mesh that share a parameter, and how each cuts it."""
-    own = tensor_cuts(entry.name)
+def _axes_and_cuts(entry: Entry, kind: MeshKind) -> tuple[tuple[int, ...], tuple[Cut | None, ...]]:
+    """The dimensions of the mesh over which a parameter is distributed, and how each of them cuts it."""
+    own = tensor_parallel_cuts(entry.name)
     match kind:
         case "fsdp":
             return (0,), (Cut(0),)
@@ -110,7 +113,7 @@ def _cuts(entry: Entry, kind: MeshKind) -> tuple[tuple[int, ...], tuple[Cut | No
         case "tp":
             return ((), ()) if own is None else ((0,), own)
         case "fsdp+tp":
-            # FSDP2 comes second and cuts what is left: where both cut rows, a rank's are those of one chunk of a chunk.
+            # FSDP2 cuts the shards of tensor parallelism: where both cut rows, a rank holds one chunk of a chunk.
             return ((0,), (Cut(0),)) if own is None else ((0, 1), (Cut(0, strided=own[0] == Cut(0)), *own))
 
 
@@ -120,127 +123,136 @@ class PlacedPlan:
 
     mesh: Mesh
     plan: Plan
-    axes: tuple[tuple[int, ...], ...]  # of each parameter: the dimensions of the mesh that share it; none: every rank has it for itself
-    shares: tuple[Share | None, ...]
+    axes: tuple[
+        tuple[int, ...], ...
+    ]  # for each parameter, the mesh dimensions over which it is distributed; empty: every rank has it alone
+    shardings: tuple[Sharding | None, ...]
 
     def box(self, number: int, rank: int) -> Box:
-        """What a rank holds of a parameter."""
-        share = self.shares[number]
-        return full_box(self.plan.rows[number].entry.shape) if share is None else share.boxes[self.mesh.position(rank, self.axes[number])]
+        """The shard that a rank holds of the parameter `number`."""
+        sharding = self.shardings[number]
+        if sharding is None:
+            return full_box(self.plan.rows[number].entry.shape)
+        return sharding.boxes[self.mesh.position(rank, self.axes[number])]
 
     @cached_property
     def bytes_held(self) -> tuple[int, ...]:
-        """State of each rank once every parameter has had a gradient."""
-        alone = sum(row.state_bytes for row, share in zip(self.plan.rows, self.shares, strict=True) if share is None)
-        return tuple(alone + both for both in self._over_teams(held))
+        """Bytes of state of each rank once every parameter has had a gradient."""
+        alone = sum(row.state_bytes for row, sharding in zip(self.plan.rows, self.shardings, strict=True) if sharding is None)
+        return tuple(alone + distributed for distributed in self._sum_over_groups(total_bytes_held))
 
     @cached_property
     def bytes_sent(self) -> tuple[int, ...]:
-        """What each rank sends to others in a step without a refresh: gradients to owners, updates or new weights from them, or
-        coordinates where these are enough."""
-        return self._over_teams(sent)
+        """Bytes that each rank sends to others in a step without a refresh.
+
+        These are gradients to owners and updates or new weights from them; only coordinates for parameters cut along their basis.
+        """
+        return self._sum_over_groups(total_bytes_sent)
 
     @cached_property
     def bytes_sent_at_refresh(self) -> tuple[int, ...]:
-        """The same where every basis is taken anew, as at the first step."""
-        return self._over_teams(partial(sent, refresh=True))
+        """Bytes that each rank sends to others in a step that refreshes every basis, such as the first."""
+        return self._sum_over_groups(partial(total_bytes_sent, refresh=True))
 
-    def _over_teams(self, count: Callable[[Sequence[Share], int], Sequence[int]]) -> tuple[int, ...]:
+    def _sum_over_groups(self, count: Callable[[Sequence[Sharding], int], Sequence[int]]) -> tuple[int, ...]:
         total = [0] * self.mesh.ranks
-        for axes in sorted({own for own, share in zip(self.axes, self.shares, strict=True) if share is not None}):
-            shares = [share for own, share in zip(self.axes, self.shares, strict=True) if share is not None and own == axes]
-            each = count(shares, prod(self.mesh.shape[axis] for axis in axes))
+        for axes in sorted({own for own, sharding in zip(self.axes, self.shardings, strict=True) if sharding is not None}):
+            found = [sharding for own, sharding in zip(self.axes, self.shardings, strict=True) if sharding is not None and own == axes]
+            each = count(found, prod(self.mesh.shape[axis] for axis in axes))
             for rank in range(self.mesh.ranks):
                 total[rank] += each[self.mesh.position(rank, axes)]
         return tuple(total)
 
 
 def place(plan: Plan, mesh: Mesh) -> PlacedPlan:
-    """Lay the parameters of a plan out on a mesh, as the optimizer does with those it is given.
+    """Compute the layout that the optimizer would make of a plan's parameters on a mesh.
 
     Raises:
-        MeshError: a mesh for tensor parallelism, and no parameter with the name of a layer that it cuts.
+        MeshError: the mesh is for tensor parallelism and no parameter has the name of a layer that it cuts.
     """
-    if mesh.kind in ("tp", "fsdp+tp") and not any(tensor_cuts(row.entry.name) for row in plan):
+    if mesh.kind in ("tp", "fsdp+tp") and not any(tensor_parallel_cuts(row.entry.name) for row in plan):
         raise MeshError(
             f"mesh {mesh.kind} cuts {', '.join(BY_OUTPUTS)} by outputs and {', '.join(BY_INPUTS)} by inputs, and the model has none of "
-            "these; take fsdp, hsdp or ddp"
+            "these; choose fsdp, hsdp or ddp"
         )
-    pairs = [_cuts(row.entry, mesh.kind) for row in plan]
-    shares: list[Share | None] = [None] * len(pairs)
+    pairs = [_axes_and_cuts(row.entry, mesh.kind) for row in plan]
+    shardings: list[Sharding | None] = [None] * len(pairs)
     for axes in {own for own, _ in pairs if own}:
         numbers = [i for i, (own, _) in enumerate(pairs) if own == axes]
         sizes = tuple(mesh.shape[axis] for axis in axes)
-        layout = Layout(prod(sizes), divided=mesh.kind == "ddp")
+        layout = Layout(prod(sizes), replicated=mesh.kind == "ddp")
         rows, cuts = [plan.rows[i] for i in numbers], [pairs[i][1] for i in numbers]
         boxes = [shard_boxes(row.entry.shape, sizes, cut or (None,)) for row, cut in zip(rows, cuts, strict=True)]
-        for i, share in zip(numbers, layout.add(rows, boxes, cuts), strict=True):
-            shares[i] = share
-    return PlacedPlan(mesh, plan, tuple(own for own, _ in pairs), tuple(shares))
+        for i, sharding in zip(numbers, layout.add(rows, boxes, cuts), strict=True):
+            shardings[i] = sharding
+    return PlacedPlan(mesh, plan, tuple(own for own, _ in pairs), tuple(shardings))
 
 
-# ------------------------------------------------------------------------------------------- all ranks of a team at once
+# ------------------------------------------------------------------------------------------- all ranks of a group at once
 
 
-def held(shares: Sequence[Share], ranks: int) -> list[int]:
-    """`Share.bytes_held` added up over shares, for every rank."""
+def total_bytes_held(shardings: Sequence[Sharding], ranks: int) -> list[int]:
+    """The sum of `Sharding.bytes_held` over parameters, for every rank."""
     total = [0] * ranks
     everywhere = 0
-    for share in shares:
-        row = share.row
+    for sharding in shardings:
+        row = sharding.row
         if row.entry.frozen or not row.entry.numel:
             everywhere += row.state_bytes
-        elif row.codes:  # in blocks, which a cut may leave unfilled
-            total = [own + share.bytes_held(rank) for rank, own in enumerate(total)]
+        elif row.codes:  # codes come in blocks, and the last block of a part may be incomplete
+            total = [own + sharding.bytes_held(rank) for rank, own in enumerate(total)]
         else:
-            add_state(total, share)
+            add_state_bytes(total, sharding)
             everywhere += sum(dtype.itemsize for key, (_, dtype) in row.state.items() if key in COUNTERS)
     return [own + everywhere for own in total]
 
 
-def sent(shares: Sequence[Share], ranks: int, refresh: bool = False) -> list[int]:
-    """`Share.bytes_sent` added up over shares, for every rank: of thousands of ranks, message by message would take hours."""
+def total_bytes_sent(shardings: Sequence[Sharding], ranks: int, *, refresh: bool = False) -> list[int]:
+    """The sum of `Sharding.bytes_sent` over parameters, for every rank.
+
+    Computed with tensors of parts x shards: on thousands of ranks, counting message by message would take hours.
+    """
     total = torch.zeros(ranks, dtype=torch.int64)
     known: dict[tuple[int, tuple[Box, ...]], Overlap] = {}
-    for share in shares:
-        if share.row.entry.frozen or _stays(share):
+    for sharding in shardings:
+        if sharding.row.entry.frozen or _is_computed_by_holders(sharding):
             continue
-        if share.along is not None:
-            size = share.row.compute_dtype.itemsize
+        if sharding.basis_dim is not None:
+            size = sharding.row.compute_dtype.itemsize
             if not refresh:
-                for message in chain(share.projected(0), share.lifted(0)):
+                for message in chain(sharding.projection_messages(), sharding.lift_messages()):
                     total[message.source] += message.box.numel * size * (message.source != message.target)
                 continue
-            for rank, numel in share.basis_sent.items():
+            for rank, numel in sharding.basis_entries_sent.items():
                 total[rank] += numel * size
-        key = (id(share.boxes), tuple(part.box for part in share.parts))  # boxes of one shape are one tuple
+        key = (id(sharding.boxes), tuple(part.box for part in sharding.parts))  # parameters of one shape have the same tuple of boxes
         if key not in known:
-            known[key] = Overlap(share, ranks)
-        _add_sent(total, share, known[key])
+            known[key] = Overlap(sharding, ranks)
+        _add_bytes_sent(total, sharding, known[key])
     return [int(own) for own in total]
 
 
-def _stays(share: Share) -> bool:
-    """Whether every part is computed where it lies, by all that hold it. Boxes of a mesh are the same or have nothing in common."""
-    return tuple((part.box, part.owners) for part in share.parts) == box_holders(share.boxes)
+def _is_computed_by_holders(sharding: Sharding) -> bool:
+    """Whether the parts are the shards and every holder of a shard computes it, so that nothing is sent."""
+    return tuple((part.box, part.owners) for part in sharding.parts) == box_holders(sharding.boxes)
 
 
 class Overlap:
-    """What the parts and the shards of one shape have in common."""
+    """The intersections of parts and shards, in entries, for all parameters with the same parts and shards."""
 
-    def __init__(self, share: Share, ranks: int) -> None:
-        boxes = box_holders(share.boxes)
-        self.common = _common([part.box for part in share.parts], [box for box, _ in boxes])  # (parts, boxes)
-        self.holders = torch.tensor([rank for _, ranks in boxes for rank in ranks])  # box after box
+    def __init__(self, sharding: Sharding, ranks: int) -> None:
+        boxes = box_holders(sharding.boxes)
+        self.common = _common_entries([part.box for part in sharding.parts], [box for box, _ in boxes])  # (parts, boxes)
+        self.holders = torch.tensor([rank for _, ranks in boxes for rank in ranks])  # the holders of box 0, then of box 1, ...
         self.count = torch.tensor([len(ranks) for _, ranks in boxes])
         self.first = self.count.cumsum(0) - self.count
-        self.replica_index = torch.tensor(replica_index(share.boxes))
+        self.replica_index = torch.tensor(replica_index(sharding.boxes))
         self.box_of = torch.full((ranks,), -1)
         self.box_of[self.holders] = torch.arange(len(boxes)).repeat_interleave(self.count)
 
 
-def _common(parts: Sequence[Box], boxes: Sequence[Box]) -> Tensor:
-    """How many entries each part has in common with each box."""
+def _common_entries(parts: Sequence[Box], boxes: Sequence[Box]) -> Tensor:
+    """The number of entries that each part has in common with each box, `(parts, boxes)`."""
     out = torch.ones(len(parts), len(boxes), dtype=torch.int64)
     for d in range(len(parts[0].start)):
         low = torch.maximum(torch.tensor([box.start[d] for box in parts])[:, None], torch.tensor([box.start[d] for box in boxes]))
@@ -249,20 +261,21 @@ def _common(parts: Sequence[Box], boxes: Sequence[Box]) -> Tensor:
     return out
 
 
-def _add_sent(total: Tensor, share: Share, overlap: Overlap) -> None:
-    """`Share.incoming`, `outgoing` and `copies`, summed by source."""
-    row, common = share.row, overlap.common
-    owner = torch.tensor([part.owners[0] for part in share.parts])
-    everyone = (common * overlap.count).sum(1)  # entries that all holders of a part have of it
-    if share.resident:
-        own = torch.tensor([part.box.numel * len(part.owners) for part in share.parts])
-        total.index_add_(0, owner, (everyone - own) * row.entry.dtype.itemsize)
+def _add_bytes_sent(total: Tensor, sharding: Sharding, overlap: Overlap) -> None:
+    """Add the bytes of `gradient_messages`, `update_messages` and `replica_messages` to `total` at their sources."""
+    row, common = sharding.row, overlap.common
+    owner = torch.tensor([part.owners[0] for part in sharding.parts])
+    all_holders = (common * overlap.count).sum(1)  # for each part, its entries on all ranks together
+    if sharding.updates_in_place:
+        own = torch.tensor([part.box.numel * len(part.owners) for part in sharding.parts])
+        total.index_add_(0, owner, (all_holders - own) * row.entry.dtype.itemsize)
         return
-    assert all(len(part.owners) == 1 for part in share.parts)
+    assert all(len(part.owners) == 1 for part in sharding.parts)
     at_home = overlap.box_of[owner][:, None] == torch.arange(common.size(1))  # the box that the owner itself holds
-    source = overlap.holders[overlap.first + overlap.replica_index[owner][:, None] % overlap.count]  # what `Share._near` finds
+    near = overlap.first + overlap.replica_index[owner][:, None] % overlap.count  # as `Sharding._holder_near`
+    source = overlap.holders[near]
     size = row.entry.dtype.itemsize * (2 if any(split.needs_weight for _, split in row.splits) else 1)
     total.index_add_(0, source.flatten(), common.masked_fill(at_home, 0).flatten() * size)
-    there = row.compute_dtype.itemsize
-    total.index_add_(0, owner, common.masked_fill(at_home, 0).sum(1) * there)
-    total.index_add_(0, source.flatten(), (common * (overlap.count - 1)).flatten() * there)
+    compute = row.compute_dtype.itemsize
+    total.index_add_(0, owner, common.masked_fill(at_home, 0).sum(1) * compute)
+    total.index_add_(0, source.flatten(), (common * (overlap.count - 1)).flatten() * compute)

@@ -1,4 +1,4 @@
-"""Parts of a parameter: what one rank computes of it, the plan of that alone, and where its state lies in that of the whole. Pure."""
+"""Parts of a parameter: the matrices that one rank computes, their own plan, and the boxes of their state. Pure functions of shapes."""
 
 from __future__ import annotations
 
@@ -9,52 +9,60 @@ from functools import cached_property
 from ..algebra.frame import Frame
 from ..engine import strategies
 from ..plan import Row, state_key
-from ..plan.views import View
+from ..plan.views import Block, View
 from .boxes import Box, chunk, full_box
 
 
 @dataclass(frozen=True)
 class Part:
-    """A box of a parameter that `owners` compute (several only where each of them holds it anyway), and whose state they keep."""
+    """A box of a parameter that its owners compute and whose state they keep.
+
+    A part has several owners only if each of them holds its weights and gradients anyway.
+    """
 
     box: Box
     owners: tuple[int, ...]
-    of: Row  # the parameter
-    splits: dict[tuple[int, int, int], Frame] = field(default_factory=dict, repr=False, compare=False)  # of the layout
+    whole_row: Row  # the plan of the whole parameter
+    splits: dict[tuple[int, int, int], Frame] = field(default_factory=dict, repr=False, compare=False)  # a cache of the layout
 
-    # Made when asked for: a rank needs those of its own part, and on thousands of ranks there are thousands of parts.
+    # `row` and `state` are computed on first use: a rank needs those of its own part only, one of thousands on thousands of ranks.
     @cached_property
     def row(self) -> Row:
         """The plan of the box alone."""
-        return row_of(self.of, self.box, self.splits)
+        return part_row(self.whole_row, self.box, self.splits)
 
     @cached_property
     def state(self) -> dict[str, Box]:
-        """Of each slot, where the part's lies in that of the parameter."""
-        return state_boxes(self.of, self.box)
+        """For each slot, the box of this part in the parameter's slot."""
+        return state_boxes(self.whole_row, self.box)
 
     @property
     def state_bytes(self) -> int:
-        """What each owner keeps of it, counters left out."""
-        return sum(box.numel * self.of.state[key][1].itemsize for key, box in self.state.items())
+        """Bytes of state that each owner keeps for the part, without counters."""
+        return sum(box.numel * self.whole_row.state[key][1].itemsize for key, box in self.state.items())
 
     @cached_property
-    def matrices(self) -> tuple[Box, ...]:
-        """Its experts or heads, or itself."""
-        axis, length, count = run_axis(self.of)
-        number = self.box.shape[axis] // length if count > 1 and not is_elementwise(self.of) else 1
+    def matrix_boxes(self) -> tuple[Box, ...]:
+        """The box of each expert or head of the part; the part's own box if it is one matrix."""
+        axis, length, count = matrix_axis(self.whole_row)
+        number = self.box.shape[axis] // length if count > 1 and not is_elementwise(self.whole_row) else 1
         return tuple(chunk(self.box, axis, number, i) for i in range(number)) if number > 1 else (self.box,)
 
 
 def is_elementwise(row: Row) -> bool:
-    """Whether a parameter's entries are updated each by itself, so that it may be cut anywhere."""
-    return (
-        len(row.splits) == 1 and strategies.is_elementwise(row.splits[0][1]) and row.splits[0][0].heads == 1 and not row.splits[0][0].name
-    )
+    """Whether the update of every entry depends on that entry alone, so that the parameter may be cut anywhere."""
+    if len(row.splits) != 1:
+        return False
+    block, split = row.splits[0]
+    return strategies.is_elementwise(split) and block.heads == 1 and not block.name
 
 
-def run_axis(row: Row) -> tuple[int, int, int]:
-    """The dimension along which a parameter falls into matrices, the length of one, and their number: experts, or heads."""
+def matrix_axis(row: Row) -> tuple[int, int, int]:
+    """How a parameter divides into matrices: `(dim, length, count)`.
+
+    `count` matrices (experts, or heads) follow one another along dimension `dim`, each `length` indices long. `(0, 0, 1)` if the parameter
+    does not divide.
+    """
     view, shape = row.view, row.entry.shape
     heads = view.blocks[0].heads if view.blocks else 1
     if view.count > 1 and len(shape) == 3:
@@ -64,8 +72,9 @@ def run_axis(row: Row) -> tuple[int, int, int]:
     return 0, 0, 1
 
 
-def cut_runs(row: Row, sizes: Sequence[int]) -> Iterator[Box]:
-    axis, length, count = run_axis(row)
+def run_boxes(row: Row, sizes: Sequence[int]) -> Iterator[Box]:
+    """The boxes of consecutive runs of matrices, `sizes[i]` matrices in run i; the whole parameter if it does not divide."""
+    axis, length, count = matrix_axis(row)
     shape, first = row.entry.shape, 0
     if count == 1:
         yield full_box(shape)
@@ -77,8 +86,8 @@ def cut_runs(row: Row, sizes: Sequence[int]) -> Iterator[Box]:
         first += size
 
 
-def view_of(row: Row, box: Box) -> Box | None:
-    """A box of the parameter as one of its matrices `(count, rows, cols)`; None where it is not a box there."""
+def box_in_view(row: Row, box: Box) -> Box | None:
+    """A box of the parameter as a box of its matrices `(count, rows, cols)`; None if it is not a box there."""
     view, shape = row.view, row.entry.shape
     if len(shape) < 2:
         groups: list[list[int]] = [[], [], list(range(len(shape)))]
@@ -88,7 +97,7 @@ def view_of(row: Row, box: Box) -> Box | None:
         groups = [list(range(len(shape) - 2)), [len(shape) - 2], [len(shape) - 1]]
     start, stop = [], []
     for dims in groups:
-        merged = _merged(box, shape, dims)
+        merged = _merged_range(box, shape, dims)
         if merged is None:
             return None
         start.append(merged[0])
@@ -98,8 +107,8 @@ def view_of(row: Row, box: Box) -> Box | None:
     return Box(tuple(start), tuple(stop))
 
 
-def _merged(box: Box, shape: Sequence[int], dims: Sequence[int]) -> tuple[int, int] | None:
-    """The range of a box along dimensions that are joined to one; None where it is not one range."""
+def _merged_range(box: Box, shape: Sequence[int], dims: Sequence[int]) -> tuple[int, int] | None:
+    """The range of a box along `dims` flattened to one dimension; None if its indices are not contiguous there."""
     low = high = 0
     for i, d in enumerate(dims):
         a, b = box.start[d], box.stop[d]
@@ -109,26 +118,34 @@ def _merged(box: Box, shape: Sequence[int], dims: Sequence[int]) -> tuple[int, i
     return low, high + 1
 
 
-def row_of(row: Row, box: Box, splits: dict[tuple[int, int, int], Frame]) -> Row:
-    """The plan of a box alone: the same pipeline on fewer matrices, or on a cut of one where entries are updated each by itself."""
+def part_row(row: Row, box: Box, splits: dict[tuple[int, int, int], Frame]) -> Row:
+    """The plan of a box alone: the same pipeline on fewer matrices, or on a piece of one matrix if the pipeline is elementwise.
+
+    `splits` caches the pipelines of pieces by pipeline and shape; the function adds to it.
+    """
     if box == full_box(row.entry.shape):
         return row
-    entry = replace(row.entry, shape=box.shape)
-    if is_elementwise(row):
-        viewed = view_of(row, box)
-        assert viewed is not None
-        count, rows, cols = viewed.shape
-        block, split = row.splits[0]
-        key = (id(split.pipeline), rows, cols)
-        if key not in splits:
-            splits[key] = Frame.of(split.pipeline, rows, cols)
-        window = (viewed.start[1], viewed.start[2], block.rows, block.cols)
-        own = replace(block, count=count, rows=rows, cols=cols, first=viewed.start[0], of=block.count, window=window)
-        view = View(count, rows, cols, row.view.transposed, (own,))
-        return replace(row, entry=entry, view=view, splits=((own, splits[key]),))
-    axis, length, _ = run_axis(row)
+    return _elementwise_row(row, box, splits) if is_elementwise(row) else _run_row(row, box)
+
+
+def _elementwise_row(row: Row, box: Box, splits: dict[tuple[int, int, int], Frame]) -> Row:
+    viewed = box_in_view(row, box)
+    assert viewed is not None
+    count, rows, cols = viewed.shape
+    block, split = row.splits[0]
+    key = (id(split.pipeline), rows, cols)
+    if key not in splits:
+        splits[key] = Frame.of(split.pipeline, rows, cols)
+    window = (viewed.start[1], viewed.start[2], block.rows, block.cols)
+    own = replace(block, count=count, rows=rows, cols=cols, first=viewed.start[0], of=block.count, window=window)
+    view = View(count, rows, cols, row.view.transposed, (own,))
+    return replace(row, entry=replace(row.entry, shape=box.shape), view=view, splits=((own, splits[key]),))
+
+
+def _run_row(row: Row, box: Box) -> Row:
+    axis, length, _ = matrix_axis(row)
     before, held = box.start[axis] // length, box.shape[axis] // length
-    blocks = []
+    blocks: list[Block] = []
     for block in row.view.blocks:
         each = block.heads if row.view.count > 1 else 1  # heads of every expert
         heads = block.heads if row.view.count > 1 else held
@@ -136,29 +153,31 @@ def row_of(row: Row, box: Box, splits: dict[tuple[int, int, int], Frame]) -> Row
     count = held if row.view.count > 1 else 1
     rows = row.view.rows if row.view.count > 1 else held * length
     view = replace(row.view, count=count, rows=rows, blocks=tuple(blocks))
-    return replace(row, entry=entry, view=view, splits=tuple(zip(blocks, (split for _, split in row.splits), strict=True)))
+    splits = tuple(zip(blocks, (split for _, split in row.splits), strict=True))
+    return replace(row, entry=replace(row.entry, shape=box.shape), view=view, splits=splits)
 
 
 def state_boxes(row: Row, box: Box) -> dict[str, Box]:
-    """Where each slot of a part lies in that of the parameter."""
+    """For each slot of the parameter, the box that belongs to the part `box`."""
     out: dict[str, Box] = {}
-    cut = box != full_box(row.entry.shape)
     for block, split in row.splits:
         for key in split.slots:
             name = state_key(block, key)
-            shape = row.state[name][0]
-            if not cut:
-                out[name] = full_box(shape)
-            elif is_elementwise(row):
-                viewed = view_of(row, box)
-                assert viewed is not None
-                sides = slice(1, None) if block.count == 1 else slice(None)
-                out[name] = Box(viewed.start[sides], viewed.stop[sides])
-            else:
-                axis, length, _ = run_axis(row)
-                each = block.heads if row.view.count > 1 else 1
-                low, high = box.start[axis] // length * each, box.stop[axis] // length * each
-                out[name] = Box((low, *(0 for _ in shape[1:])), (high, *shape[1:]))
+            out[name] = _state_box(row, box, block, row.state[name][0])
     if row.compensated:
         out["compensation"] = box
     return out
+
+
+def _state_box(row: Row, box: Box, block: Block, shape: tuple[int, ...]) -> Box:
+    if box == full_box(row.entry.shape):
+        return full_box(shape)
+    if is_elementwise(row):
+        viewed = box_in_view(row, box)
+        assert viewed is not None
+        sides = slice(1, None) if block.count == 1 else slice(None)
+        return Box(viewed.start[sides], viewed.stop[sides])
+    axis, length, _ = matrix_axis(row)
+    each = block.heads if row.view.count > 1 else 1
+    low, high = box.start[axis] // length * each, box.stop[axis] // length * each
+    return Box((low, *(0 for _ in shape[1:])), (high, *shape[1:]))

@@ -1,10 +1,10 @@
-"""Where the parts of a model lie and who computes them, on several ranks: shares, owners, messages. Pure; no torch.distributed.
+"""Owners of parts, messages of a step, and bytes of each rank. Pure functions of shapes; nothing here needs torch.distributed.
 
-    a rank's shard of a parameter      a box of it
-    a part                             the matrices that one rank computes, a box of the parameter too
-    a message                          the intersection of a shard and a part, from the rank that has it to the rank that needs it
+    shard      the box of a parameter that a rank holds
+    part       the box of a parameter whose update a rank computes; that rank is its owner
+    message    the intersection of a shard and a part, sent from the rank that has it to the rank that needs it
 
-Every rank finds the same layout from names, shapes and placements alone, so nothing has to be agreed on.
+Every rank computes the same layout from names, shapes and placements, so the ranks exchange nothing to agree on it.
 """
 
 from __future__ import annotations
@@ -20,293 +20,315 @@ from ..algebra.frame import Frame
 from ..engine import strategies
 from ..plan import COUNTERS, Row
 from .boxes import Box, Cut, box_holders, chunk, full_box, owner_order, replica_index
-from .parts import Part, cut_runs, is_elementwise, run_axis, view_of
+from .parts import Part, box_in_view, is_elementwise, matrix_axis, run_boxes
 
-Way = Literal["incoming", "outgoing", "copies", "projected", "lifted"]
+MessageKind = Literal["gradient", "update", "replica", "projection", "lift"]
+BASIS = "selector.basis"
 
 
 class Message(NamedTuple):
-    """A box of item `item` that rank `source` sends to rank `target`."""
+    """A box of a tensor that rank `source` sends to rank `target`."""
 
     source: int
     target: int
-    item: int
     box: Box
+    tensor_index: int = 0  # the position of the tensor among those of one exchange
 
 
 @dataclass(frozen=True)
-class Share:
-    """One parameter on the ranks of its team."""
+class Sharding:
+    """One parameter on the ranks of its group: shards, parts, and the messages between them."""
 
     row: Row
     boxes: tuple[Box, ...]  # the shard of each rank
     parts: tuple[Part, ...]
-    cuts: tuple[Cut | None, ...] = ()  # of each dimension of the mesh; none where the parameter is whole on all ranks
-    along: int | None = None  # the dimension of a basis that is cut as the weight is, where only coordinates travel between refreshes
+    cuts: tuple[Cut | None, ...] = ()  # one for each dimension of the mesh; empty if every rank holds the whole parameter
+    basis_dim: int | None = (
+        None  # cut here along with the basis: between refreshes only coordinates are sent. None: gradients, at every step
+    )
 
     @cached_property
-    def resident(self) -> bool:
-        """Whether owners hold the weights of their part, and update them in place."""
+    def updates_in_place(self) -> bool:
+        """Whether every owner holds the weights of its part: it then updates them in place and sends new weights instead of updates."""
         return all(self.boxes[owner].contains(part.box) for part in self.parts for owner in part.owners)
 
     @cached_property
-    def _parts_of(self) -> dict[int, Part]:
-        return {owner: part for part in reversed(self.parts) for owner in part.owners}
+    def is_local(self) -> bool:
+        """Whether every rank updates its own shard and no rank sends anything."""
+        return self.updates_in_place and not any(True for _ in self.update_messages())
 
     @cached_property
-    def local(self) -> bool:
-        """Whether nothing travels: every rank updates its own shard."""
-        return self.resident and not any(True for _ in self.outgoing(0))
+    def _parts_by_rank(self) -> dict[int, Part]:
+        return {owner: part for part in reversed(self.parts) for owner in part.owners}
 
     def part_of(self, rank: int) -> Part | None:
-        """What a rank computes."""
-        return self._parts_of.get(rank)
+        """The part that a rank computes; None if it computes none."""
+        return self._parts_by_rank.get(rank)
 
     def state_box(self, key: str, rank: int) -> Box | None:
-        """Where a rank's part of a slot lies in that of the parameter; None if it has none."""
-        if key == "compensation" and not self.resident:
-            box = self.boxes[rank]  # of the weights, which stay where they are
+        """The box of a slot that a rank keeps, in the slot of the whole parameter; None if the rank keeps none."""
+        if key == "compensation" and not self.updates_in_place:  # Kahan compensation belongs to the weights, which stay with their shard
+            box = self.boxes[rank]
             return box if box.numel else None
-        if key == BASIS and self.along is not None:
-            low, high = self.boxes[rank].start[self.along], self.boxes[rank].stop[self.along]
+        if key == BASIS and self.basis_dim is not None:
+            low, high = self.boxes[rank].start[self.basis_dim], self.boxes[rank].stop[self.basis_dim]
             return Box((low, 0), (high, self.row.state[key][0][1])) if self.boxes[rank].numel else None
         part = self.part_of(rank)
         return None if part is None else part.state[key]
 
+    # ------------------------------------------------------------------------------------------------------------ messages
+
     @property
     def coordinates(self) -> Box:
-        """All coordinates of a parameter that is cut along its basis."""
+        """The full box of the coordinates, `(m, r)`, if the parameter is cut along its basis."""
         split = self.row.splits[0][1]
         return full_box((split.inner[0].size, split.inner[1].size))
 
-    def projected(self, item: int) -> Iterator[Message]:
-        """Coordinates of the shards, to be summed on the owner; their box is that of coordinates."""
-        owner = self.parts[0].owners[0]
-        for _, holders in self._distinct:
-            yield Message(self._near(owner, holders), owner, item, self.coordinates)
-
-    def lifted(self, item: int) -> Iterator[Message]:
-        """Updated coordinates from the owner to all that hold a shard."""
-        for rank, box in enumerate(self.boxes):
-            if box.numel:
-                yield Message(self.parts[0].owners[0], rank, item, self.coordinates)
-
-    def incoming(self, item: int) -> Iterator[Message]:
-        """Gradients from the shards to the owners."""
-        if self.resident:
+    def gradient_messages(self) -> Iterator[Message]:
+        """Gradients from shards to owners."""
+        if self.updates_in_place:
             return
-        for part, (box, holders) in itertools.product(self.parts, self._distinct):
+        for part, (box, holders) in itertools.product(self.parts, self._holders):
             both = part.box.intersection(box)
             if both is not None:
                 for owner in part.owners:
-                    yield Message(self._near(owner, holders), owner, item, both)
+                    yield Message(self._holder_near(owner, holders), owner, both)
 
-    def outgoing(self, item: int) -> Iterator[Message]:
-        """Updates from the owners to their own copy of the shards; or new weights, where owners have them, to all that hold a shard."""
+    def update_messages(self) -> Iterator[Message]:
+        """Updates from each owner to one replica of each shard; with `updates_in_place`, new weights to every rank that holds a shard."""
         for part in self.parts:
-            if self.resident:
+            if self.updates_in_place:
                 for rank, box in enumerate(self.boxes):
                     both = None if rank in part.owners else part.box.intersection(box)
                     if both is not None:
-                        yield Message(part.owners[0], rank, item, both)
+                        yield Message(part.owners[0], rank, both)
                 continue
-            for box, holders in self._distinct:
+            for box, holders in self._holders:
                 both = part.box.intersection(box)
                 if both is not None:
-                    yield Message(part.owners[0], self._near(part.owners[0], holders), item, both)
+                    yield Message(part.owners[0], self._holder_near(part.owners[0], holders), both)
 
-    def copies(self, item: int) -> Iterator[Message]:
-        """Updates from the shards that have them to the copies of these shards: an owner need not send to each copy."""
-        if self.resident:
+    def replica_messages(self) -> Iterator[Message]:
+        """Updates from the replica that received them to the other replicas of the shard, so that an owner sends each update once."""
+        if self.updates_in_place:
             return
-        for part, (box, holders) in itertools.product(self.parts, self._distinct):
+        for part, (box, holders) in itertools.product(self.parts, self._holders):
             both = part.box.intersection(box)
             if both is not None:
-                near = self._near(part.owners[0], holders)
-                yield from (Message(near, rank, item, both) for rank in holders if rank != near)
+                near = self._holder_near(part.owners[0], holders)
+                yield from (Message(near, rank, both) for rank in holders if rank != near)
+
+    def projection_messages(self) -> Iterator[Message]:
+        """Coordinates of each shard, of which the owner takes the sum."""
+        owner = self.parts[0].owners[0]
+        for _, holders in self._holders:
+            yield Message(self._holder_near(owner, holders), owner, self.coordinates)
+
+    def lift_messages(self) -> Iterator[Message]:
+        """Updated coordinates from the owner to every rank that holds a shard."""
+        for rank, box in enumerate(self.boxes):
+            if box.numel:
+                yield Message(self.parts[0].owners[0], rank, self.coordinates)
 
     @cached_property
     def replica_index(self) -> tuple[int, ...]:
-        """`copy_of` these boxes; found once, since to look it up among thousands of boxes takes as long as to find it."""
+        """`boxes.replica_index` of these boxes. Kept here: the lookup by thousands of boxes takes as long as the computation."""
         return replica_index(self.boxes)
 
     @cached_property
-    def _distinct(self) -> tuple[tuple[Box, tuple[int, ...]], ...]:
+    def _holders(self) -> tuple[tuple[Box, tuple[int, ...]], ...]:
         return box_holders(self.boxes)
 
-    def _near(self, owner: int, holders: tuple[int, ...]) -> int:
-        """Of the ranks that hold a shard, the one that stands among copies where the owner does."""
+    def _holder_near(self, owner: int, holders: tuple[int, ...]) -> int:
+        """The holder of a shard with the owner's replica index, so that messages stay within one replica of the model."""
         return holders[self.replica_index[owner] % len(holders)]
 
     @cached_property
-    def _told(self) -> dict[tuple[Way, int], tuple[tuple[Message, ...], bool]]:
+    def _messages_by_rank(self) -> dict[tuple[MessageKind, int], tuple[tuple[Message, ...], bool]]:
         return {}
 
-    def messages(self, way: Way, rank: int) -> tuple[tuple[Message, ...], bool]:
-        """Of one kind, the messages that a rank sends or receives, as of item 0, and whether any rank sends one to another.
+    def messages(self, kind: MessageKind, rank: int) -> tuple[tuple[Message, ...], bool]:
+        """The messages of one kind that a rank sends or receives, and whether any rank sends one to another rank.
 
-        They are kept: on thousands of ranks it takes long to go through those of all.
+        The result is kept, because on thousands of ranks it takes long to go through the messages of all.
         """
-        key = (way, rank)
-        if key not in self._told:
-            travels, own = False, []
-            for message in getattr(self, way)(0):
-                travels = travels or message.source != message.target
+        key = (kind, rank)
+        if key not in self._messages_by_rank:
+            has_traffic, own = False, []
+            for message in getattr(self, f"{kind}_messages")():
+                has_traffic = has_traffic or message.source != message.target
                 if rank in (message.source, message.target):
                     own.append(message)
-            self._told[key] = tuple(own), travels
-        return self._told[key]
+            self._messages_by_rank[key] = tuple(own), has_traffic
+        return self._messages_by_rank[key]
+
+    # --------------------------------------------------------------------------------------------------------------- bytes
 
     def bytes_held(self, rank: int) -> int:
-        """State that a rank keeps once the parameter has had a gradient."""
+        """Bytes of state that a rank keeps once the parameter has had a gradient."""
         if self.row.entry.frozen or not self.row.entry.numel:
             return self.row.state_bytes
         part, total = self.part_of(rank), 0
         for key, (_, dtype) in self.row.state.items():
-            box = None if key in COUNTERS else self.state_box(key, rank)
-            how = None if part is None else part.row.codes.get(key)
-            if how is not None and box is not None:
-                total += how.nbytes(box.numel)
-            else:
-                total += dtype.itemsize * (1 if key in COUNTERS else 0 if box is None else box.numel)
+            if key in COUNTERS:
+                total += dtype.itemsize
+                continue
+            box = self.state_box(key, rank)
+            if box is not None:
+                codes = None if part is None else part.row.codes.get(key)
+                total += dtype.itemsize * box.numel if codes is None else codes.nbytes(box.numel)
         return total
 
-    def bytes_sent(self, rank: int, refresh: bool = False) -> int:
-        """What a rank sends in one step, itself left out; a refresh of a basis that is cut as the weight is sends the basis besides."""
+    def bytes_sent(self, rank: int, *, refresh: bool = False) -> int:
+        """Bytes that a rank sends to other ranks in one step. With `refresh`, of a step that refreshes the basis.
+
+        A refresh matters only with `basis_dim`: the step then sends the gradient and the basis instead of coordinates.
+        """
         if self.row.entry.frozen:
             return 0
-        grad = self.row.entry.dtype.itemsize
-        there = grad if self.resident else self.row.compute_dtype.itemsize
-        if self.along is not None and not refresh:
-            both = itertools.chain(self.projected(0), self.lifted(0))
-            return sum(m.box.numel * there for m in both if m.source == rank != m.target)
+        grad, compute = self.row.entry.dtype.itemsize, self.row.compute_dtype.itemsize
+        if self.basis_dim is not None and not refresh:
+            return compute * _entries_sent(itertools.chain(self.projection_messages(), self.lift_messages()), rank)
         weights = 2 if any(split.needs_weight for _, split in self.row.splits) else 1
-        inbound = sum(m.box.numel * grad * weights for m in self.incoming(0) if m.source == rank != m.target)
-        if self.along is not None:
-            inbound += self.basis_sent.get(rank, 0) * self.row.compute_dtype.itemsize
-        outbound = itertools.chain(self.outgoing(0), self.copies(0))
-        return inbound + sum(m.box.numel * there for m in outbound if m.source == rank != m.target)
+        sent = weights * grad * _entries_sent(self.gradient_messages(), rank)
+        sent += (grad if self.updates_in_place else compute) * _entries_sent(self.update_messages(), rank)
+        sent += compute * _entries_sent(self.replica_messages(), rank)
+        return sent if self.basis_dim is None else sent + compute * self.basis_entries_sent.get(rank, 0)
 
     @cached_property
-    def basis_sent(self) -> dict[int, int]:
-        """Entries of a basis that ranks send at a refresh: their rows to the owner, and those of all others from the owner."""
+    def basis_entries_sent(self) -> dict[int, int]:
+        """Entries of the basis that each rank sends at a refresh: its rows to the owner; the owner sends all other ranks theirs."""
         owner = self.parts[0].owners[0]
         rows = [self.state_box(BASIS, rank) for rank in range(len(self.boxes))]
-        out = {holders[0]: box.numel for box, holders in box_holders(tuple(box or full_box((0,)) for box in rows)) if rows[owner] != box}
+        holders = box_holders(tuple(box or full_box((0,)) for box in rows))
+        out = {ranks[0]: box.numel for box, ranks in holders if rows[owner] != box}
         out[owner] = sum(box.numel for rank, box in enumerate(rows) if box is not None and rank != owner)
         return out
 
 
+def _entries_sent(messages: Iterable[Message], rank: int | None = None) -> int:
+    """The entries that messages carry from one rank to another; with `rank`, those that this rank sends."""
+    return sum(m.box.numel for m in messages if m.source != m.target and rank in (None, m.source))
+
+
+# ------------------------------------------------------------------------------------------------------------------- owners
+
+
 @dataclass
 class Layout:
-    """Shares of one team of ranks. `loads`: bytes of state that each rank owns so far, by which the next owner is chosen."""
+    """The shardings of one group of ranks. Owners are chosen so that the ranks keep about equally many bytes of state."""
 
     ranks: int
-    divided: bool = False  # the parameters are whole on all ranks, and the state is divided all the same
-    loads: list[int] = field(default_factory=list)
-    splits: dict[tuple[int, int, int], Frame] = field(default_factory=dict)  # of cuts, by pipeline and shape
+    replicated: bool = False  # every rank holds the parameters whole (DDP); the ranks divide work and state all the same
+    loads: list[int] = field(default_factory=list)  # bytes of state that each rank keeps so far
+    splits: dict[tuple[int, int, int], Frame] = field(default_factory=dict)  # pipelines of pieces, by pipeline and shape
 
     def __post_init__(self) -> None:
         self.loads = self.loads or [0] * self.ranks
 
-    def add(self, rows: Sequence[Row], boxes: Sequence[tuple[Box, ...]], cuts: Sequence[tuple[Cut | None, ...]]) -> list[Share]:
-        """The shares of more parameters, largest first to the rank with the least; those that are there already stay."""
-        shares: dict[int, Share] = {}
-        for i in sorted(range(len(rows)), key=lambda i: (-_bytes(rows[i]), rows[i].entry.name)):
-            share = Share(rows[i], boxes[i], tuple(self._parts(rows[i], boxes[i])), cuts[i])
-            share = shares[i] = replace(share, along=_along(share))
-            add_state(self.loads, share)
-        return [shares[i] for i in range(len(rows))]
+    def add(self, rows: Sequence[Row], boxes: Sequence[tuple[Box, ...]], cuts: Sequence[tuple[Cut | None, ...]]) -> list[Sharding]:
+        """The shardings of more parameters, in their order. The parameter with the most state goes first, to the rank with the least.
+
+        Parameters that were added before keep their owners.
+        """
+        found: dict[int, Sharding] = {}
+        for i in sorted(range(len(rows)), key=lambda i: (-_state_bytes(rows[i]), rows[i].entry.name)):
+            sharding = Sharding(rows[i], boxes[i], tuple(self._parts(rows[i], boxes[i])), cuts[i])
+            sharding = found[i] = replace(sharding, basis_dim=_find_basis_dim(sharding))
+            add_state_bytes(self.loads, sharding)
+        return [found[i] for i in range(len(rows))]
 
     def _parts(self, row: Row, boxes: tuple[Box, ...]) -> Iterator[Part]:
         if not row.entry.numel:
             return
-        if is_elementwise(row) and self.divided:
-            along = max(range(len(row.entry.shape)), key=lambda d: row.entry.shape[d], default=None)
-            if along is not None:
-                pieces = [chunk(full_box(row.entry.shape), along, self.ranks, i) for i in range(self.ranks)]
-                if all(view_of(row, piece) for piece in pieces if piece.numel):
-                    yield from (self._part(row, piece, (rank,)) for rank, piece in enumerate(pieces) if piece.numel)
-                    return
-        elif is_elementwise(row) and all(view_of(row, box) for box, _ in box_holders(boxes)):
-            yield from (self._part(row, box, holders) for box, holders in box_holders(boxes))
-            return
-        runs = list(cut_runs(row, self._cuts_of(row, boxes)))
-        # Where a rank has all of a run, the run is its own: nothing has to travel to it.
-        turn = owner_order(boxes)
-        least = sorted(range(self.ranks), key=lambda rank: (self.loads[rank], turn[rank]))
+        if is_elementwise(row):
+            pieces = self._elementwise_pieces(row, boxes)
+            if pieces is not None:
+                yield from (Part(box, owners, row, self.splits) for box, owners in pieces)
+                return
+        order = owner_order(boxes)
+        least = sorted(range(self.ranks), key=lambda rank: (self.loads[rank], order[rank]))
+        place = {rank: i for i, rank in enumerate(least)}
         free = iter(least)
         taken: set[int] = set()
-        place = {rank: i for i, rank in enumerate(least)}
         held = box_holders(boxes)
-        for box in runs:
-            holders = [rank for whose, ranks in held if whose.contains(box) for rank in ranks if rank not in taken]
+        for box in run_boxes(row, self._run_sizes(row, boxes)):
+            # A rank that holds all of a run becomes its owner, which saves the messages.
+            holders = [rank for shard, ranks in held if shard.contains(box) for rank in ranks if rank not in taken]
             owner = min(holders, key=place.__getitem__) if holders else next(rank for rank in free if rank not in taken)
             taken.add(owner)
-            yield self._part(row, box, (owner,))
+            yield Part(box, (owner,), row, self.splits)
 
-    def _cuts_of(self, row: Row, boxes: tuple[Box, ...]) -> list[int]:
-        """How many matrices, or heads, each run has: those of the shards where these hold whole ones, else as equal as they come."""
-        axis, size, count = run_axis(row)
+    def _elementwise_pieces(self, row: Row, boxes: tuple[Box, ...]) -> Sequence[tuple[Box, tuple[int, ...]]] | None:
+        """Boxes and owners of an elementwise parameter: the shards themselves, or equal chunks if it is replicated.
+
+        None if one of them is not a box of the parameter's matrices.
+        """
+        pieces: Sequence[tuple[Box, tuple[int, ...]]] = box_holders(boxes)
+        if self.replicated:
+            if not row.entry.shape:
+                return None
+            dim = max(range(len(row.entry.shape)), key=lambda d: row.entry.shape[d])
+            chunks = [chunk(full_box(row.entry.shape), dim, self.ranks, i) for i in range(self.ranks)]
+            pieces = [(box, (rank,)) for rank, box in enumerate(chunks) if box.numel]
+        return pieces if all(box_in_view(row, box) for box, _ in pieces) else None
+
+    def _run_sizes(self, row: Row, boxes: tuple[Box, ...]) -> list[int]:
+        """The number of matrices, or heads, in each run: as the shards divide them if these hold whole ones, else equally."""
+        axis, size, count = matrix_axis(row)
         if count == 1:
             return [1]
-        ranges = sorted({(box.start[axis], box.stop[axis]) for box in boxes if box.numel})
-        rest = all(box.start[d] == 0 and box.stop[d] == n for box in boxes if box.numel for d, n in enumerate(row.entry.shape) if d != axis)
-        apart = all(a[1] == b[0] for a, b in itertools.pairwise(ranges))
-        if rest and apart and len(ranges) > 1 and all(low % size == 0 and high % size == 0 for low, high in ranges):
+        held = [box for box in boxes if box.numel]
+        ranges = sorted({(box.start[axis], box.stop[axis]) for box in held})
+        other_dims_whole = all(box.start[d] == 0 and box.stop[d] == n for box in held for d, n in enumerate(row.entry.shape) if d != axis)
+        disjoint = all(a[1] == b[0] for a, b in itertools.pairwise(ranges))
+        if other_dims_whole and disjoint and len(ranges) > 1 and all(low % size == 0 and high % size == 0 for low, high in ranges):
             return [(high - low) // size for low, high in ranges]
         each = -(-count // self.ranks)
         return [min(each, count - first) for first in range(0, count, each)]
 
-    def _part(self, row: Row, box: Box, owners: tuple[int, ...]) -> Part:
-        return Part(box, owners, row, self.splits)
 
-
-BASIS = "selector.basis"
-
-
-def _along(share: Share) -> int | None:
-    """The dimension of a matrix along which both its basis and its shards are cut, if it saves bytes to send coordinates alone."""
-    row = share.row
-    if share.resident or len(share.parts) != 1 or len(row.splits) != 1 or row.splits[0][0].count != 1 or len(row.entry.shape) != 2:
+def _find_basis_dim(sharding: Sharding) -> int | None:
+    """The dimension along which basis and shards are both cut, if sending only coordinates saves bytes; else None."""
+    row = sharding.row
+    if row.entry.frozen or sharding.updates_in_place or len(sharding.parts) != 1 or len(row.entry.shape) != 2:
+        return None
+    if len(row.splits) != 1 or row.splits[0][0].count != 1:
         return None
     block, split = row.splits[0]
     if block.name or not strategies.is_in_coordinates(split):
         return None
-    along = 0 if split.turned != row.view.transposed else 1  # where the columns of the working orientation are stored
-    held = [box for box in share.boxes if box.numel]
-    if any(box.shape[1 - along] != row.entry.shape[1 - along] for box in held):
+    dim = 0 if split.turned != row.view.transposed else 1  # the stored dimension of the columns in the working orientation
+    held = [box for box in sharding.boxes if box.numel]
+    if any(box.shape[1 - dim] != row.entry.shape[1 - dim] for box in held):
         return None
-    if row.entry.frozen:
-        return None
-    plain = _size(share.incoming(0)) * row.entry.dtype.itemsize + _size(share.outgoing(0)) * row.compute_dtype.itemsize
-    thin = _size(itertools.chain(share.projected(0), share.lifted(0))) * row.compute_dtype.itemsize
-    return along if thin < plain else None
+    full = _entries_sent(sharding.gradient_messages()) * row.entry.dtype.itemsize
+    full += _entries_sent(sharding.update_messages()) * row.compute_dtype.itemsize
+    coordinates = _entries_sent(itertools.chain(sharding.projection_messages(), sharding.lift_messages()))
+    return dim if coordinates * row.compute_dtype.itemsize < full else None
 
 
-def _size(messages: Iterable[Message]) -> int:
-    """Entries that leave a rank."""
-    return sum(message.box.numel for message in messages if message.source != message.target)
-
-
-def _bytes(row: Row) -> int:
-    """State of a parameter, frozen or not: it may be thawed, and the layout must not move then."""
+def _state_bytes(row: Row) -> int:
+    """Bytes of state of a parameter, also of a frozen one: it may be unfrozen, and the owners must not change then."""
     return sum(prod(shape) * dtype.itemsize for shape, dtype in row.state.values())
 
 
-def add_state(loads: list[int], share: Share) -> None:
-    """Add what each rank keeps of a share, counters left out and codes counted as what they stand for."""
-    # These lie with the weights and not with the owner.
-    scattered = [key for key in ("compensation", BASIS) if key in share.row.state and not share.resident]
-    scattered = [key for key in scattered if key != BASIS or share.along is not None]
-    # Entry by entry there is a number for each of the box; thousands of parts are counted without their boxes of state.
-    entry = sum(dtype.itemsize for key, (_, dtype) in share.row.state.items() if key not in COUNTERS) if is_elementwise(share.row) else None
-    for part in share.parts:
-        own = part.state_bytes if entry is None else part.box.numel * entry
-        own -= sum(part.state[key].numel * share.row.state[key][1].itemsize for key in scattered)
+def add_state_bytes(loads: list[int], sharding: Sharding) -> None:
+    """Add the bytes of state that each rank keeps of a parameter to `loads`, in place.
+
+    Counters do not count, and low-bit codes count as the numbers that they encode.
+    """
+    state = sharding.row.state
+    with_shard = [key for key in ("compensation", BASIS) if key in state and not sharding.updates_in_place]  # kept by shards, not by owners
+    with_shard = [key for key in with_shard if key != BASIS or sharding.basis_dim is not None]
+    # Elementwise slots have one number an entry, so thousands of parts are counted without computing the boxes of their state.
+    per_entry = sum(dtype.itemsize for key, (_, dtype) in state.items() if key not in COUNTERS) if is_elementwise(sharding.row) else None
+    for part in sharding.parts:
+        own = part.state_bytes if per_entry is None else part.box.numel * per_entry
+        own -= sum(part.state[key].numel * state[key][1].itemsize for key in with_shard)
         for owner in part.owners:
             loads[owner] += own
-    for key in scattered:
-        for rank in range(len(share.boxes)):
-            box = share.state_box(key, rank)
-            loads[rank] += 0 if box is None else box.numel * share.row.state[key][1].itemsize
+    for key in with_shard:
+        for rank in range(len(sharding.boxes)):
+            box = sharding.state_box(key, rank)
+            loads[rank] += 0 if box is None else box.numel * state[key][1].itemsize

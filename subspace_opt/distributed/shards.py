@@ -1,4 +1,4 @@
-"""Parameters that several ranks share: who computes what, what this rank holds, how its state stands in a checkpoint."""
+"""Sharded parameters: their layout, one parameter in one step, the update of this rank's shard, state for checkpoints."""
 
 from __future__ import annotations
 
@@ -15,122 +15,146 @@ from ..engine.rounding import rounding_draw
 from ..engine.weights import Rates, update_weight
 from ..engine.work import Options, Work
 from ..plan import Row
-from . import exchange as sharding
-from .boxes import Box
-from .exchange import Team, Teams
+from . import exchange
+from .boxes import Box, full_box
+from .exchange import MeshGroups, RankGroup
 from .parts import Part
-from .placement import Layout, Message, Share, Way
+from .placement import Layout, Message, MessageKind, Sharding
 
 
 @dataclass(eq=False)
-class Item:
-    """A parameter of a team in one step."""
+class ShardedParam:
+    """One sharded parameter in one step."""
 
-    team: Team
-    share: Share
-    part: Part | None  # what this rank computes of it
-    param: Tensor
-    work: Work  # of that part; of no matrix, where there is none
+    group: RankGroup
+    sharding: Sharding
+    part: Part | None  # None if this rank computes no part of it
+    tensor: Tensor  # the parameter itself
+    work: Work  # the work of `part`
     weight: Tensor  # this rank's shard
-    grad: Tensor | None  # the same of the gradient
-    kept: dict[str, Any] = field(default_factory=dict)  # the state itself, while the work has a whole basis for one step
+    grad: Tensor | None  # this rank's shard of the gradient
+    kept_state: dict[str, Any] = field(default_factory=dict)  # the state with this rank's rows, while `work.state` has the whole basis
 
     @property
     def name(self) -> str:
-        return self.share.row.entry.name
+        """The parameter's name."""
+        return self.sharding.row.entry.name
 
     @property
     def decay(self) -> float:
-        coupled = self.share.row.splits[0][1].pipeline.decay == "coupled"
+        """The weight decay that is applied with the update; 0 for coupled decay, which is part of the gradient."""
+        coupled = self.sharding.row.splits[0][1].pipeline.decay == "coupled"
         return 0.0 if coupled else self.work.weight_decay
 
     @property
-    def fallible(self) -> bool:
-        """Whether a decomposition may fail, of which all ranks must be told."""
-        return any(split.opens or strategies.decomposes(split) for _, split in self.share.row.splits)
+    def needs_status(self) -> bool:
+        """Whether an owner must report the outcome to all ranks, because a decomposition may fail."""
+        return any(split.opens or strategies.decomposes(split) for _, split in self.sharding.row.splits)
+
+    @property
+    def filled_grad(self) -> Tensor:
+        """This rank's shard of the gradient, after `step.agree_on_gradients` has filled a missing one with zeros."""
+        assert self.grad is not None
+        return self.grad
+
+    @property
+    def box(self) -> Box:
+        """The box of this rank's shard."""
+        return self.sharding.boxes[self.group.rank]
 
 
-def item(team: Team, share: Share, param: Tensor, work: Work, maximize: bool) -> Item:
-    """A parameter of this step. `work`: as if it were whole."""
-    part = share.part_of(team.rank)
-    weight, grad = sharding.local(param.detach()), sharding.local_grad(param, share.row.entry.name)
+def sharded_param(group: RankGroup, sharding: Sharding, tensor: Tensor, work: Work, maximize: bool) -> ShardedParam:
+    """A parameter for one step. `work` is the work of the whole parameter; the result has that of this rank's part."""
+    part = sharding.part_of(group.rank)
+    weight, grad = exchange.local_tensor(tensor.detach()), exchange.local_grad(tensor, sharding.row.entry.name)
     if grad is not None and maximize:
         grad = -grad
-    own = replace(work, row=share.row if part is None else part.row, param=weight, grad=weight if grad is None else grad)
-    return Item(team, share, part, param, own, weight, grad)
+    own = replace(work, row=sharding.row if part is None else part.row, param=weight, grad=weight if grad is None else grad)
+    return ShardedParam(group, sharding, part, tensor, own, weight, grad)
 
 
-def given(item: Item) -> Tensor:
-    """This rank's shard of the gradient, once all ranks have looked."""
-    assert item.grad is not None  # `look` put zeros where there was none
-    return item.grad
+# ------------------------------------------------------------------------------------------------------------------- layout
 
 
-# ------------------------------------------------------------------------------------------------------------------- shares
-
-
-def shares(params: Sequence[Tensor], rows: Sequence[Row], sizes: Sequence[int], group: Any, teams: Teams) -> dict[int, tuple[Team, Share]]:
-    """Team and share of every parameter that several ranks hold, by `id`.
+def find_shardings(
+    params: Sequence[Tensor], rows: Sequence[Row], sizes: Sequence[int], process_group: Any, mesh_groups: MeshGroups
+) -> dict[int, tuple[RankGroup, Sharding]]:
+    """The group and sharding of every parameter that several ranks hold, by `id` of the parameter.
 
     Args:
-        sizes: Of the parameter groups: a group that is added later leaves the owners of the others as they are.
-        group: Of ranks that hold ordinary parameters whole, None if there is none.
-        teams: Those that are known, which makes no second process group for one mesh.
+        sizes: The number of parameters in each parameter group. Groups are laid out one after the other, so that a group that is added
+            later does not change the owners of the earlier ones.
+        process_group: The ranks that hold ordinary parameters whole; None if every process is on its own.
+        mesh_groups: Keeps one process group for each mesh; pass the same object at every call.
     """
-    whole = None if group is None else sharding.team_of_group(group)
-    layouts: dict[Team, Layout] = {}
-    out: dict[int, tuple[Team, Share]] = {}
+    replicated = None if process_group is None else exchange.replicated_group(process_group)
+    layouts: dict[RankGroup, Layout] = {}
+    out: dict[int, tuple[RankGroup, Sharding]] = {}
     start = 0
     for size in sizes:
-        members: dict[Team, list[tuple[Tensor, Row]]] = {}
+        by_group: dict[RankGroup, list[tuple[Tensor, Row]]] = {}
         for p, row in zip(params[start : start + size], rows[start : start + size], strict=True):
-            team = teams.of(p) if sharding.is_sharded(p) else whole
-            if team is not None:
-                members.setdefault(team, []).append((p, row))
-        for team, pairs in members.items():
-            layout = layouts.setdefault(team, Layout(team.size, team.divided))
+            group = mesh_groups.group_of(p) if exchange.is_dtensor(p) else replicated
+            if group is not None:
+                by_group.setdefault(group, []).append((p, row))
+        for group, pairs in by_group.items():
+            layout = layouts.setdefault(group, Layout(group.size, group.replicated))
             names = [row.entry.name for _, row in pairs]
-            cut = [sharding.cuts(p, name) if sharding.is_sharded(p) else () for (p, _), name in zip(pairs, names, strict=True)]
-            boxes = [sharding.boxes(p, c, team, name) for (p, _), c, name in zip(pairs, cut, names, strict=True)]
-            for (p, _), share in zip(pairs, layout.add([row for _, row in pairs], boxes, cut), strict=True):
-                out[id(p)] = (team, share)
+            cuts = [exchange.mesh_cuts(p, name) if exchange.is_dtensor(p) else () for (p, _), name in zip(pairs, names, strict=True)]
+            boxes = [exchange.checked_boxes(p, cut, group, name) for (p, _), cut, name in zip(pairs, cuts, names, strict=True)]
+            for (p, _), sharding in zip(pairs, layout.add([row for _, row in pairs], boxes, cuts), strict=True):
+                out[id(p)] = (group, sharding)
         start += size
     return out
 
 
-def exported(known: dict[int, tuple[Team, Share]], state: dict[Any, dict[str, Any]]) -> defaultdict[Any, dict[str, Any]]:
-    """The optimizer's state with that of shared parameters as DTensors. A collective."""
+# -------------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def export_state(shardings: dict[int, tuple[RankGroup, Sharding]], state: dict[Any, dict[str, Any]]) -> defaultdict[Any, dict[str, Any]]:
+    """The optimizer's state, with that of sharded parameters as DTensors. A collective."""
     out: defaultdict[Any, dict[str, Any]] = defaultdict(dict, state)
     for param, own in state.items():
-        if own and id(param) in known:
-            team, share = known[id(param)]
-            out[param] = sharding.exported(team, share, param, own)
+        if own and id(param) in shardings:
+            group, sharding = shardings[id(param)]
+            out[param] = exchange.state_to_dtensors(group, sharding, param, own)
     return out
 
 
-def reader(team: Team, share: Share) -> Callable[[Tensor, str, Tensor, tuple[int, ...]], Tensor]:
+def slot_reader(group: RankGroup, sharding: Sharding) -> Callable[[Tensor, str, Tensor, tuple[int, ...]], Tensor]:
     """A function of (parameter, slot, a checkpoint's tensor, its shape) that returns this rank's part of the slot."""
-    return lambda param, key, value, shape: sharding.imported(team, share, param, key, value, shape)
+    return lambda param, key, value, shape: exchange.slot_from_checkpoint(group, sharding, param, key, value, shape)
 
 
-def apply(team: Team, item: Item, box: Box, weight: Tensor, update: Tensor, options: Options) -> None:
-    """Decay and update a piece of this rank's shard."""
-    row, here = item.share.row, box.slices_in(item.share.boxes[team.rank])
+# ------------------------------------------------------------------------------------------------------------------- a step
+
+
+def rank_messages(group: RankGroup, params: Sequence[ShardedParam], kind: MessageKind) -> tuple[list[Message], bool]:
+    """The messages of this rank, with `tensor_index` the position in `params`, and whether any rank sends one to another rank."""
+    found = [param.sharding.messages(kind, group.rank) for param in params]
+    messages = [message._replace(tensor_index=i) for i, (own, _) in enumerate(found) for message in own]
+    return messages, any(has_traffic for _, has_traffic in found)
+
+
+def local_work(param: ShardedParam, part: Part) -> Work:
+    """The work of this rank's part, on its own piece of the shard."""
+    here = part.box.slices_in(param.box)
+    param.work.param, param.work.grad = param.weight[here], param.filled_grad[here]
+    return param.work
+
+
+def update_shard(param: ShardedParam, box: Box, weight: Tensor, update: Tensor, options: Options) -> None:
+    """Apply decay and update to the piece `box` of this rank's shard: `weight` is the piece, changed in place."""
+    row, here = param.sharding.row, box.slices_in(param.box)
     low = weight.dtype != update.dtype
-    compensation = item.work.state["compensation"][here] if row.compensated else None
-    noise = _rounding_noise(row, box, item.work.count, options, update) if low and options.rounding == "stochastic" else None
-    rates = Rates(item.work.lr, item.decay, decay_after=row.splits[0][1].pipeline.decay == "after")
+    compensation = param.work.state["compensation"][here] if row.compensated else None
+    noise = _rounding_noise(row, box, param.work.count, options, update) if low and options.rounding == "stochastic" else None
+    rates = Rates(param.work.lr, param.decay, decay_after=row.splits[0][1].pipeline.decay == "after")
     update_weight(weight, update, rates, rounding=options.rounding, compensation=compensation, noise=noise)
 
 
-def messages(team: Team, items: Sequence[Item], way: Way) -> tuple[list[Message], bool]:
-    """Those of this rank, numbered by item, and whether any rank has one for another."""
-    told = [item.share.messages(way, team.rank) for item in items]
-    return [m._replace(item=i) for i, (own, _) in enumerate(told) for m in own], any(travels for _, travels in told)
-
-
 def _rounding_noise(row: Row, box: Box, count: int, options: Options, like: Tensor) -> Tensor:
-    """The uniform draws of stochastic rounding for a box of a parameter, as they would be if it were whole."""
+    """The uniform draws of stochastic rounding for a box: those that one process would draw for these entries."""
     whole = torch.empty(row.entry.shape, dtype=like.dtype, device=like.device)
     blocks = row.view.cut(row.view.whole(whole))
     for block, matrices in zip(row.view.blocks, blocks, strict=True):
@@ -138,4 +162,4 @@ def _rounding_noise(row: Row, box: Box, count: int, options: Options, like: Tens
             one.copy_(rounding_draw(row.entry.name, block, i, count, options.seed, like))
     if blocks and blocks[0].untyped_storage().data_ptr() != whole.untyped_storage().data_ptr():
         whole = row.view.restore(blocks, whole.shape)
-    return whole[tuple(slice(a, b) for a, b in zip(box.start, box.stop, strict=True))]
+    return whole[box.slices_in(full_box(whole.shape))]

@@ -1,6 +1,13 @@
-"""Train, compare and report: what the command line runs, usable from Python as well (`lab.demo` shows how).
+"""Train small language models, compare optimizers, report the results, and certify that several ranks compute what one process does.
 
-Names are looked up when they are used, so that importing the lab costs neither transformers nor matplotlib.
+In: a `TrainConfig`, or a `Trial` for a certificate. Out: events, results, tables, pictures, certificates. The command line is a thin layer
+over this package; `lab.demo` shows its use from Python. The names below are imported on first use, so `import subspace_opt.lab` imports
+neither transformers nor matplotlib.
+
+    config, corpus, model    the run, its text, its model
+    run                      the training loop: checkpoints, events, measurements
+    comparison, report       several runs on one problem; table, JSON, picture
+    verify                   the certificate
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Several optimizers on one problem: the same text, the same first weights, the same batches in the same order."""
+"""Compare optimizers on one problem: the same text, the same initial weights, the same batches in the same order."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .errors import LabError
 from .run.events import OnEvent, Result
 from .run.training import OptimizerFactory, train
 
-# What a comparison is about, and what does not touch the numbers; everything else must agree.
+# The optimizer, which is compared, and fields that change no number. All other fields must agree.
 _MAY_DIFFER = {"spec", "name", "lr", "weight_decay", "overrides", "out", "save_every"}
 
 
@@ -22,9 +22,10 @@ def compare(
     corpus: Corpus | None = None,
     make_optimizer: OptimizerFactory | None = None,
 ) -> list[Result]:
-    """Train one after another and return what each came to; a signal ends the comparison after the run it met.
+    """Train the configs one after another and return their results. A signal ends the comparison after the current run.
 
-    Raises LabError where the configs do not pose the same problem, or carry the same name.
+    Raises:
+        LabError: the configs do not pose the same problem, or two have the same name.
     """
     check(configs)
     corpus = corpus or Corpus.load(configs[0].data, max_bytes=configs[0].max_bytes)
@@ -37,9 +38,13 @@ def compare(
 
 
 def check(configs: Sequence[TrainConfig]) -> None:
-    """Like must be compared with like. Raises LabError that names the run and the field that differs."""
+    """Check that all configs pose the same problem and have different names and folders.
+
+    Raises:
+        LabError: they do not; the message names the run and the field that differs.
+    """
     if not configs:
-        raise LabError("compare: no runs were given. Name at least one spec")
+        raise LabError("compare: no runs were given. Give at least one spec")
     first, labels = configs[0], set()
     for config in configs:
         if config.label in labels:
@@ -52,4 +57,4 @@ def check(configs: Sequence[TrainConfig]) -> None:
                     f"{', '.join(sorted(_MAY_DIFFER))} may differ, or the losses say nothing about the optimizers"
                 )
         if config.out is not None and sum(other.out == config.out for other in configs) > 1:
-            raise LabError(f"compare: {config.label} shares {config.out} with another run. Give each its own")
+            raise LabError(f"compare: {config.label} shares the folder {config.out} with another run. Give each run its own `out`")

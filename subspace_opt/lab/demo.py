@@ -1,4 +1,4 @@
-"""About two minutes on two CPU cores: four optimizers learn Python from Python's own source."""
+"""The demo: four optimizers train the same model on the source of the Python standard library, in about two minutes on two CPU cores."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ from .run.journal import make_folder
 
 PROBLEM = TrainConfig(model="mini", steps=400, batch_size=8, length=128, eval_every=50, eval_batches=8)
 
-# Peak rates: each optimizer's best on this very problem, in a sweep by factors of two over four to six rates.
+# Peak learning rates: the best of each optimizer on this problem, in a sweep of four to six rates by factors of two.
 RATES = {"cosmos": 8e-3, "adamw": 2e-3, "galore": 2e-2, "muon": 2e-2}
 
-# A quarter of the width, as GaLore's 60m has it; the presets' own ranks are for models wider than this one.
+# A quarter of the width, as in GaLore's 60m experiment; the ranks of the presets are for wider models.
 RANK = {"matrix.selector.rank": 32}
 OVERRIDES = {"cosmos": RANK, "galore": RANK}
 
 
 def configs() -> list[TrainConfig]:
-    """The four runs: one problem, each optimizer at its own best rate."""
+    """The configs of the four runs: one problem, each optimizer at its own best learning rate."""
     return [PROBLEM.model_copy(update={"spec": spec, "lr": lr, "overrides": OVERRIDES.get(spec, {})}) for spec, lr in RATES.items()]
 
 
 def demo(out: str | Path, on_event: OnEvent | None = None, *, corpus: Corpus | None = None) -> list[Result]:
-    """Train the four, and leave `comparison.png` and `comparison.json` in `out`.
+    """Train the four, write `comparison.png` and `comparison.json` into the folder `out`, and return the results.
 
-    Raises LabError where the folder cannot be written, before anything is trained.
+    Raises:
+        LabError: the folder cannot be made; nothing has been trained then.
     """
     folder = make_folder(Path(out))
     results = compare(configs(), on_event=on_event, corpus=corpus)

@@ -1,5 +1,5 @@
-"""The one error of the lab, so that a caller can tell a mistake of the user from a bug with one `except`."""
+"""The error class of the lab. A caller can tell a mistake of the user from a bug with one `except`."""
 
 
 class LabError(RuntimeError):
-    """What was asked, where, why it cannot be done, and what to do instead."""
+    """A request cannot be carried out; the message says why and what to do instead."""

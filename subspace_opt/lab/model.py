@@ -1,7 +1,7 @@
-"""LLaMA by name: the sizes that the papers train, and smaller ones that a CPU trains while you watch.
+"""LLaMA models by name: the sizes that papers train, and smaller ones that a CPU trains in minutes.
 
-The sizes 60m to 7b are those of GaLore's experiments (arXiv:2403.03507), which the later papers reuse; 70b is LLaMA-2's
-(arXiv:2307.09288). `transformers` builds them and is imported only when a model is made.
+The sizes 60m to 7b are those of GaLore's experiments (arXiv:2403.03507), which later papers reuse; 70b is that of LLaMA-2
+(arXiv:2307.09288). `transformers` builds the models and is imported only when a model is made.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ PAPER_LENGTH = 1024
 
 
 class Size(NamedTuple):
-    """The numbers that name a LLaMA."""
+    """The dimensions of a LLaMA model."""
 
     hidden: int
     intermediate: int
     heads: int
     layers: int
-    kv_heads: int | None = None  # None: as many as heads
+    kv_heads: int | None = None  # None: the same number as heads
     small: bool = False
 
     @property
     def init(self) -> float:
-        """The weights' standard deviation: 0.02, the papers', is far too little for a narrow model to learn quickly."""
+        """The standard deviation of the initial weights. That of the papers, 0.02, is too small for a narrow model to learn quickly."""
         return math.sqrt(2 / (5 * self.hidden)) if self.small else 0.02  # "small init", arXiv:1910.05895
 
 
@@ -60,21 +60,26 @@ def make_model(
     device: str = "cpu",
     seed: int = 0,
 ) -> nn.Module:
-    """A causal language model with weights that depend on (name, seed) alone, on any device.
+    """A causal language model with initial weights that depend only on (name, seed), on any device.
 
-    `name` is a size, or a path to a JSON file or a folder with a Hugging Face config; `vocab_size=None` keeps the
-    config's own. Raises LabError for a name that is neither.
+    Args:
+        name: A size, or a path to a JSON file or a folder with a Hugging Face config.
+        vocab_size: None for that of the config.
+
+    Raises:
+        LabError: the name is neither a size nor a path to a config.
     """
     config = _config(name, vocab_size, max_length)
     with private_rng(seed):
-        model = _from_config(config)  # on the CPU whatever the device: generators differ between devices
+        model = _from_config(config)  # always on the CPU, because random numbers differ between devices
     return model.to(device)
 
 
 def meta_model(name: str, *, vocab_size: int | None = PAPER_VOCAB_SIZE, max_length: int = PAPER_LENGTH) -> nn.Module:
-    """The shapes of a model without its memory, for planning: 70b takes a fraction of a second.
+    """A model on the meta device, for planning: shapes without memory. The size 70b takes a fraction of a second.
 
-    Raises LabError for a name that is neither a size nor a path to a config.
+    Raises:
+        LabError: the name is neither a size nor a path to a config.
     """
     config = _config(name, vocab_size, max_length)
     with torch.device("meta"):
@@ -83,10 +88,10 @@ def meta_model(name: str, *, vocab_size: int | None = PAPER_VOCAB_SIZE, max_leng
 
 @contextmanager
 def private_rng(seed: int, device: torch.device | None = None) -> Iterator[None]:
-    """Seed torch inside the block and leave the caller's random numbers as they were."""
+    """Seed torch's generators inside the block, and restore the caller's random state after it."""
     cuda = [device] if device is not None and device.type == "cuda" else []
     with torch.random.fork_rng(cuda):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed devices that are not put back
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed devices that fork_rng does not restore
         for one in cuda:
             with torch.cuda.device(one):
                 torch.cuda.manual_seed(seed)
@@ -110,7 +115,7 @@ def _config(name: str, vocab_size: int | None, max_length: int) -> Any:
         config = _config_file(transformers, name)
         config.vocab_size = vocab_size or config.vocab_size
     config.max_position_embeddings = max_length
-    config.use_cache = False  # training never looks back at keys of an earlier call
+    config.use_cache = False  # training does not reuse the keys of an earlier call
     return config
 
 
@@ -128,7 +133,7 @@ def _config_file(transformers: Any, name: str) -> Any:
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().partition("\n")[0].rstrip(".")
         raise LabError(
-            f"model: {name} holds no Hugging Face config that transformers {transformers.__version__} can read: "
+            f"model: {name} has no Hugging Face config that transformers {transformers.__version__} can read: "
             f"{reason}. It should be a config.json, or a folder with one, whose `model_type` is a causal language model"
         ) from error
 
@@ -138,7 +143,7 @@ def _from_config(config: Any) -> nn.Module:
         model: nn.Module = _transformers().AutoModelForCausalLM.from_config(config)
     except ValueError as error:
         reason = str(error).strip().partition("\n")[0].rstrip(".")
-        raise LabError(f"model: {type(config).__name__} makes no causal language model: {reason}") from error
+        raise LabError(f"model: {type(config).__name__} is not the config of a causal language model: {reason}") from error
     return model
 
 

@@ -1,4 +1,4 @@
-"""What a comparison looks like: a picture, a table, and JSON for whoever wants to draw another."""
+"""Report a comparison as a table, as JSON, or as a picture."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from rich.table import Table
 
-# Okabe and Ito's colours, told apart with any colour vision; markers and dashes tell the runs apart without colour.
+# Okabe and Ito's colours, which can be told apart with any colour vision. Markers and dashes tell the runs apart without colour.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _DASHES = ("-", "--", "-.", ":")
 
 
 def table(results: Sequence[Result]) -> Table:
-    """One row a run, in the order they ran; the best validation loss in bold."""
+    """A table with one row for each run, in the order of the runs; the best validation loss is bold."""
     from rich.table import Table
 
     columns = ("planned state", "measured state", "optimizer ms", "step ms", "bytes/s")
@@ -50,15 +50,16 @@ def table(results: Sequence[Result]) -> Table:
 
 
 def to_json(results: Sequence[Result]) -> str:
-    """Everything that was measured; a number that is not there is null."""
+    """All measurements as JSON; missing and non-finite values are `null`."""
     rows = [{**asdict(r), "validation_loss": r.validation_loss, "bits_per_byte": r.bits_per_byte} for r in results]
     return json.dumps([_finite(row) for row in rows], indent=2)
 
 
 def write_picture(results: Sequence[Result], path: str | Path, *, title: str = "") -> Path:
-    """Loss curves, and beside them what they cost in memory and time, as a PNG.
+    """Draw the loss curves, the memory and the time of each run, write them as a PNG, and return its path.
 
-    Raises LabError where matplotlib is missing or the file cannot be written.
+    Raises:
+        LabError: matplotlib is not installed, or the file cannot be written.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -66,7 +67,7 @@ def write_picture(results: Sequence[Result], path: str | Path, *, title: str = "
     except ImportError as error:
         raise LabError("picture: matplotlib is not installed. Run: pip install 'subspace-opt[lab]'") from error
     figure = Figure(figsize=(11, 5.5), layout="constrained")
-    FigureCanvasAgg(figure)  # its own canvas: no display, no state of pyplot's touched
+    FigureCanvasAgg(figure)  # a canvas of its own needs no display and leaves the state of pyplot alone
     grid = figure.add_gridspec(2, 2, width_ratios=(2.6, 1))
     _curves(figure.add_subplot(grid[:, 0]), results, title)
     memory = [r.measured_state_bytes for r in results]
@@ -82,7 +83,7 @@ def write_picture(results: Sequence[Result], path: str | Path, *, title: str = "
 
 
 def readable_bytes(count: float) -> str:
-    """Powers of 1024 with one decimal: 512 B, 3.4 MiB."""
+    """A number of bytes in units of 1024 with one decimal, such as 512 B or 3.4 MiB."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024:
             return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
@@ -91,7 +92,7 @@ def readable_bytes(count: float) -> str:
 
 
 def _curves(axes: Axes, results: Sequence[Result], title: str) -> None:
-    """Logarithmic upwards: every run falls steeply at first, and the end is where they differ."""
+    """Draw the loss curves on a logarithmic scale: all runs fall steeply at first and differ at the end."""
     from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
     for number, r in enumerate(results):
@@ -113,7 +114,7 @@ def _curves(axes: Axes, results: Sequence[Result], title: str) -> None:
 
 
 def _bars(axes: Axes, results: Sequence[Result], values: Sequence[float], title: str, words: Any) -> None:
-    """One bar a run from the top, its value written beside it."""
+    """Draw one bar for each run, from the top, with its value beside it."""
     colours = [_COLOURS[number % len(_COLOURS)] for number in range(len(results))]
     bars = axes.barh([r.run for r in results], [0 if math.isnan(v) else v for v in values], color=colours, height=0.6)
     axes.bar_label(bars, labels=[words(v) for v in values], padding=3)
@@ -125,7 +126,7 @@ def _bars(axes: Axes, results: Sequence[Result], values: Sequence[float], title:
 
 
 def smooth(curve: Curve) -> Curve:
-    """The mean of the last fiftieth of the run at each step (fewer at the start, so the first loss stays)."""
+    """The running mean over a fiftieth of the run; over fewer steps at the start, so that the first loss is unchanged."""
     width = max(1, len(curve) // 50)
     losses = [loss for _, loss in curve]
     windows = [losses[max(0, at - width + 1) : at + 1] for at in range(len(losses))]

@@ -1,12 +1,16 @@
-"""Snapshots of a training run on any number of ranks, that are whole or absent whenever a process dies.
+"""Snapshots of a training run on any number of ranks. A snapshot is complete or absent, whenever a process dies.
+
+In: a model, its optimizer, a folder and a step. Out: a folder `step-00000100` with sharded files and a manifest, or a `SnapshotError`.
+Loading changes nothing before everything has been verified.
 
     save        state of model and optimizer -> sharded files (torch.distributed.checkpoint) -> manifest -> one rename
     load        manifest verified -> files read into copies -> all compared -> optimizer, then model
 
-Tensors go through torch.distributed.checkpoint under canonical names, so another number of ranks may load them. What is no tensor
-(options of parameter groups, `extra`) is one file beside them, read with `weights_only=True`.
+torch.distributed.checkpoint writes the tensors under canonical names, so another number of ranks can load them. All other values (options
+of parameter groups, `extra`) go into one more file, which is read with `weights_only=True`.
 
-Imported on its own, `from subspace_opt import snapshots`: torch.distributed.checkpoint takes its time to import.
+`import subspace_opt` does not import this package, because torch.distributed.checkpoint is slow to import: use
+`from subspace_opt import snapshots`.
 """
 
 from __future__ import annotations
@@ -28,36 +32,36 @@ from torch.distributed.checkpoint.state_dict import set_model_state_dict
 
 from .. import __version__
 from . import manifest
-from .content import MODEL, Content, arranged, check_model, check_optimizer, packed_rest, room
+from .content import MODEL, Content, arranged, check_model, check_optimizer, empty_like_saved, packed_rest
 from .manifest import Manifest, SnapshotError
 from .ranks import Ranks
 
 __all__ = ["Pending", "Snapshot", "SnapshotError", "async_save", "complete", "discard", "latest", "load", "save"]
 
 Folder = str | os.PathLike[str]
-REST = "rest.pt"  # what is no tensor
+REST = "rest.pt"  # all values that are not tensors
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What `load` has loaded."""
+    """The snapshot that `load` has loaded."""
 
     step: int
     extra: Any
     path: Path
 
 
-# --------------------------------------------------------------------------------------------------------------------- the public
+# -------------------------------------------------------------------------------------------------------------------------- public
 
 
 def complete(folder: Folder) -> list[int]:
-    """Steps of all complete snapshots, ascending. What is in their files is verified by `load`."""
+    """The steps of all complete snapshots, ascending. Only `load` verifies the contents of their files."""
     return manifest.complete(Path(folder))
 
 
 def latest(folder: Folder) -> int | None:
-    """Step of the newest complete snapshot; None if there is none."""
+    """The step of the newest complete snapshot; None if there is none."""
     return next(reversed(complete(folder)), None)
 
 
@@ -71,19 +75,24 @@ def save(
     keep: int = 2,
     process_group: dist.ProcessGroup | None = None,
 ) -> Path:
-    """Save model and optimizer as `step-00000100` in `folder`, and remove complete snapshots but the newest `keep`.
+    """Save model and optimizer as `step-00000100` in `folder`, then remove all complete snapshots except the newest `keep`. A collective.
 
-    All ranks call it. A kill at any moment, of any of them, leaves the snapshots that were there; a disk that refuses, too.
+    If a rank is killed at any moment, or the disk fails, the earlier snapshots stay complete.
 
     Args:
-        folder: On a file system that all ranks share, for one run alone.
-        model: Plain, DistributedDataParallel or fully_shard.
-        step: Later than every snapshot in the folder.
-        extra: What else the run needs to go on, of rank 0: tensors, numbers, strings, lists, dicts (`torch.load(weights_only=True)`).
-        process_group: The ranks that save together; all by default.
+        folder: A folder for this run only, on a file system that all ranks share.
+        model: A plain module, or one under DistributedDataParallel or fully_shard.
+        step: A step later than every snapshot in the folder.
+        extra: Everything else that the run needs to continue: tensors, numbers, strings, lists, dicts (read with
+            `torch.load(weights_only=True)`). Only the value of rank 0 is saved.
+        keep: The number of snapshots to keep, at least 1.
+        process_group: The ranks that save together; all ranks by default.
+
+    Returns:
+        The path of the snapshot.
 
     Raises:
-        SnapshotError: a step that is not the latest, an `extra` that could not be loaded again, a disk that refuses.
+        SnapshotError: the step is not later than all snapshots, `extra` could not be loaded again, or the disk failed.
     """
     _finish_pending()
     ranks = Ranks.of(process_group)
@@ -101,11 +110,11 @@ def async_save(
     keep: int = 2,
     process_group: dist.ProcessGroup | None = None,
 ) -> Pending:
-    """As `save`, in the background: the state is copied to host memory before this returns, so training may go on.
+    """Copy the state to host memory, return, and write the snapshot in the background as `save` would. A collective.
 
-    One save is in flight at a time: the next `save`, `async_save` or `load` waits for it, and raises what it raised. With more than one
-    rank it needs a gloo group of its own, made once by `torch.distributed.new_group(backend="gloo")`: on the group that training
-    uses, its messages would run into those of training.
+    Only one save runs at a time: the next `save`, `async_save` or `load` waits for it and raises its error. With more than one rank the
+    function needs its own gloo group, made once with `torch.distributed.new_group(backend="gloo")`, because its messages would mix with
+    those of training on a group that training uses.
     """
     _finish_pending()
     ranks = Ranks.of(process_group)
@@ -113,9 +122,9 @@ def async_save(
     content, packed = _content(ranks, model, optimizer, step, extra, keep)
     stager = DefaultStager(
         StagingOptions(False, False, False, False)
-    )  # not pinned, not shared, here and now; names differ between versions
+    )  # not pinned, not shared, synchronous; positional, because the names differ between versions of torch
     copied = stager.stage(content.tensors)
-    assert isinstance(copied, dict)  # it would be a future if it were not now
+    assert isinstance(copied, dict)  # an asynchronous stager would return a future
 
     def write() -> Path:
         try:
@@ -123,7 +132,7 @@ def async_save(
         finally:
             stager.close()
 
-    executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="snapshot")  # Python waits for its thread at exit
+    executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="snapshot")  # at exit Python waits for its thread
     _pending.append(Pending(executor.submit(write), step))
     executor.shutdown(wait=False)
     return _pending[-1]
@@ -137,22 +146,18 @@ def load(
     step: int | None = None,
     process_group: dist.ProcessGroup | None = None,
 ) -> Snapshot:
-    """Load the newest snapshot, or that of `step`. All ranks call it; there may be more or fewer of them than saved it.
+    """Load the newest snapshot, or that of `step`, on any number of ranks. A collective.
 
-    All is read, verified and compared before model or optimizer change.
+    Everything is read, verified and compared before model or optimizer change.
 
     Raises:
-        SnapshotError: no snapshot; a file that is missing, foreign, cut short or damaged; another model or kind of optimizer.
-        CheckpointError: the optimizer's state is of another spec or version.
+        SnapshotError: there is no snapshot; a file is missing, unknown, truncated or damaged; the model or the optimizer is another.
+        CheckpointError: the optimizer's state belongs to another spec or version.
     """
     _finish_pending()
     _without_warning()
     ranks = Ranks.of(process_group)
-    path, found = ranks.lead(lambda: manifest.choose(Path(folder), step))
-    mine = manifest.shares({name: size for name, (size, _) in found.files.items()}, ranks.size)[ranks.rank]
-    problems = ranks.lead(lambda: manifest.strangers(path, found))
-    manifest.refuse(path, sum(ranks.each(lambda: manifest.faults(path, found, mine)), problems))
-
+    path, found = _verified(ranks, Path(folder), step)
     own = Content.template(model, optimizer)
 
     def fitting() -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]:
@@ -161,9 +166,101 @@ def load(
         check_model(path, own, rest, metadata)
         groups = arranged(path, rest["param_groups"], own.groups)
         check_optimizer(path, own, rest, metadata, groups, optimizer)
-        return {key: room(key, entry, own, rest["slots"]) for key, entry in metadata.items()}, rest, groups
+        return {key: empty_like_saved(key, entry, own, rest["slots"]) for key, entry in metadata.items()}, rest, groups
 
-    tensors, rest, groups = ranks.every(fitting)
+    tensors, rest, groups = ranks.every_rank(fitting)
+    _read(path, tensors, process_group)
+    values = {**rest["values"], **tensors}
+    state: dict[str, dict[str, Any]] = {}
+    for key, (name, slot) in rest["slots"].items():
+        state.setdefault(name, {})[slot] = values[key]
+    # The optimizer may refuse its state; the model must be unchanged on all ranks then.
+    ranks.every_rank(lambda: optimizer.load_state_dict({"state": state, "param_groups": groups}))
+    set_model_state_dict(model, {key.removeprefix(MODEL): value for key, value in values.items() if key.startswith(MODEL)})
+    return Snapshot(step=found.step, extra=rest["extra"], path=path)
+
+
+def discard(folder: Folder, *, after: int, process_group: dist.ProcessGroup | None = None) -> None:
+    """Remove all snapshots later than step `after`, damaged ones included, to continue the run from there. A collective."""
+    _finish_pending()
+    root = Path(folder)
+
+    def remove() -> None:
+        for step in manifest.named(root):
+            if step > after:
+                manifest.remove(root, step)
+
+    Ranks.of(process_group).on_rank_0(remove)
+
+
+class Pending:
+    """A save that runs in the background."""
+
+    def __init__(self, future: Future[Path], step: int) -> None:
+        self.step = step
+        self._future = future
+        self._reported = False
+        future.add_done_callback(self._report)
+
+    def done(self) -> bool:
+        """Whether the save has ended, with or without an error."""
+        return self._future.done()
+
+    def result(self, timeout: float | None = None) -> Path:
+        """Wait for the save and return the path of the snapshot, or raise the error of the save."""
+        try:
+            return self._future.result(timeout)
+        finally:
+            self._reported = self._future.done()
+
+    def finish(self) -> None:
+        """Wait for the save and raise its error, unless `result` has already returned or raised."""
+        if not self._reported:
+            self.result()
+
+    def _report(self, future: Future[Path]) -> None:
+        """Log the error of the save, because the process may end before `result` is called."""
+        if error := future.exception():
+            _log.error("the snapshot of step %d was not saved: %s", self.step, error)
+
+
+_pending: list[Pending] = []  # at most one in this process
+
+
+def _finish_pending() -> None:
+    """Wait for the save in the background, if there is one, and raise its error.
+
+    Raising because a save is running would not do: ranks finish at different times, and all of them must do the same.
+    """
+    while _pending:
+        _pending.pop().finish()
+
+
+def _content(
+    ranks: Ranks, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, extra: Any, keep: int
+) -> tuple[Content, bytes | None]:
+    """The state to save, and on rank 0 the bytes of the file with all values that are not tensors."""
+    for name, value, least in (("step", step, 0), ("keep", keep, 1)):
+        if type(value) is not int or value < least:
+            raise ValueError(f"{name} is {value!r}; it must be a whole number, {least} or more")
+    content = Content.now(model, optimizer)
+    return content, ranks.every_rank(lambda: packed_rest(content, optimizer, extra) if ranks.rank == 0 else None)
+
+
+# ------------------------------------------------------------------------------------------------------------------------- reading
+
+
+def _verified(ranks: Ranks, folder: Path, step: int | None) -> tuple[Path, Manifest]:
+    """The snapshot to load and its manifest, after each rank has verified its part of the files."""
+    path, found = ranks.on_rank_0(lambda: manifest.choose(folder, step))
+    mine = manifest.assign_files({name: size for name, (size, _) in found.files.items()}, ranks.size)[ranks.rank]
+    unknown = ranks.on_rank_0(lambda: manifest.unknown_files(path, found))
+    manifest.raise_problems(path, sum(ranks.gather(lambda: manifest.find_faults(path, found, mine)), unknown))
+    return path, found
+
+
+def _read(path: Path, tensors: dict[str, Any], process_group: dist.ProcessGroup | None) -> None:
+    """Fill `tensors` from the files of a snapshot."""
     try:
         dcp.load(
             tensors,
@@ -173,86 +270,14 @@ def load(
         )
     except dcp.CheckpointException as error:
         raise _failed(error, f"{path} could not be read: {{reasons}}. {manifest.remedy(path)}") from error
-    values = {**rest["values"], **tensors}
-    state: dict[str, dict[str, Any]] = {}
-    for key, (name, slot) in rest["slots"].items():
-        state.setdefault(name, {})[slot] = values[key]
-    # The optimizer may refuse what it is given, and then the model must not have changed on any rank.
-    ranks.every(lambda: optimizer.load_state_dict({"state": state, "param_groups": groups}))
-    set_model_state_dict(model, {key.removeprefix(MODEL): value for key, value in values.items() if key.startswith(MODEL)})
-    return Snapshot(step=found.step, extra=rest["extra"], path=path)
 
 
-def discard(folder: Folder, *, after: int, process_group: dist.ProcessGroup | None = None) -> None:
-    """Remove all snapshots of later steps than `after`, damaged ones too: a run is taken back to where it was. All ranks call it."""
-    _finish_pending()
-    root = Path(folder)
-
-    def remove() -> None:
-        for step in manifest.named(root):
-            if step > after:
-                manifest.remove(root, step)
-
-    Ranks.of(process_group).lead(remove)
-
-
-class Pending:
-    """A save in the background."""
-
-    def __init__(self, future: Future[Path], step: int) -> None:
-        self.step = step
-        self._future = future
-        self._told = False
-        future.add_done_callback(self._report)
-
-    def done(self) -> bool:
-        """Whether the snapshot is complete, or has failed."""
-        return self._future.done()
-
-    def result(self, timeout: float | None = None) -> Path:
-        """The snapshot's path, once it is complete; raises what the save raised."""
-        try:
-            return self._future.result(timeout)
-        finally:
-            self._told = self._future.done()
-
-    def finish(self) -> None:
-        """Wait; raise what the save raised, unless `result` has."""
-        if not self._told:
-            self.result()
-
-    def _report(self, future: Future[Path]) -> None:
-        """The process may end before anybody asks."""
-        if error := future.exception():
-            _log.error("the snapshot of step %d was not saved: %s", self.step, error)
-
-
-_pending: list[Pending] = []  # of this process, at most one
-
-
-def _finish_pending() -> None:
-    """Wait instead of raising that one is in flight: ranks finish at different times, and all of them must do the same."""
-    while _pending:
-        _pending.pop().finish()
-
-
-def _content(
-    ranks: Ranks, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, extra: Any, keep: int
-) -> tuple[Content, bytes | None]:
-    """What is to be saved, and on rank 0 the file of what is no tensor."""
-    for name, value, least in (("step", step, 0), ("keep", keep, 1)):
-        if type(value) is not int or value < least:
-            raise ValueError(f"{name} is {value!r}; it must be a whole number, {least} or more")
-    content = Content.now(model, optimizer)
-    return content, ranks.every(lambda: packed_rest(content, optimizer, extra) if ranks.rank == 0 else None)
-
-
-# -------------------------------------------------------------------------------------------------------------------------- writing
+# ------------------------------------------------------------------------------------------------------------------------- writing
 
 
 def _write(ranks: Ranks, folder: Path, step: int, tensors: dict[str, Any], packed: bytes | None, keep: int) -> Path:
     _without_warning()
-    partial = ranks.lead(lambda: manifest.begin(folder, step))
+    partial = ranks.on_rank_0(lambda: manifest.begin(folder, step))
     try:
         metadata = dcp.save(
             tensors,
@@ -263,7 +288,7 @@ def _write(ranks: Ranks, folder: Path, step: int, tensors: dict[str, Any], packe
     except dcp.CheckpointException as error:
         raise _failed(
             error,
-            f"step {step} could not be saved in {folder}: {{reasons}}. The snapshots before it are untouched; make room, or choose another "
+            f"step {step} could not be saved in {folder}: {{reasons}}. The earlier snapshots are unchanged; make room, or choose another "
             "folder",
         ) from error
 
@@ -278,16 +303,19 @@ def _write(ranks: Ranks, folder: Path, step: int, tensors: dict[str, Any], packe
             )
         return sizes
 
-    mine = manifest.shares(ranks.lead(listed), ranks.size)[ranks.rank]
+    mine = manifest.assign_files(ranks.on_rank_0(listed), ranks.size)[ranks.rank]
     files: dict[str, tuple[int, str]] = {}
-    for part in ranks.each(lambda: manifest.digests(partial, mine)):
+    for part in ranks.gather(lambda: manifest.digests(partial, mine)):
         files.update(part)
     whole = Manifest(step=step, world_size=ranks.size, files=files, torch=str(torch.__version__), subspace_opt=__version__)
-    return ranks.lead(lambda: manifest.publish(partial, whole, keep))
+    return ranks.on_rank_0(lambda: manifest.publish(partial, whole, keep))
 
 
 def _failed(error: dcp.CheckpointException, text: str) -> BaseException:
-    """What to raise for a failure that torch has collected from all ranks; an interrupt stays one."""
+    """The exception to raise for the failures that torch has collected from all ranks.
+
+    A SnapshotError with `text`, in which the failures replace `{reasons}`; the exception itself if one is a KeyboardInterrupt or the like.
+    """
     causes = {rank: cause for rank, (cause, _) in sorted(error.failures.items())}
     for cause in causes.values():
         if not isinstance(cause, Exception):
@@ -296,8 +324,8 @@ def _failed(error: dcp.CheckpointException, text: str) -> BaseException:
 
 
 def _without_warning() -> None:
-    """torch warns that it saves and loads in one process, where that is what was asked.
+    """Silence torch's warning that it saves or loads in a single process, which is intended here.
 
-    A filter that stays, since `catch_warnings` would take filters of other threads back when a save in the background ends.
+    The filter stays. `catch_warnings` would restore the filters of other threads when a save in the background ends.
     """
     warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)

@@ -1,4 +1,4 @@
-"""What a snapshot holds: state under flat keys, how it is compared with what is to take it up, and how it is laid out for it."""
+"""The content of a snapshot: state under flat keys, its comparison with model and optimizer, and empty tensors to load it into."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ STATE = "optimizer.state."
 
 @dataclass
 class Content:
-    """State of model and optimizer by flat keys, under the names that parameters have without any wrapper."""
+    """The state of model and optimizer by flat keys, under the names that parameters have without wrappers."""
 
     tensors: dict[str, Any] = field(default_factory=dict)
-    values: dict[str, Any] = field(default_factory=dict)  # what is no tensor
+    values: dict[str, Any] = field(default_factory=dict)  # all values that are not tensors
     slots: dict[str, tuple[str, str]] = field(default_factory=dict)  # (parameter, slot) by key
     groups: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
     def now(cls, model: nn.Module, optimizer: torch.optim.Optimizer) -> Content:
-        """What is to be saved."""
+        """The state to save. It has no optimizer state if the optimizer has made no step."""
         fresh = not optimizer.state
         content = cls.template(model, optimizer)
-        if fresh:  # what was found was put there by reading it
+        if fresh:  # `template` has made this state
             for key in content.slots:
                 content.tensors.pop(key, None)
                 content.values.pop(key, None)
@@ -44,15 +44,13 @@ class Content:
 
     @classmethod
     def template(cls, model: nn.Module, optimizer: torch.optim.Optimizer) -> Content:
-        """What `now` gives after a step, where the optimizer has made none: the layout to load into."""
+        """The keys, shapes and dtypes to load into: as `now`, but with the state that an optimizer would have after its first step."""
         if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
-            raise SnapshotError(
-                "the model is wrapped in FullyShardedDataParallel; snapshots know fully_shard (FSDP2) and its sharded tensors"
-            )
+            raise SnapshotError("the model is wrapped in FullyShardedDataParallel (FSDP1); snapshots support fully_shard (FSDP2)")
         fresh = not optimizer.state
         weights, held = get_state_dict(model, optimizer)
-        found: Any = held  # state and param_groups, which the annotation does not tell apart
-        if fresh:  # torch makes a step to find out what state there will be, and AdamW would count it
+        found: Any = held  # `state` and `param_groups`; the annotation gives both one type
+        if fresh:  # torch has made a step to learn which state there is, and AdamW would count that step
             optimizer.state.clear()
         content = cls(groups=list(found["param_groups"]))
         for name, value in weights.items():
@@ -65,11 +63,16 @@ class Content:
 
     def _put(self, key: str, value: Any) -> None:
         if key in self.tensors or key in self.values:
-            raise SnapshotError(f"two entries of state are called '{key}': rename the parameter")
+            raise SnapshotError(f"two entries of the state have the key '{key}'; rename the parameter")
         (self.tensors if isinstance(value, Tensor) else self.values)[key] = value
 
 
 def packed_rest(content: Content, optimizer: torch.optim.Optimizer, extra: Any) -> bytes:
+    """The bytes of the file with all values that are not tensors.
+
+    Raises:
+        SnapshotError: the file could not be loaded again with `weights_only=True`.
+    """
     rest = {
         "optimizer": type(optimizer).__qualname__,
         "param_groups": content.groups,
@@ -82,7 +85,7 @@ def packed_rest(content: Content, optimizer: torch.optim.Optimizer, extra: Any) 
         torch.save(rest, file)
         file.seek(0)
         torch.load(file, weights_only=True)
-    except Exception as error:  # pickle raises whatever the objects raise
+    except Exception as error:  # objects may raise any exception when they are pickled
         raise SnapshotError(
             "`extra`, an option of a parameter group or an entry of state could not be loaded again with torch.load(weights_only=True); "
             f"turn it into tensors, numbers, strings, lists and dicts: {error}"
@@ -94,13 +97,17 @@ def packed_rest(content: Content, optimizer: torch.optim.Optimizer, extra: Any) 
 
 
 def check_model(path: Path, own: Content, rest: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
-    """Raise where the model has other names, shapes or dtypes than the snapshot."""
+    """Compare names, shapes and dtypes of the model with the snapshot.
+
+    Raises:
+        SnapshotError: they differ.
+    """
     here = {key for key in (*own.tensors, *own.values) if key.startswith(MODEL)}
     there = {key for key in (*metadata, *rest["values"]) if key.startswith(MODEL)}
-    problems = _named("it lacks", here - there) + _named("it has besides", there - here)
+    problems = _named("the snapshot lacks", here - there) + _named("the snapshot has in addition", there - here)
     problems = problems or _differences(own, metadata, here)
     if problems:
-        raise SnapshotError(f"{path} is of another model: {'; '.join(problems[:MOST])}; build the model as it was when it was saved")
+        raise SnapshotError(f"{path} belongs to another model: {'; '.join(problems[:MOST])}; build the model as it was when it was saved")
 
 
 def _named(what: str, keys: set[str]) -> list[str]:
@@ -109,7 +116,7 @@ def _named(what: str, keys: set[str]) -> list[str]:
 
 
 def _differences(own: Content, metadata: Mapping[str, Any], keys: set[str]) -> list[str]:
-    """Tensors whose shape or dtype differs. torch.distributed.checkpoint itself would cast without a word."""
+    """A sentence for each tensor whose shape or dtype differs. torch.distributed.checkpoint would cast it silently."""
     out = []
     for key in sorted(keys):
         if key in own.tensors and key in metadata:
@@ -122,13 +129,21 @@ def _differences(own: Content, metadata: Mapping[str, Any], keys: set[str]) -> l
 
 
 def arranged(path: Path, saved: Sequence[Mapping[str, Any]], own: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The saved options in the optimizer's own groups, order and names: most optimizers match by position."""
+    """The saved options of parameter groups, rearranged to the groups, order and names of the optimizer.
+
+    Most optimizers match groups and parameters by position.
+
+    Raises:
+        SnapshotError: the parameters differ, or parameters of one group were saved in groups with different options.
+    """
     home = {name: group for group in saved for name in group["params"]}
     names = {name: other for group in saved for name, other in zip(group["params"], group.get("param_names", ()), strict=False)}
     here = {name for group in own for name in group["params"]}
-    problems = _named("it lacks", here - set(home)) + _named("it has besides", set(home) - here)
+    problems = _named("the snapshot lacks", here - set(home)) + _named("the snapshot has in addition", set(home) - here)
     if problems:
-        raise SnapshotError(f"{path}: its optimizer has other parameters: {'; '.join(problems)}; build the optimizer as it was")
+        raise SnapshotError(
+            f"{path}: the optimizer has other parameters than the saved one: {'; '.join(problems)}; build the optimizer as it was saved"
+        )
     out = []
     for index, group in enumerate(own):
         sources = distinct([home[name] for name in group["params"]]) or list(saved[index : index + 1]) or [group]
@@ -136,17 +151,17 @@ def arranged(path: Path, saved: Sequence[Mapping[str, Any]], own: Sequence[Mappi
         clash = sorted({k for other in options[1:] for k in other if not equal(other[k], options[0].get(k))})
         if clash:
             raise SnapshotError(
-                f"{path}: the parameters of group {index} were in groups with different {', '.join(clash)}; group them as they were saved"
+                f"{path}: the saved groups of the parameters of group {index} differ in {', '.join(clash)}; group them as they were saved"
             )
-        arranged = {k: _beside(v, group.get(k)) for k, v in options[0].items()}
+        arranged = {k: _on_device_of(group.get(k), v) for k, v in options[0].items()}
         if "param_names" in group or any(name in names for name in group["params"]):
             arranged["param_names"] = list(group.get("param_names") or (names[name] for name in group["params"]))
         out.append({**arranged, "params": list(group["params"])})
     return out
 
 
-def _beside(value: Any, own: Any) -> Any:
-    """A learning rate that is a tensor goes where the optimizer's own is."""
+def _on_device_of(own: Any, value: Any) -> Any:
+    """The saved option `value`; a tensor, such as a learning rate, on the device of the optimizer's `own` one."""
     return value.to(own.device) if isinstance(value, Tensor) and isinstance(own, Tensor) else value
 
 
@@ -158,16 +173,20 @@ def check_optimizer(
     groups: list[dict[str, Any]],
     optimizer: torch.optim.Optimizer,
 ) -> None:
-    """Raise where the state is another optimizer's.
+    """Compare the optimizer with the saved one, before any large file is read.
 
-    Ours says itself what is wrong, by the groups before anything large is read; state of an older version looks different and is right.
+    A `SubspaceOptimizer` compares the parameter groups by itself: state of an older version has other slots and can still be loaded.
+
+    Raises:
+        SnapshotError: the class of the optimizer, the slots, their shapes or dtypes differ.
+        CheckpointError: the state of a SubspaceOptimizer belongs to another spec or version.
     """
     if isinstance(optimizer, SubspaceOptimizer):
         matched({"state": {}, "param_groups": groups}, optimizer.param_groups, optimizer.plan)
         return
     if rest["optimizer"] != type(optimizer).__qualname__:
         raise SnapshotError(
-            f"{path} has the state of {rest['optimizer']}, and this is {type(optimizer).__qualname__}: build the optimizer as it was"
+            f"{path} has the state of {rest['optimizer']}, and this is {type(optimizer).__qualname__}: build the optimizer as it was saved"
         )
     here, there = _slots_of(own.slots), _slots_of(rest["slots"])
     problems = [
@@ -177,7 +196,9 @@ def check_optimizer(
     ]
     problems = problems or _differences(own, metadata, set(own.slots))
     if problems:
-        raise SnapshotError(f"{path}: its optimizer has other options: {'; '.join(problems[:MOST])}; build the optimizer as it was")
+        raise SnapshotError(
+            f"{path}: the optimizer has other options than the saved one: {'; '.join(problems[:MOST])}; build the optimizer as it was saved"
+        )
 
 
 def _slots_of(slots: Mapping[str, tuple[str, str]]) -> dict[str, set[str]]:
@@ -187,10 +208,10 @@ def _slots_of(slots: Mapping[str, tuple[str, str]]) -> dict[str, set[str]]:
     return out
 
 
-def room(key: str, saved: Any, own: Content, slots: Mapping[str, tuple[str, str]]) -> Tensor:
-    """An empty tensor for a saved one, sharded as its counterpart here.
+def empty_like_saved(key: str, saved: Any, own: Content, slots: Mapping[str, tuple[str, str]]) -> Tensor:
+    """An empty tensor to load a saved one into, with the placements of the same tensor in this model or optimizer.
 
-    State that has none, as of a parameter without a gradient so far, is laid out as its parameter where the shapes agree.
+    A slot that the optimizer does not have yet gets the placements of its parameter if the shapes agree; else the tensor is not sharded.
     """
     alike = own.tensors.get(key)
     if alike is None and key in slots:

@@ -1,7 +1,7 @@
-"""Folders of snapshots: which are complete, what is in each, and how one takes its name. Files only, no tensors and no ranks.
+"""Folders of snapshots: list them, publish a new one, verify the files of one. Handles files only, no tensors and no ranks.
 
-A snapshot is written under a hidden name, its manifest last; when all of it is on the disk, one rename gives it the name `step-00000100`.
-So whatever carries such a name was whole once, and the manifest tells whether it still is.
+A snapshot is written under a hidden name, its manifest last. When all of it is on the disk, one rename gives it the name `step-00000100`.
+A folder with such a name was therefore complete once, and its manifest shows whether it still is.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _LEFT_OVER = re.compile(r"\.step-\d{8,}\.[0-9a-f]+\.(?:partial|removed)")
 
 
 class SnapshotError(CheckpointError):
-    """A snapshot that is damaged, of something else, or cannot be written; model and optimizer are as they were."""
+    """A snapshot is damaged, belongs to something else, or cannot be written; model and optimizer are unchanged."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a snapshot holds: its files with size and SHA-256, and by what it was written."""
+    """The files of a snapshot with size and SHA-256, and the versions that wrote it."""
 
     step: int
     world_size: int
@@ -46,11 +46,12 @@ class Manifest:
 
 
 def path_of(folder: Path, step: int) -> Path:
+    """The path of the snapshot of `step`."""
     return folder / f"step-{step:08d}"
 
 
 def named(folder: Path) -> list[int]:
-    """Steps of all folders that have the name of a snapshot, ascending."""
+    """The steps of all folders with the name of a snapshot, ascending."""
     if not folder.is_dir():
         return []
     found = (_NAME.fullmatch(path.name) for path in folder.iterdir() if path.is_dir())
@@ -58,7 +59,7 @@ def named(folder: Path) -> list[int]:
 
 
 def complete(folder: Path) -> list[int]:
-    """Steps of all snapshots that have a manifest, ascending."""
+    """The steps of all snapshots with a manifest, ascending."""
     return [step for step in named(folder) if (path_of(folder, step) / MANIFEST).is_file()]
 
 
@@ -70,9 +71,10 @@ def _hidden(folder: Path, step: int, what: str) -> Path:
 
 
 def begin(folder: Path, step: int) -> Path:
-    """An empty hidden folder for the snapshot of `step`, after what killed runs have left is gone.
+    """Remove hidden folders that killed runs have left, and return a new empty one for the snapshot of `step`.
 
-    Raises SnapshotError where the folder has a snapshot of this step or a later one: it would be taken for the newest.
+    Raises:
+        SnapshotError: the folder has a snapshot of this step or a later one, which `load` would take for the newest.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for path in list(folder.iterdir()):
@@ -91,12 +93,12 @@ def begin(folder: Path, step: int) -> Path:
 
 
 def sizes_in(folder: Path) -> dict[str, int]:
-    """Size of every file by name."""
+    """The size of every file, by name."""
     return {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
 
 
-def shares(sizes: Mapping[str, int], count: int) -> list[list[str]]:
-    """The files dealt to `count` ranks, the largest first, each to who has least: the same on every rank."""
+def assign_files(sizes: Mapping[str, int], count: int) -> list[list[str]]:
+    """The files of each of `count` ranks: largest first, each to the rank with the fewest bytes. The same on every rank."""
     out: list[list[str]] = [[] for _ in range(count)]
     load = [0] * count
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
@@ -107,7 +109,7 @@ def shares(sizes: Mapping[str, int], count: int) -> list[list[str]]:
 
 
 def digests(folder: Path, names: Iterable[str]) -> dict[str, tuple[int, str]]:
-    """Size and SHA-256 of files."""
+    """The size and SHA-256 of each file."""
     return {name: _digest(folder / name) for name in names}
 
 
@@ -118,7 +120,7 @@ def _digest(path: Path) -> tuple[int, str]:
 
 
 def write(path: Path, content: bytes) -> None:
-    """A file that is on the disk when this returns."""
+    """Write a file and flush it to the disk."""
     with path.open("wb") as stream:
         stream.write(content)
         stream.flush()
@@ -126,7 +128,7 @@ def write(path: Path, content: bytes) -> None:
 
 
 def publish(partial: Path, manifest: Manifest, keep: int) -> Path:
-    """Write the manifest, give the snapshot its name, and remove complete older ones beyond `keep`."""
+    """Write the manifest, give the snapshot its name, and remove the oldest complete snapshots beyond `keep`."""
     folder = partial.parent
     path = path_of(folder, manifest.step)
     write(partial / MANIFEST, _to_bytes(manifest))
@@ -139,7 +141,7 @@ def publish(partial: Path, manifest: Manifest, keep: int) -> Path:
 
 
 def remove(folder: Path, step: int) -> None:
-    """Renamed away first: half a folder must never have the name of a snapshot."""
+    """Remove a snapshot. It is renamed first, so that a half-removed folder never has the name of a snapshot."""
     away = _hidden(folder, step, "removed")
     os.rename(path_of(folder, step), away)
     shutil.rmtree(away)
@@ -149,17 +151,18 @@ def remove(folder: Path, step: int) -> None:
 
 
 def choose(folder: Path, step: int | None) -> tuple[Path, Manifest]:
-    """The snapshot of `step`, or the newest, with its manifest.
+    """The path and manifest of the snapshot of `step`, or of the newest.
 
-    Raises SnapshotError where there is none, or its manifest is missing or damaged.
+    Raises:
+        SnapshotError: there is no such snapshot, or its manifest is missing or damaged.
     """
     steps = named(folder)
     if step is None and not steps:
-        here = " It is itself a checkpoint of torch.distributed.checkpoint, or a single snapshot: give the folder of snapshots."
+        here = " It is a checkpoint of torch.distributed.checkpoint, or a single snapshot: pass the folder that contains the snapshots."
         own = any((folder / name).is_file() for name in (".metadata", MANIFEST))
         raise SnapshotError(f"{folder} has no complete snapshot.{here if own else ''}")
     if step is not None and step not in steps:
-        have = f"it has {', '.join(map(str, complete(folder)))}" if complete(folder) else "it has no complete snapshot at all"
+        have = f"it has {', '.join(map(str, complete(folder)))}" if complete(folder) else "it has no complete snapshot"
         raise SnapshotError(f"{folder} has no snapshot of step {step}; {have}")
     path = path_of(folder, steps[-1] if step is None else step)
     return path, _read(path)
@@ -168,23 +171,24 @@ def choose(folder: Path, step: int | None) -> tuple[Path, Manifest]:
 def _read(path: Path) -> Manifest:
     file = path / MANIFEST
     if not file.is_file():
-        foreign = ": a checkpoint of torch.distributed.checkpoint alone" if (path / ".metadata").is_file() else ""
-        raise SnapshotError(f"{path} has no {MANIFEST}, so it is no snapshot of this library or has lost it{foreign}. {remedy(path)}")
+        foreign = "; it is a checkpoint that torch.distributed.checkpoint wrote by itself" if (path / ".metadata").is_file() else ""
+        raise SnapshotError(f"{path} has no {MANIFEST}: it was lost, or another program wrote the folder{foreign}. {remedy(path)}")
     try:
         document = json.loads(file.read_bytes())
         content = document["content"]
         whole = document["sha256"] == hashlib.sha256(_canonical(content)).hexdigest()
     except (ValueError, KeyError, TypeError) as error:
-        raise SnapshotError(f"{file} is cut short or damaged. {remedy(path)}") from error
+        raise SnapshotError(f"{file} is truncated or damaged. {remedy(path)}") from error
     if not whole:
-        raise SnapshotError(f"{file} is damaged: its content is not what was written. {remedy(path)}")
+        raise SnapshotError(f"{file} is damaged: its content does not match its checksum. {remedy(path)}")
     if content["format"] != FORMAT:
         raise SnapshotError(
-            f"{file} is of format {content['format']} and this subspace_opt reads {FORMAT}; it was written by subspace_opt "
-            f"{content['subspace_opt']}: load it with that"
+            f"{file} has format {content['format']} and this subspace_opt reads format {FORMAT}; load it with subspace_opt "
+            f"{content['subspace_opt']}, which wrote it"
         )
-    if path_of(path.parent, content["step"]) != path:
-        raise SnapshotError(f"{path} is the snapshot of step {content['step']} under another name; give it back its name")
+    own = path_of(path.parent, content["step"])
+    if own != path:
+        raise SnapshotError(f"{path} is the snapshot of step {content['step']} under another name; rename it to {own.name}")
     return Manifest(**{**content, "files": {name: (size, digest) for name, (size, digest) in content["files"].items()}})
 
 
@@ -198,8 +202,8 @@ def _canonical(content: Any) -> bytes:
     return json.dumps(content, sort_keys=True).encode()
 
 
-def faults(path: Path, manifest: Manifest, names: Iterable[str]) -> list[str]:
-    """What is wrong with these files, by name."""
+def find_faults(path: Path, manifest: Manifest, names: Iterable[str]) -> list[str]:
+    """A sentence for each of these files that is missing or differs from the manifest."""
     return [text for name in names if (text := _fault(path / name, *manifest.files[name]))]
 
 
@@ -208,30 +212,32 @@ def _fault(file: Path, size: int, digest: str) -> str | None:
         return f"{file.name} is missing"
     found = file.stat().st_size
     if found != size:
-        return f"{file.name} has {found} bytes where {size} were written: it is {'cut short' if found < size else 'longer'}"
-    return None if _digest(file)[1] == digest else f"{file.name} is damaged: its SHA-256 is not that of what was written"
+        return f"{file.name} has {found} bytes where {size} were written: it is {'truncated' if found < size else 'too long'}"
+    return None if _digest(file)[1] == digest else f"{file.name} is damaged: its SHA-256 does not match the manifest"
 
 
-def strangers(path: Path, manifest: Manifest) -> list[str]:
-    """What is in the folder and not of the snapshot, by name."""
+def unknown_files(path: Path, manifest: Manifest) -> list[str]:
+    """A sentence for each file in the folder that the manifest does not list."""
     found = sorted(entry.name for entry in path.iterdir())
-    return [f"{name} is not of this snapshot: move it out of the folder" for name in found if name not in {*manifest.files, MANIFEST}]
+    return [
+        f"{name} does not belong to this snapshot: move it out of the folder" for name in found if name not in {*manifest.files, MANIFEST}
+    ]
 
 
-def refuse(path: Path, problems: list[str]) -> None:
-    """Raise what is wrong, if anything is."""
+def raise_problems(path: Path, problems: list[str]) -> None:
+    """Raise a SnapshotError with the first problems, if there are any."""
     if problems:
         more = f"; and {len(problems) - MOST} more" if len(problems) > MOST else ""
         raise SnapshotError(f"{path} cannot be loaded: {'; '.join(problems[:MOST])}{more}. {remedy(path)}")
 
 
 def remedy(path: Path) -> str:
-    """What to do about a snapshot that cannot be loaded: the one before it."""
+    """A sentence that says how to continue without a damaged snapshot: with the one before it, if there is one."""
     folder, match = path.parent, _NAME.fullmatch(path.name)
     before = [step for step in complete(folder) if match and step < int(match[1])]
     if not before:
-        return "No complete snapshot is before it: restore the file from a copy, or start again"
+        return "There is no earlier complete snapshot: restore the file from a copy, or start again"
     return (
-        f"Load the one before it, snapshots.load({str(folder)!r}, model, optimizer, step={before[-1]}), and to save again after that, "
+        f"Load the snapshot before it, snapshots.load({str(folder)!r}, model, optimizer, step={before[-1]}), and to save again after that, "
         f"snapshots.discard({str(folder)!r}, after={before[-1]})"
     )

@@ -1,4 +1,4 @@
-"""The ranks that do something together: what one of them finds or raises is known to all."""
+"""Ranks that save or load together: call a function on one or all of them, share its result, and raise an error on all."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """The ranks that save or load together; one where torch.distributed is not initialized."""
+    """The ranks that save or load together; this process alone if torch.distributed is not initialized."""
 
     group: dist.ProcessGroup | None
     rank: int
@@ -24,12 +24,16 @@ class Ranks:
 
     @classmethod
     def of(cls, group: dist.ProcessGroup | None) -> Ranks:
+        """The ranks of a process group; of the default group if it is None."""
         if not (dist.is_available() and dist.is_initialized()):
             return cls(None, 0, 1, alone=True)
         return cls(group, dist.get_rank(group), dist.get_world_size(group), alone=False)
 
-    def each(self, function: Callable[[], T]) -> list[T]:
-        """What the function returns on every rank, by rank. If it raises on one, all raise, and none is left waiting."""
+    def gather(self, function: Callable[[], T]) -> list[T]:
+        """Call the function on every rank. Returns the results of all ranks, in the order of ranks, on every rank.
+
+        If the function raises on one rank, all ranks raise, so that none waits forever.
+        """
         if self.alone:
             return [function()]
         own: Exception | None = None
@@ -46,21 +50,26 @@ class Ranks:
             raise SnapshotError("; ".join(failed))
         return [value for value, _ in everyone]
 
-    def lead(self, function: Callable[[], T]) -> T:
-        """What the function returns on rank 0, which alone calls it."""
-        found: Any = self.each(lambda: function() if self.rank == 0 else None)[0]
+    def on_rank_0(self, function: Callable[[], T]) -> T:
+        """Call the function on rank 0 only. Returns its result on every rank; if it raises, all ranks raise."""
+        found: Any = self.gather(lambda: function() if self.rank == 0 else None)[0]
         return found  # type: ignore[no-any-return]
 
-    def every(self, function: Callable[[], T]) -> T:
-        """The rank's own value, which is not sent to the others; if the function raises on one, all raise."""
+    def every_rank(self, function: Callable[[], T]) -> T:
+        """Call the function on every rank. Returns the rank's own result, which is not sent; if one rank raises, all ranks raise."""
         held: list[T] = []
-        self.each(lambda: held.append(function()))
+        self.gather(lambda: held.append(function()))
         return held[0]
 
     def check_background(self) -> None:
+        """Check that a save can run in the background.
+
+        Raises:
+            SnapshotError: there are several ranks, and their group is the default group or does not use gloo.
+        """
         if self.size == 1:
             return
-        remedy = 'make one once, torch.distributed.new_group(backend="gloo"), and give it as process_group here and to nothing else'
+        remedy = 'make one once, torch.distributed.new_group(backend="gloo"), and pass it as process_group here and nowhere else'
         if self.group is None or self.group is dist.group.WORLD:
             raise SnapshotError(f"async_save on {self.size} ranks needs a process group that training does not use: {remedy}")
         if "gloo" not in dist.get_backend_config(self.group):

@@ -1,7 +1,7 @@
-"""Checkpoints that are whole or absent: whenever the process dies, the last complete one can be loaded.
+"""Checkpoints of a run. A checkpoint is complete or absent: whenever the process dies, the last complete one can be loaded.
 
-The new file is written beside the old one, flushed to the disk, and only then takes its name; the old one stays as
-`last.prev.pt`, so a file that the disk spoils later does not take the run with it.
+A new file is written beside the old one, flushed to the disk, and then renamed to `last.pt`. The old file stays as `last.prev.pt`, so the
+run can go on if the disk damages the new one later.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ PREVIOUS = "last.prev.pt"
 
 
 def newest(folder: Path) -> Path | None:
-    """The checkpoint to go on from: the last, or the one before where the last is gone."""
+    """The path of the last checkpoint, or of the one before if the last is missing; None if there is neither."""
     return next((path for path in (folder / LAST, folder / PREVIOUS) if path.exists()), None)
 
 
 def write(folder: Path, content: dict[str, Any]) -> Path:
-    """Save and return the path. A kill at any moment leaves `last.pt` or `last.prev.pt` complete.
+    """Save a checkpoint and return its path. If the process is killed at any moment, `last.pt` or `last.prev.pt` is complete.
 
-    Raises LabError where the disk refuses; what was there before is untouched.
+    Raises:
+        LabError: the file cannot be written; earlier checkpoints are unchanged.
     """
     last, fresh = folder / LAST, folder / f"{LAST}.tmp"
     try:
@@ -46,31 +47,32 @@ def write(folder: Path, content: dict[str, Any]) -> Path:
         kept = newest(folder)
         raise LabError(
             f"out: the checkpoint could not be written to {folder}: {error}. "
-            f"{f'{kept.name} is untouched' if kept else 'Nothing was saved'}; make room or choose another folder"
+            f"{f'{kept.name} is unchanged' if kept else 'Nothing was saved'}; make room or choose another folder"
         ) from error
     return last
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The content of a checkpoint, tensors on the CPU.
+    """The content of a checkpoint, with its tensors on the CPU.
 
-    Raises LabError for a file that is cut short, damaged, or of another format.
+    Raises:
+        LabError: the file is truncated, damaged, or of another format.
     """
     try:
         with ZipFile(path) as parts:
-            if broken := parts.testzip():  # torch writes checksums and does not look at them
+            if broken := parts.testzip():  # torch writes checksums and does not verify them
                 raise BadZipFile(broken)
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises whatever the damage happens to look like
-        raise LabError(f"{path} is cut short or damaged and cannot be loaded. {_remedy(path)}") from error
+    except Exception as error:  # depending on the damage, torch.load raises any exception
+        raise LabError(f"{path} is truncated or damaged and cannot be loaded. {_remedy(path)}") from error
     found = content.get("format") if isinstance(content, dict) else None
     if found != FORMAT:
-        raise LabError(f"{path} is no checkpoint of this program (format {found}, wanted {FORMAT}). {_remedy(path)}")
+        raise LabError(f"{path} is not a checkpoint of this program (format {found}, expected {FORMAT}). {_remedy(path)}")
     return dict(content)
 
 
 def _remedy(path: Path) -> str:
     previous = path.with_name(PREVIOUS)
     if path.name == LAST and previous.exists():
-        return f"Move it away and resume again: the run then goes on from {previous.name}, the checkpoint before it"
-    return "Move it away and start the run again: no other checkpoint is in this folder"
+        return f"Move it away and resume again: the run then continues from {previous.name}, the checkpoint before it"
+    return "Move it away and start the run again: there is no other checkpoint in this folder"

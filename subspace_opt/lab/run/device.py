@@ -1,4 +1,4 @@
-"""Where a run computes, and a clock that waits until it has."""
+"""The device of a run, and a clock that waits for its kernels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from ..errors import LabError
 
 
 def choose_device(asked: str) -> torch.device:
-    """`auto` is the best there is. Raises LabError for a device that this machine or this torch lacks."""
+    """The device `asked`; for `auto` the first of cuda, mps and cpu that is available.
+
+    Raises:
+        LabError: this machine or this torch does not have the device.
+    """
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if asked == "auto":
         return torch.device(next(name for name, found in there.items() if found))
@@ -20,7 +24,7 @@ def choose_device(asked: str) -> torch.device:
 
 
 def clock(device: torch.device) -> float:
-    """Seconds, read once the device has done what it was told: kernels are only queued when a call returns."""
+    """Seconds of a monotonic clock, read after the device has finished: calls return when their kernels are queued."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

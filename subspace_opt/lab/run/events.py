@@ -1,6 +1,6 @@
-"""What a run tells: events while it goes, a `Result` when it ends.
+"""The events of a run, and its `Result` at the end.
 
-Plain data: a command line renders them, a test compares them, `log.jsonl` keeps them.
+All are plain data: the command line renders them, tests compare them, `log.jsonl` stores them.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ Curve = tuple[tuple[int, float], ...]  # (step, loss in nats per byte)
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """A run begins, or goes on after `step` updates."""
+    """A run starts, or resumes after `step` updates."""
 
     run: str
     step: int
     steps: int
     parameters: int
-    state_bytes: int | None  # planned; None where the optimizer has no plan
+    state_bytes: int | None  # as planned; None if the optimizer has no plan
     device: str
     corpus: str
 
 
 @dataclass(frozen=True, slots=True)
 class Stepped:
-    """One update is done; `loss` was measured before it, in nats per byte."""
+    """One update has been made. `loss` is that of the batch before the update, in nats per byte."""
 
     run: str
     step: int
@@ -50,13 +50,13 @@ class Evaluated:
 
     @property
     def bits_per_byte(self) -> float:
-        """The same loss in bits."""
+        """The loss in bits per byte."""
         return self.loss / math.log(2)
 
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """A checkpoint stands complete under its name."""
+    """A checkpoint has been written."""
 
     run: str
     step: int
@@ -65,7 +65,7 @@ class Saved:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """A run is over, or was asked to stop and has saved."""
+    """A run has finished, or was interrupted and has saved a checkpoint."""
 
     run: str
     step: int
@@ -78,14 +78,14 @@ OnEvent = Callable[[Event], None]
 
 
 def record(event: Event) -> dict[str, Any]:
-    """An event as one JSON object."""
+    """An event as a dict, ready for JSON."""
     extra = {"bits_per_byte": event.bits_per_byte} if isinstance(event, Evaluated) else {}
     return {"event": type(event).__name__.lower(), **asdict(event), **extra}
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a run came to. Times are of this process alone: a resumed run counts from where it went on."""
+    """The outcome of a run. Times cover this process only: a resumed run starts to count anew."""
 
     run: str
     status: Status
@@ -97,16 +97,16 @@ class Result:
     planned_state_bytes: int | None
     measured_state_bytes: int
     optimizer_ms: float  # median of `optimizer.step()`
-    mean_optimizer_ms: float  # beside the median it shows what rare, dear steps cost
+    mean_optimizer_ms: float  # above the median if some steps are expensive, such as those with a refresh
     step_ms: float  # median of a whole update: forward, backward, clipping, optimizer
     tokens_per_second: float  # at the median
 
     @property
     def validation_loss(self) -> float:
-        """The last one, in nats per byte; nan before the first."""
+        """The last validation loss in nats per byte; nan if there was no validation."""
         return self.validation[-1][1] if self.validation else math.nan
 
     @property
     def bits_per_byte(self) -> float:
-        """The last validation loss in bits."""
+        """The last validation loss in bits per byte."""
         return self.validation_loss / math.log(2)

@@ -1,4 +1,4 @@
-"""Stop between two steps: a signal asks, the training loop answers when a step is done."""
+"""Stop a run between two steps: a signal sets a flag, and the training loop reads it after each step."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from types import FrameType
 
 @contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
-    """Turn SIGINT and SIGTERM into a question, `asked()`; a second SIGINT raises KeyboardInterrupt at once.
+    """Yield a function that returns whether SIGINT or SIGTERM has arrived inside the block. A second SIGINT raises KeyboardInterrupt.
 
-    The handlers that were there come back at the end. Outside the main thread Python allows no handlers, and the answer
-    stays False.
+    The previous handlers are restored at the end. Python allows no handlers outside the main thread; there the function returns False.
     """
     came: list[int] = []
 

@@ -1,4 +1,4 @@
-"""Events on their way out: to the caller, and one JSON object a line to `log.jsonl`."""
+"""Pass events to the caller, and append them to `log.jsonl` as one JSON object a line."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ LOG = "log.jsonl"
 
 
 class Journal:
-    """Call it with an event. `folder=None` writes nothing.
+    """A function of an event that logs it and passes it on. With `folder=None` it writes nothing.
 
-    Raises LabError where the folder cannot be made.
+    Raises:
+        LabError: the folder cannot be made.
     """
 
     def __init__(self, folder: Path | None, on_event: OnEvent | None) -> None:
@@ -24,13 +25,13 @@ class Journal:
 
     def __call__(self, event: Event) -> None:
         if self.path:
-            with self.path.open("a", encoding="utf-8") as log:  # closed each time, so a killed run keeps its log
+            with self.path.open("a", encoding="utf-8") as log:  # closed each time, so that the log survives a kill
                 log.write(json.dumps(record(event)) + "\n")
         if self.on_event:
             self.on_event(event)
 
     def rewind(self, step: int) -> None:
-        """Forget what came after `step`, where the checkpoint stands: those steps are about to be made again."""
+        """Remove the events after `step` from the log, because a run that resumes there makes those steps again."""
         if self.path and self.path.exists():
             lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines() if step else []
             known = [(line, _step(line)) for line in lines]
@@ -39,16 +40,20 @@ class Journal:
 
 
 def make_folder(folder: Path) -> Path:
-    """The folder, there from now on. Raises LabError where it cannot be."""
+    """Make the folder if it does not exist, and return it.
+
+    Raises:
+        LabError: it cannot be made.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise LabError(f"out: {folder} cannot be made a folder: {error.strerror}. Choose another") from error
+        raise LabError(f"out: the folder {folder} cannot be made: {error.strerror}. Choose another") from error
     return folder
 
 
 def _step(line: str) -> int | None:
-    """The step of a logged event, or None for a line that a kill cut short."""
+    """The step of a logged event; None if the line is incomplete, as after a kill."""
     try:
         found: Any = json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):

@@ -1,4 +1,4 @@
-"""What an optimizer costs in memory, counted on the tensors themselves and not on the plan."""
+"""Measure the memory of an optimizer on its tensors, independently of the plan."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 def measured_bytes(optimizer: Optimizer) -> int:
-    """What the tensors in `optimizer.state` occupy; views of one storage count once."""
+    """The bytes of all storages behind the tensors in `optimizer.state`; views of one storage count once."""
     storages = {}
     for tensor in _tensors(dict(optimizer.state)):
         storage = tensor.untyped_storage()
@@ -22,13 +22,13 @@ def measured_bytes(optimizer: Optimizer) -> int:
 
 
 def planned_bytes(optimizer: Optimizer) -> int | None:
-    """What the plan said before there was a tensor; None for an optimizer without one, such as torch's own."""
+    """The bytes of state in the optimizer's plan; None if it has no plan, as the optimizers of torch."""
     plan = getattr(optimizer, "plan", None)
     return None if plan is None else int(plan.total_bytes)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    if is_traceable_wrapper_subclass(value):  # one that holds others, such as codes with their scales
+    if is_traceable_wrapper_subclass(value):  # a tensor made of others, such as codes and their scales
         yield from _tensors([getattr(value, name) for name in value.__tensor_flatten__()[0]])
     elif isinstance(value, Tensor):
         yield value
@@ -38,7 +38,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def peak_temporaries(step: Callable[[], object], device: torch.device) -> int:
-    """The most bytes that `step`, called once, holds at one time beyond those it found."""
+    """Call `step` once. Returns the peak of the memory allocated during the call, in bytes, less the memory allocated before."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)

@@ -1,8 +1,8 @@
-"""One run: train a model with one optimizer, tell what happens, and survive being stopped at any moment.
+"""One run: train a model with one optimizer, report events, and resume after a stop at any moment.
 
-A step is a pure function of (weights, optimizer state, step number): batches, schedule and random numbers are derived
-from the seed and the step. So a checkpoint needs neither iterator nor generator state, and a resumed run on a CPU in
-float32 ends with the very bits of the uninterrupted one.
+A step is a pure function of (weights, optimizer state, step number): batches, learning rate and random numbers depend only on the seed and
+the step. So a checkpoint needs no iterator or generator state, and on a CPU a resumed float32 run ends with the same bits as an
+uninterrupted one.
 """
 
 from __future__ import annotations
@@ -43,10 +43,16 @@ def train(
     corpus: Corpus | None = None,
     make_optimizer: OptimizerFactory | None = None,
 ) -> Result:
-    """Train until `config.steps` updates are made or a signal asks to stop, and return what came out.
+    """Train until `config.steps` updates have been made or SIGINT or SIGTERM arrives, and return the result.
 
-    `resume` goes on from the checkpoint in `config.out`; without one it starts. `corpus` spares reading the data again.
-    Raises LabError for data, a model, a device or a checkpoint that will not do, and for a loss that is no number.
+    Args:
+        resume: Continue from the checkpoint in `config.out`, if there is one.
+        on_event: Called with every event.
+        corpus: The text, if it has been read already.
+        make_optimizer: Makes the optimizer; by default it is built from `config.spec`.
+
+    Raises:
+        LabError: data, model, device or checkpoint cannot be used, or a loss is not finite.
     """
     run = _Run(config, corpus or Corpus.load(config.data, max_bytes=config.max_bytes), on_event, make_optimizer)
     run.begin(resume)
@@ -54,7 +60,7 @@ def train(
 
 
 def spec_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
-    """The optimizer that the config's spec describes."""
+    """The optimizer of the config's spec."""
     from subspace_opt import build
 
     return build(config.spec, model, lr=config.lr, weight_decay=config.weight_decay, overrides=dict(config.overrides) or None)
@@ -62,7 +68,7 @@ def spec_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
 
 @dataclass
 class _Times:
-    """Seconds of each update of this process."""
+    """The seconds of each update in this process."""
 
     whole: list[float] = field(default_factory=list)
     optimizer: list[float] = field(default_factory=list)
@@ -73,7 +79,7 @@ class _Run:
         self.config, self.corpus = config, corpus
         self.emit = Journal(config.out, on_event)
         self.device = choose_device(config.device)
-        # Before anything slow, so that too little text is said at once.
+        # First, so that the error about too short a text comes before anything slow.
         self.windows = corpus.validation_windows(config.eval_batches * config.batch_size, config.length)
         corpus.batch(0, 1, config.length, config.seed)
         self.model = make_model(config.model, max_length=config.length, device=str(self.device), seed=config.seed)
@@ -85,10 +91,10 @@ class _Run:
         self.times = _Times()
 
     def begin(self, resume: bool) -> None:
-        """Take up the folder's checkpoint where asked, and say so."""
+        """Restore the folder's checkpoint if `resume` is set, and emit `Started`."""
         found = checkpoint.newest(self.config.out) if self.config.out else None
         if found and not resume:
-            raise LabError(f"out: {found} belongs to an earlier run. Resume it, or choose another folder for a new one")
+            raise LabError(f"out: {found} belongs to an earlier run. Resume that run, or choose another folder for a new one")
         if found:
             self.restore(found)
         self.emit.rewind(self.step)
@@ -105,7 +111,7 @@ class _Run:
         )
 
     def go(self) -> Result:
-        """The loop."""
+        """Run the training loop."""
         config, began = self.config, time.perf_counter()
         status: Status = "finished"
         with interruptible() as asked:
@@ -126,7 +132,7 @@ class _Run:
         return self.result(status)
 
     def update(self) -> None:
-        """One update of the weights, timed in two parts."""
+        """Make one update of the weights, and measure its time and that of the optimizer."""
         config = self.config
         factor = config.lr_factor(self.step)
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
@@ -158,7 +164,7 @@ class _Run:
         )
 
     def gradients(self) -> float:
-        """Sum the gradients of the step's batch, in `accumulate` parts; the same windows whatever the parts."""
+        """Accumulate the gradients of the step's batch over `accumulate` forward passes. Returns the mean loss."""
         config = self.config
         batch = self.corpus.batch(self.step, config.batch_size * config.accumulate, config.length, config.seed)
         total = 0.0
@@ -179,7 +185,7 @@ class _Run:
 
     @torch.no_grad()
     def evaluate(self) -> None:
-        """The validation loss now."""
+        """Compute the validation loss, and emit `Evaluated`."""
         self.model.eval()
         parts = torch.split(self.windows, self.config.batch_size)
         loss = sum(self.loss(part).item() * len(part) for part in parts) / len(self.windows)
@@ -188,18 +194,18 @@ class _Run:
         self.emit(Evaluated(self.config.label, self.step, loss))
 
     def check(self, what: str, value: float) -> None:
-        """Stop at a number that could only spoil the weights, or a checkpoint."""
+        """Stop the run if `value` is not finite, before it reaches the weights or a checkpoint."""
         if not math.isfinite(value):
             raise LabError(f"{self.config.label}: the {what} is {value} after {self.step} updates. {self.advice()}")
 
     def advice(self) -> str:
-        """What to do after numbers ran away, and what is left to go on from."""
+        """A sentence that says which checkpoint is left and how to continue after a value that is not finite."""
         kept = self.config.out and checkpoint.newest(self.config.out)
-        left = f"The last good checkpoint, {kept}, is untouched" if kept else "Nothing was saved"
+        left = f"The last good checkpoint, {kept}, is unchanged" if kept else "Nothing was saved"
         return f"{left}; try a smaller lr (it was {self.optimizer.param_groups[0]['lr']:.3g}) or a longer warmup"
 
     def save(self) -> None:
-        """Write everything that the next step depends on."""
+        """Write a checkpoint with everything that the next step depends on, and emit `Saved`."""
         if self.config.out is None:
             return
         self.check("sum of the weights", float(sum(p.detach().float().sum() for p in self.model.parameters())))
@@ -218,18 +224,18 @@ class _Run:
         self.emit(Saved(self.config.label, self.step, str(path)))
 
     def restore(self, path: Path) -> None:
-        """Go on from a checkpoint of this very run."""
+        """Continue from a checkpoint, after checking that it belongs to this run."""
         saved = checkpoint.read(path)
         self.config.continues(saved["config"], saved["step"], path)
         if saved["corpus"] != self.corpus.fingerprint:
-            raise LabError(f"data: {path} was trained on another text than {self.corpus.source}. Give the text it knew")
+            raise LabError(f"data: {path} was trained on another text than {self.corpus.source}. Give the same text")
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.step = saved["step"]
         self.train, self.validation = _unpack(saved["train"]), _unpack(saved["validation"])
 
     def result(self, status: Status) -> Result:
-        """The run in numbers."""
+        """The outcome of the run."""
         whole, optimizer = self.times.whole or [math.nan], self.times.optimizer or [math.nan]
         return Result(
             run=self.config.label,
