@@ -1,4 +1,4 @@
-"""The least that a step can take: its floating-point operations at the machine's own matrix rate, and its bytes at its own bandwidth."""
+"""A lower bound for the time of a step: its operations and bytes, divided by the rates of this machine."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from subspace_opt.rules.orthogonal import Orthogonalize
 
 @dataclass(frozen=True)
 class Machine:
-    """What was measured of it, by plain PyTorch."""
+    """The rates of this machine, measured with plain PyTorch operations."""
 
-    float32: float  # operations a second in products of 1024 x 1024
-    quick: float  # the same in the dtype in which polynomials are iterated
-    bandwidth: float  # bytes a second, read and written, of an addition in place to 256 MiB
+    float32: float  # operations a second, in products of 1024 x 1024
+    quick: float  # the same in the dtype of Newton-Schulz
+    bandwidth: float  # bytes read and written a second, in an in-place addition to 256 MiB
 
 
 def measure(device: torch.device) -> Machine:
-    """Medians of a few repetitions."""
+    """Measure the rates, as medians of a few repetitions."""
     bfloat16 = device.type != "cpu" or cpu_has_bfloat16()
     rates = [
         2 * 1024**3 / _seconds(_product(dtype, device), device) for dtype in (torch.float32, torch.bfloat16 if bfloat16 else torch.float32)
@@ -35,7 +35,7 @@ def measure(device: torch.device) -> Machine:
 
 
 def floor(optimizer: SubspaceOptimizer, machine: Machine) -> float:
-    """Milliseconds of a step without a refresh: every product at full rate, every byte of weight, gradient and state moved once."""
+    """The bound in milliseconds without a refresh: products at full rate, each byte of weight, gradient and state moved once."""
     quick = total = moved = 0.0
     for row in optimizer.plan.rows:
         moved += row.entry.numel * row.entry.dtype.itemsize * 3 + 2 * row.state_bytes  # weight read and written, gradient read

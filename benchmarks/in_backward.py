@@ -1,4 +1,4 @@
-"""What updates during `backward()` save: the most bytes held at one moment of a training step beside weights, batch and optimizer state.
+"""Measure the memory that updates during `backward()` save: the peak of a training step, without weights, batch and optimizer state.
 
 Example: python benchmarks/in_backward.py --model mini --presets cosmos,adamw
 """
@@ -25,7 +25,7 @@ WAYS: dict[str, Make] = {"ordinary": build, "in backward": step_in_backward}
 
 
 def training_step(model: nn.Module, optimizer: SubspaceOptimizer, windows: Tensor) -> None:
-    """Forward, backward, step; no gradient is left."""
+    """Run forward, backward and step, and free the gradients."""
     logits = model(input_ids=windows[:, :-1]).logits
     cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()).backward()
     optimizer.step()
@@ -33,7 +33,7 @@ def training_step(model: nn.Module, optimizer: SubspaceOptimizer, windows: Tenso
 
 
 def peak(make: Make, preset: str, name: str, windows: Tensor) -> int:
-    """Bytes at the most in the second step: by then the state is there."""
+    """Peak bytes of the second step, when the state exists."""
     model = make_model(name)
     optimizer = make(preset, model) if make is build else make(model, preset)
     training_step(model, optimizer, windows)
@@ -41,16 +41,16 @@ def peak(make: Make, preset: str, name: str, windows: Tensor) -> int:
 
 
 def main(
-    presets: Annotated[str, typer.Option(help="Which, with commas.")] = "cosmos,muon,galore,adamw",
+    presets: Annotated[str, typer.Option(help="Presets, separated by commas.")] = "cosmos,muon,galore,adamw",
     model: Annotated[str, typer.Option(help="Size of the LLaMA.")] = "60m",
-    batch_size: Annotated[int, typer.Option(min=1, help="Windows.")] = 1,
-    length: Annotated[int, typer.Option(min=1, help="Bytes a window.")] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows in a batch.")] = 1,
+    length: Annotated[int, typer.Option(min=1, help="Bytes in a window.")] = 32,
 ) -> None:
-    """Peak of a training step, ordinary and in backward."""
+    """Compare the peak memory of a training step: the ordinary optimizer and `step_in_backward`."""
     torch.set_num_threads(1)
     windows = torch.randint(256, (batch_size, length + 1), generator=torch.Generator().manual_seed(0))
     gradients = sum(p.numel() * p.itemsize for p in make_model(model).parameters())
-    table = Table("preset", *WAYS, "less by", box=None, title=f"all gradients: {readable_bytes(gradients)}", title_justify="left")
+    table = Table("preset", *WAYS, "saved", box=None, title=f"all gradients: {readable_bytes(gradients)}", title_justify="left")
     for preset in presets.split(","):
         held = [peak(make, preset, model, windows) for make in WAYS.values()]
         table.add_row(preset, *map(readable_bytes, held), readable_bytes(held[0] - held[1]))

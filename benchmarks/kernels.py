@@ -1,7 +1,8 @@
-"""The parts that a step is made of, each in the ways there are: which is the quicker on this device, and how exact it is.
+"""Compare implementations of the parts of a step: time and accuracy on this device.
 
-Newton-Schulz on a stack, on its matrices one by one, and as torch's Muon has it; orthonormal columns by Householder reflections and by
-Cholesky factors; a leading subspace by a sketch and exactly. Ways take turns, and a ratio is to the first way named.
+Newton-Schulz on a stack, on its matrices one by one, and in torch's Muon; orthonormal columns from Householder reflections and from
+Cholesky factors; a leading subspace from a sketch and from an exact decomposition. Implementations take turns. A ratio compares with the
+first one.
 
 Example: python benchmarks/kernels.py --width 512 --stack 4
 """
@@ -32,7 +33,7 @@ Way = tuple[str, Callable[[], Tensor]]
 
 @dataclass(frozen=True)
 class Row:
-    """What is reported of one way; `ratio`: its lower quartile, median and upper quartile; `off`: see the function."""
+    """The result of one implementation. `ratio`: lower quartile, median, upper quartile. `off`: the error, see `off`."""
 
     shape: str
     what: str
@@ -43,28 +44,31 @@ class Row:
 
 
 def newton_schulz(x: Tensor) -> list[Way]:
-    """Five steps in bfloat16 on `(B, m, n)`."""
+    """Five Newton-Schulz steps in bfloat16 on `(B, m, n)`."""
     return [
-        ("a stack", lambda: polar.newton_schulz(x, KELLER, dtype=torch.bfloat16)),
+        ("stack", lambda: polar.newton_schulz(x, KELLER, dtype=torch.bfloat16)),
         ("one by one", lambda: torch.cat([polar.newton_schulz(one, KELLER, dtype=torch.bfloat16) for one in x.split(1)])),
         ("torch Muon's", lambda: torch.stack([_zeropower_via_newtonschulz(one, KELLER[0], 5, 1e-7) for one in x])),
     ]
 
 
 def orthonormal(x: Tensor, rank: int) -> list[Way]:
-    """Of the first columns of `(B, m, n)`."""
+    """Orthonormal columns for the first `rank` columns of `(B, m, n)`."""
     y = x[..., :rank].contiguous()
     return [("Householder", lambda: torch.linalg.qr(y)[0]), ("Cholesky", lambda: linalg.cholesky_qr(y))]
 
 
 def leading(x: Tensor, rank: int) -> list[Way]:
-    """Right singular vectors of `(B, m, n)`."""
+    """Leading right singular vectors of `(B, m, n)`."""
     start = torch.randn(x.size(0), x.size(-1), rank + 8, device=x.device)
-    return [("a sketch", lambda: linalg.sketched_right(x, rank, start)[0]), ("exactly", lambda: linalg.leading_right(x, rank))]
+    return [("sketch", lambda: linalg.sketched_right(x, rank, start)[0]), ("exact", lambda: linalg.leading_right(x, rank))]
 
 
 def off(what: str, x: Tensor, out: Tensor) -> float:
-    """How far the first result is from what it should be: the polar factor, orthonormal columns, the most energy that columns can hold."""
+    """The error of the first matrix.
+
+    That is the distance to the polar factor, the deviation from orthonormality, or the fraction of energy that the best columns have more.
+    """
     x, out = x[0].double(), out[0].double()
     if what == "orthonormal columns":
         return float((out.mT @ out - torch.eye(out.size(-1), device=x.device)).abs().max())
@@ -75,28 +79,30 @@ def off(what: str, x: Tensor, out: Tensor) -> float:
 
 
 def raced(ways: list[Way], rounds: int, device: torch.device) -> list[list[float]]:
-    """Milliseconds of each way, in turns."""
+    """Milliseconds of each implementation; they take turns."""
     taken: list[list[float]] = [[] for _ in ways]
     for number in range(rounds + 1):
         for times, (_, work) in zip(taken, ways, strict=True):
             start = now(device)
             work()
-            if number:  # the first is a warm-up
+            if number:  # round 0 is a warm-up
                 times.append(1e3 * (now(device) - start))
     return taken
 
 
 def main(
-    width: Annotated[int, typer.Option(min=16, help="Hidden width of the LLaMA whose shapes are taken.")] = 512,
-    stack: Annotated[int, typer.Option(min=1, help="Matrices of one shape.")] = 4,
+    width: Annotated[int, typer.Option(min=16, help="Hidden width of the LLaMA whose shapes are used.")] = 512,
+    stack: Annotated[int, typer.Option(min=1, help="Matrices of one shape in a stack.")] = 4,
     rank: Annotated[int, typer.Option(min=1, help="Columns of a basis.")] = 64,
-    rounds: Annotated[int, typer.Option(min=2, help="Times that each way is timed.")] = 9,
+    rounds: Annotated[int, typer.Option(min=2, help="Timed rounds.")] = 9,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
-    """Time the ways there are of computing what a step is made of."""
+    """Compare implementations of the parts of a step."""
     if rank > width:
-        raise typer.BadParameter(f"a matrix of width {width} has no {rank} orthonormal columns", param_hint="--rank")
+        raise typer.BadParameter(
+            f"{rank} is more than --width {width}; a matrix of that width has at most {width} orthonormal columns", param_hint="--rank"
+        )
     torch.set_num_threads(1)
     torch.manual_seed(0)
     settle_allocator()
@@ -116,16 +122,20 @@ def main(
                 ratio = spread([a / b for a, b in zip(own, times[0], strict=True)])
                 found.append(Row(f"{stack} x {rows} x {cols}", what, name, median(own), ratio, off(what, x, work())))
     if as_json:
-        typer.echo(
-            json.dumps({"device": named(where), "torch": torch.__version__, "rank": rank, "rows": [asdict(row) for row in found]}, indent=2)
-        )
-        return
+        context = {"device": named(where), "torch": torch.__version__, "rank": rank}
+        typer.echo(json.dumps({**context, "rows": [asdict(row) for row in found]}, indent=2))
+    else:
+        show(found, f"device {named(where)}, torch {torch.__version__}, rank {rank}")
+
+
+def show(found: list[Row], title: str) -> None:
+    """Print the table."""
     table = Table("shape", "what", "way", "ms", "ratio", "quartiles", "off", box=None, padding=(0, 2, 0, 0), pad_edge=False)
     for row in found:
         low, middle, high = row.ratio
         table.add_row(row.shape, row.what, row.way, f"{row.ms:.2f}", f"{middle:.2f}", f"{low:.2f}-{high:.2f}", f"{row.off:.1e}")
     out = Console(highlight=False, width=None if Console().is_terminal else 120)
-    out.print(f"device {named(where)}, torch {torch.__version__}, rank {rank}\n")
+    out.print(f"{title}\n")
     out.print(table)
 
 

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# All that a record of a GPU needs, in ten minutes on an H100: tests, the parts of a step, and steps at the shapes of LLaMA-130M, 1B and 7B
-# (of 7B eight layers, as one GPU holds no more beside the peers). Run in the root of the repository, with the package on PYTHONPATH or
-# installed; what is printed also lands in the folder given, and a part that fails does not stop the others.
+# Measures everything for a record of a GPU, in ten minutes on an H100: the GPU tests, the parts of a step, and steps at the shapes of LLaMA-130M,
+# 1B and 7B (eight layers of 7B, because one GPU holds no more together with the peers). Run it in the root of the repository, with the package
+# installed or on PYTHONPATH. The output is also written to the given folder. If a part fails, the others still run.
 #
 #   benchmarks/on_a_gpu.sh records-of-today
-#   DEVICE=cpu WIDTHS="128:1" benchmarks/on_a_gpu.sh /tmp/try      # that it runs
+#   DEVICE=cpu WIDTHS="128:1" benchmarks/on_a_gpu.sh /tmp/try      # a short trial on a CPU
 set -uo pipefail
-out=${1:?a folder for what is measured}
+out=${1:?give a folder for the results}
 device=${DEVICE:-cuda}
 widths=${WIDTHS:-"768:12 2048:24 4096:8"}
 python=${PYTHON:-python3}

@@ -1,8 +1,8 @@
-"""Optimizers on many GPUs, on paper: what a rank holds and sends, and its part of a step, by the planner's own formulas.
+"""Estimate optimizers on many GPUs with the planner's formulas: the bytes that a rank holds and sends, and the optimizer's share of a step.
 
-    python benchmarks/on_paper.py                                        # all: minutes
-    python benchmarks/on_paper.py --models 7b --gpus 8,256               # some
-    python benchmarks/on_paper.py --write docs/distributed.md            # into the page
+    python benchmarks/on_paper.py                                        # everything, in minutes
+    python benchmarks/on_paper.py --models 7b --gpus 8,256               # a part
+    python benchmarks/on_paper.py --write docs/distributed.md            # writes the table into the page
 
 No GPU and no process group: layouts are those that the optimizer makes (`subspace_opt.meshes`), bytes are exact. Times are not
 measured but follow from bytes and operations by the rates below; nothing is taken to overlap.
@@ -27,19 +27,19 @@ from subspace_opt.plan import Row
 from subspace_opt.plan.costs import flops
 from subspace_opt.rules.orthogonal import Orthogonalize
 
-# Rates that a large GPU reaches, not those of its data sheet.
-QUICK = 400e12  # operations a second of products in bfloat16: training, Newton-Schulz
-PLAIN = 40e12  # the same in float32: all other products, QR
+# Rates that a large GPU reaches in practice; its data sheet gives higher ones.
+QUICK = 400e12  # operations a second in bfloat16 products: training, Newton-Schulz
+PLAIN = 40e12  # operations a second in float32: all other products, QR
 MEMORY = 2.5e12  # bytes a second of the GPU's own memory
-WITHIN, BETWEEN = 400e9, 50e9  # bytes a second that a GPU sends: within a machine of 8, between machines
-TOKENS = 16_384  # of a GPU in a step
+WITHIN, BETWEEN = 400e9, 50e9  # bytes a second that a GPU sends: within a machine of 8 GPUs, between machines
+TOKENS = 16_384  # tokens of a GPU in a step
 
-GROUP = {"7b": 256, "70b": 256, "moe-400b": 128}  # ranks of a group of HSDP; one expert at least for each
+GROUP = {"7b": 256, "70b": 256, "moe-400b": 128}  # ranks in a shard group of HSDP; each gets at least one expert
 SPECS = {"adamw": {}, "muon": {}, "soap": {}, "cosmos": {}, "galore": {"matrix.selector.rank": 1024}}
 
 
 def mixture() -> list[Entry]:
-    """A mixture of experts of 397B parameters, 8 of 128 experts a token: 80 layers of width 6144, experts stacked."""
+    """A mixture of experts with 397B parameters: 80 layers of width 6144, stacked experts, 8 of 128 experts active for a token."""
     width, inner, experts, layers, vocabulary = 6144, 2048, 128, 80, 128_000
     shapes: dict[str, tuple[int, ...]] = {}
     for i in range(layers):
@@ -67,27 +67,27 @@ def mesh_of(model: str, gpus: int) -> Mesh:
 
 
 def active(plan: Plan) -> float:
-    """Parameters that a token passes; of 128 experts, 8."""
+    """The number of parameters that are active for a token: 8 of 128 experts."""
     return sum(row.entry.numel * (8 / 128 if ".experts." in row.entry.name else 1) for row in plan)
 
 
 @dataclass(frozen=True)
 class Line:
-    """One optimizer for one model on so many GPUs."""
+    """The result for one optimizer, model and number of GPUs."""
 
     model: str
     mesh: Mesh
     spec: str
-    held: tuple[int, int]  # mean and most of a rank
+    held: tuple[int, int]  # bytes of a rank: mean and maximum
     sent: tuple[int, int]
-    idle: int  # ranks that own no matrix
-    step: float  # seconds of forward and backward
-    compute: float  # of the optimizer, on the rank that has most to do
+    idle: int  # number of ranks that own no matrix
+    step: float  # seconds for forward and backward
+    compute: float  # seconds of the optimizer on the busiest rank
     traffic: float
 
     @property
     def part(self) -> float:
-        """The optimizer's part of a step."""
+        """The optimizer's share of a step."""
         return (self.compute + self.traffic) / (self.step + self.compute + self.traffic)
 
     def __str__(self) -> str:
@@ -120,7 +120,7 @@ def line(model: str, gpus: int, spec: str) -> Line:
 
 
 def computing(found: PlacedPlan) -> list[float]:
-    """Seconds of products and decompositions of each rank, in an average step."""
+    """Seconds of products and decompositions on each rank, averaged over steps."""
     out = [0.0] * found.mesh.ranks
     for sharding in found.shardings:
         if sharding is not None and not is_elementwise(sharding.row):
@@ -155,7 +155,7 @@ def main() -> None:
     parser.add_argument("--models", default=",".join(GROUP), help="7b, 70b, moe-400b")
     parser.add_argument("--gpus", default="8,256,4096", help="numbers of GPUs")
     parser.add_argument("--specs", default=",".join(SPECS), help="presets")
-    parser.add_argument("--write", type=Path, help="the page whose table is to be replaced")
+    parser.add_argument("--write", type=Path, help="the page whose table is replaced")
     own = parser.parse_args()
     table = [HEAD]
     print(HEAD)

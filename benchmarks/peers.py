@@ -1,4 +1,4 @@
-"""The optimizers that others make, on the same parameters as ours; one whose package is not installed is left out with a word."""
+"""Optimizers of other packages, on the same parameters as ours. A note names each package that is not installed."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ from torch.optim import Optimizer
 
 from subspace_opt.algebra.linalg import cpu_has_bfloat16
 
-LR = 1e-5  # the weights hardly move, and what they are makes no difference to the time
+LR = 1e-5  # so small that the weights hardly change, which does not affect the time
 ADAMW, MUON, MUON32, GALORE = "torch AdamW fused", "torch Muon", "torch Muon, float32", "galore-torch GaLore"
 SOAPS = ("pytorch-optimizer SOAP", "heavyball SOAP")
 
 
 class Muon32(torch.optim.Muon):
-    """torch's Muon whose Newton-Schulz runs in float32: what it would do on a CPU without instructions for bfloat16, where its own choice
-    is forty times slower. The same operations otherwise, and the peer to go by on such a machine."""
+    """torch's Muon with Newton-Schulz in float32: the peer for a CPU without instructions for bfloat16.
+
+    On such a CPU, torch's bfloat16 is forty times slower than float32. All other operations are the same.
+    """
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         from torch.optim import _muon as module
@@ -41,13 +43,13 @@ def _newton_schulz_float32(grad: Tensor, coefficients: tuple[float, float, float
 
 
 def peers(parameters: Sequence[Tensor], wanted: Sequence[str], note: Callable[[str], None]) -> Iterator[tuple[str, Optimizer]]:
-    """(name, optimizer) for each that can be made."""
+    """(name, optimizer) for each peer that can be built; `note` gets a message about each of the others."""
     own = list(parameters)
     for name, make in MAKERS.items():
         if wanted and name not in wanted:
             continue
         if name == MUON and own[0].device.type == "cpu" and not cpu_has_bfloat16():
-            note(f"{name}: left out, since this CPU has no instructions for bfloat16, in which it iterates; '{MUON32}' stands in")
+            note(f"{name}: left out, because it iterates in bfloat16 and this CPU has no instructions for that; '{MUON32}' replaces it")
             continue
         try:
             yield name, make(own)
@@ -65,7 +67,7 @@ def _pytorch_optimizer(own: list[Tensor]) -> Optimizer:
 def _heavyball(own: list[Tensor]) -> Optimizer:
     import heavyball  # type: ignore[import-not-found]
 
-    heavyball.utils.compile_mode = None  # compiled it takes tens of seconds to begin, and is no faster on a CPU
+    heavyball.utils.compile_mode = None  # compilation takes tens of seconds and does not make it faster on a CPU
     made: Optimizer = heavyball.SOAP(own, lr=LR, precondition_frequency=10, max_precond_dim=10000, merge_dims=False)
     return made
 

@@ -1,7 +1,7 @@
-"""What it takes to begin: importing the package beyond torch, and an optimizer for the shapes of a 7B LLaMA on the meta device.
+"""Measure the start: the import of the package beyond torch, and the build of an optimizer for a 7B LLaMA on the meta device.
 
-Each import runs in an interpreter of its own, and is repeated; what is told is the median of the CPU time, with quartiles. Bytecode is
-there, as it is where a package was installed: pip makes it, whatever PYTHONDONTWRITEBYTECODE says.
+Each import runs in a new interpreter and is repeated; the table shows the median of the CPU time and its quartiles. Bytecode is written
+before, because pip writes it when it installs a package, even with PYTHONDONTWRITEBYTECODE.
 
 Example: python benchmarks/start_up.py --presets cosmos,muon,adamw
 """
@@ -28,7 +28,7 @@ IMPORT = "import time, torch; start = time.process_time(); import subspace_opt; 
 
 
 def imported() -> float:
-    """Seconds that the package takes beyond torch, in a new interpreter."""
+    """Seconds for the import of the package after torch, in a new interpreter."""
     env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     return float(subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True, env=env).stdout)
 
@@ -55,13 +55,13 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def main(
-    presets: Annotated[str, typer.Option(help="Names with commas between.")] = "cosmos,muon,soap,galore,adamw",
-    repeats: Annotated[int, typer.Option(min=2, help="Times that each is measured.")] = 5,
+    presets: Annotated[str, typer.Option(help="Presets, separated by commas.")] = "cosmos,muon,soap,galore,adamw",
+    repeats: Annotated[int, typer.Option(min=2, help="Measurements of each.")] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
-    """Time the import of the package and the building of an optimizer for a large model."""
+    """Measure the import of the package and the build of an optimizer for a large model."""
     model = large_model()
-    imported()  # its bytecode is written
+    imported()  # writes the bytecode
     found = {"import beyond torch": spread([imported() for _ in range(repeats)])}
     for preset in (name.strip() for name in presets.split(",")):
         found[f"build {preset}, 7B on meta"] = spread([seconds(lambda name=preset: build(name, model)) for _ in range(repeats)])  # type: ignore[misc]

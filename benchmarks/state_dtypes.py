@@ -1,7 +1,7 @@
-"""What storing the state in fewer bits does to a run: bytes of state, and the loss beside that with state in float32.
+"""Measure the effect of low-bit state on a run: bytes of state, and the loss compared with float32 state.
 
-Every run trains the same small LLaMA from the same weights on the same text, byte by byte; only `state_dtype` differs within a preset. The
-difference of two losses is to be read against `seed`: how far the final losses of that preset with float32 state lie apart for two seeds.
+Every run trains the same small LLaMA from the same weights on the same text, byte by byte. For a preset, only `state_dtype` differs.
+Compare the difference of two losses with the column `seed`: the difference between the final losses of two seeds with float32 state.
 
 Example: python benchmarks/state_dtypes.py --presets cosmos,adamw --steps 100
 """
@@ -26,25 +26,25 @@ from subspace_opt.lab import TrainConfig, train
 from subspace_opt.lab.corpus import Corpus
 from subspace_opt.lab.report import readable_bytes
 
-# A quarter of the width: the moments inside are then smaller than the weights, and still large enough for codes.
+# A quarter of the width: the moments inside are smaller than the weights, and still large enough to be quantized.
 OVERRIDES = {"cosmos": {"matrix.selector.rank": 0.25}, "galore": {"matrix.selector.rank": 0.25}}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One run."""
+    """The result of one run."""
 
     preset: str
     state_dtype: str
     state_bytes: int
     planned_bytes: int | None
-    loss: float  # validation, nats per byte
-    difference: float  # from the loss with float32 state
-    seed_gap: float  # between two seeds, with float32 state
+    loss: float  # final validation loss, nats per byte
+    difference: float  # to the loss with float32 state
+    seed_gap: float  # difference between two seeds, with float32 state
 
 
 def finished(config: TrainConfig, state_dtype: StateDtype, corpus: Corpus) -> tuple[float, int, int | None]:
-    """Validation loss at the end, bytes of state as counted and as planned."""
+    """Train once; return the final validation loss, the measured bytes of state and the planned bytes."""
 
     def made(model: nn.Module, config: TrainConfig) -> Optimizer:
         return build(config.spec, model, overrides=config.overrides or None, state_dtype=state_dtype)
@@ -77,17 +77,17 @@ def show(found: list[Row], out: Console) -> None:
 
 
 def main(
-    presets: Annotated[str, typer.Option(help="Which, with commas.")] = "cosmos,muon,galore,adamw",
+    presets: Annotated[str, typer.Option(help="Presets, separated by commas.")] = "cosmos,muon,galore,adamw",
     model: Annotated[str, typer.Option(help="Size of the LLaMA.")] = "mini",
     steps: Annotated[int, typer.Option(min=1, help="Updates of each run.")] = 300,
-    batch_size: Annotated[int, typer.Option(min=1, help="Windows an update.")] = 4,
-    length: Annotated[int, typer.Option(min=1, help="Bytes a window.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows in an update.")] = 4,
+    length: Annotated[int, typer.Option(min=1, help="Bytes in a window.")] = 64,
     threads: Annotated[int, typer.Option(min=1, help="Threads of torch.")] = 1,
-    as_json: Annotated[bool, typer.Option("--json", help="Numbers for programs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
-    """State in float32, bfloat16, 8 and 4 bits: bytes and final loss."""
+    """Compare state in float32, bfloat16, 8 and 4 bits: bytes and final loss."""
     torch.set_num_threads(threads)
-    # The last validation is what is reported, so it looks at much more text than a curve would need.
+    # Only the last validation is reported, so it uses much more text than a curve would need.
     config = TrainConfig(model=model, steps=steps, batch_size=batch_size, length=length, eval_every=0, eval_batches=64)
     found = rows(presets.split(","), config)
     if as_json:

@@ -1,13 +1,12 @@
-"""How long `step()` takes and how much state it keeps: every preset beside the optimizers that others make, in one run.
+"""Measure the time of `step()` and the bytes of state: the presets and optimizers of other packages, in one run.
 
-All optimizers hold the same weights and see the same gradients. They take turns, one step each a round and in another
-order every round, so that whatever else the machine does falls on all alike; a ratio is taken within a round, and its
-median and quartiles are over the rounds.
+All optimizers hold the same weights and get the same gradients. They take turns: one step each in a round, in a new order every round, so
+that other load on the machine affects all of them. A ratio is computed within a round; the table shows its median and quartiles.
 
-A selector that refreshes its basis every k steps is timed in both kinds of step: `step` is one without a refresh,
-`refresh` one with all bases refreshed at once, and `mean` what a step costs on the average: (refresh + (k - 1) step) / k, or, where
-the steps that were timed had their share of refreshes, their mean. Presets spread refreshes over the steps. Next to each preset
-stands the floor: its operations and bytes at the rates measured on this machine.
+If a selector refreshes its basis every k steps, both kinds of step are timed. `step` is a step without a refresh, `refresh` a step that
+refreshes all bases, and `mean` the average cost, (refresh + (k - 1) step) / k. If k is so small that the timed steps contain their share of
+refreshes, `mean` is their mean. Presets spread refreshes over the steps. `x floor` compares a step with a lower bound: its operations and
+bytes at the rates of this machine.
 
 Example: python benchmarks/step_time.py --layers 2 --presets cosmos,muon,soap
 """
@@ -40,13 +39,13 @@ from subspace_opt.lab.run.device import choose_device, clock
 from subspace_opt.lab.run.measure import measured_bytes
 from subspace_opt.spec import preset_names
 
-EVERY = dict.fromkeys(SOAPS, 10) | {GALORE: 200}  # steps between refreshes of peers
-POOL = 4  # gradients made beforehand
+EVERY = dict.fromkeys(SOAPS, 10) | {GALORE: 200}  # steps between two refreshes of the peers
+POOL = 4  # sets of gradients, computed before the rounds
 
 
 @dataclass
 class Timed:
-    """One optimizer and what it took."""
+    """One optimizer and its times."""
 
     name: str
     optimizer: Optimizer
@@ -64,34 +63,34 @@ class Timed:
 
 @dataclass(frozen=True)
 class Row:
-    """What is reported of one optimizer; times in milliseconds, (lower quartile, median, upper quartile)."""
+    """The result of one optimizer. Times in milliseconds; triples are (lower quartile, median, upper quartile)."""
 
     name: str
     state_bytes: int
     step: tuple[float, float, float]
     to_adamw: tuple[float, float, float]  # ratio within a round
     to_muon: tuple[float, float, float]
-    every: int | None  # steps between refreshes; None where there are none, or at every step
+    every: int | None  # steps between refreshes; None without refreshes, or with one at every step
     refresh: float | None
     mean: float
     first: float
-    worst: float  # the slowest of all steps but the first by the median
-    floor: float | None  # None for those of others
+    worst: float  # the slowest step after the first, divided by the median
+    floor: float | None  # None for peers
 
 
 def now(device: torch.device) -> float:
-    """Seconds; with one thread on a CPU those that this thread has run, so that what others take of the machine is not counted."""
+    """Seconds. With one thread on a CPU this is the CPU time of the thread, so that other processes are not counted."""
     return time.thread_time() if device.type == "cpu" and torch.get_num_threads() == 1 else clock(device)
 
 
 def named(device: torch.device) -> str:
-    """What a record has to say of it."""
+    """The name of the device, for records."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
 def hidden_matrices(width: int, layers: int, device: torch.device) -> nn.Module:
     """The matrices of a LLaMA's hidden layers: four of attention and three of the MLP in each."""
-    inner = math.ceil(8 * width / 3 / 16) * 16  # 1376 of 512, as in the papers
+    inner = math.ceil(8 * width / 3 / 16) * 16  # 1376 for 512, as in the papers
     sides = {"q": (width, width), "k": (width, width), "v": (width, width), "o": (width, width)}
     sides |= {"gate": (inner, width), "up": (inner, width), "down": (width, inner)}
     return nn.ModuleList(
@@ -100,16 +99,25 @@ def hidden_matrices(width: int, layers: int, device: torch.device) -> nn.Module:
     )
 
 
-def settle_allocator() -> None:
-    """Allocate and free 31 MiB, as the activations of a training step do: from then on the allocator of glibc keeps what is freed.
+def model_of(width: int, layers: int, vocabulary: int, device: torch.device) -> nn.Module:
+    """The hidden matrices, with an embedding and a head if `vocabulary` is not 0."""
+    model = hidden_matrices(width, layers, device)
+    if vocabulary:
+        head = nn.Linear(width, vocabulary, bias=False, device=device)
+        model = nn.ModuleDict({"embedding": nn.Embedding(vocabulary, width, device=device), "hidden": model, "lm_head": head})
+    return model
 
-    Before that it gives back to the system every temporary of a few MiB, and zeroing the pages anew takes longer than the arithmetic.
+
+def settle_allocator() -> None:
+    """Allocate and free 31 MiB, as the activations of a training step do. After that, the allocator of glibc keeps freed memory.
+
+    Before, it returns every temporary of a few MiB to the system, and zeroing the new pages takes longer than the arithmetic.
     """
     torch.empty(31 * 2**20, dtype=torch.uint8).fill_(1)
 
 
 def gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
-    """Noise with a few strong directions, which is what gradients look like to a selector."""
+    """Gradients as noise plus a few strong directions, which resembles real gradients for a selector."""
     made = []
     for p in parameters:
         rows, cols = p.shape
@@ -119,11 +127,13 @@ def gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
 
 
 def contestants(model: nn.Module, presets: Sequence[str], wanted: Sequence[str], note: Callable[[str], None]) -> list[Timed]:
-    """The peers and the presets, all on the same parameters. A preset's name may be followed by `@` and a rank, and by `!`: gradients are
-    then not looked at for NaN, as the peers do not look at them."""
+    """The peers and the presets, all on the same parameters.
+
+    A preset's name may end in `@` and a rank, and in `!`, which turns off the check for NaN. The peers have no such check.
+    """
     machine = measure(next(model.parameters()).device)
     note(
-        f"measured here: {machine.float32 / 1e9:.0f} GFLOP/s in float32 products, {machine.quick / 1e9:.0f} in those of Newton-Schulz, "
+        f"measured rates: {machine.float32 / 1e9:.0f} GFLOP/s in float32 products, {machine.quick / 1e9:.0f} in those of Newton-Schulz, "
         f"{machine.bandwidth / 1e9:.0f} GB/s"
     )
     timed = [Timed(name, optimizer) for name, optimizer in peers(list(model.parameters()), wanted, note)]
@@ -137,7 +147,7 @@ def contestants(model: nn.Module, presets: Sequence[str], wanted: Sequence[str],
 
 
 def period(optimizer: Optimizer) -> int | None:
-    """Steps between refreshes of the basis, where that is more than one."""
+    """The number of steps between two refreshes of the basis, or None if there is none or one at every step."""
     if not isinstance(optimizer, SubspaceOptimizer):
         return None
     split = optimizer.plan.rows[0].splits[0][1]
@@ -146,7 +156,7 @@ def period(optimizer: Optimizer) -> int | None:
 
 
 def race(timed: Sequence[Timed], model: nn.Module, steps: int, refreshes: int, device: torch.device) -> None:
-    """Take all times."""
+    """Time all optimizers."""
     parameters = list(model.parameters())
     pool = [gradients(parameters) for _ in range(POOL)]
     order = random.Random(0)
@@ -154,13 +164,13 @@ def race(timed: Sequence[Timed], model: nn.Module, steps: int, refreshes: int, d
     def turns(number: int) -> Iterator[Timed]:
         for one in order.sample(list(timed), len(timed)):
             for p, gradient in zip(parameters, pool[number % POOL], strict=True):
-                p.grad = gradient.clone()  # for each anew: some peers write to it, some drop it
+                p.grad = gradient.clone()  # a new copy for each, because some peers overwrite or drop it
             yield one
 
     for one in turns(0):
         one.first = one.step(device)
     for one in turns(1):
-        one.step(device)  # a second warm-up: what starts with its second gradient has started now
+        one.step(device)  # a second warm-up, for optimizers that start with their second gradient
     for number in track(range(steps), description="steps", console=Console(stderr=True), transient=True):
         for one in turns(number):
             one.steps.append(one.step(device))
@@ -171,11 +181,11 @@ def race(timed: Sequence[Timed], model: nn.Module, steps: int, refreshes: int, d
 
 
 def has_refresh(one: Timed, times: int) -> bool:
-    """Have the next step refresh all bases, if there are any with a period. `times`: how often it has been asked for."""
+    """Let the next step refresh all bases; return False if the optimizer has none with a period. `times`: the number of this call."""
     if isinstance(one.optimizer, SubspaceOptimizer):
         one.optimizer.refresh_bases()
         return period(one.optimizer) is not None
-    if one.name == GALORE:  # it refreshes where its count is a multiple of the period
+    if one.name == GALORE:  # refreshes if its count is a multiple of the period
         for state in one.optimizer.state.values():
             state["step"] = 200 * times
         return True
@@ -183,7 +193,7 @@ def has_refresh(one: Timed, times: int) -> bool:
 
 
 def report(timed: Sequence[Timed]) -> list[Row]:
-    """The numbers, quickest first."""
+    """The results, fastest first."""
     steps = {one.name: one.steps for one in timed}
     muon = MUON if MUON in steps else MUON32
     rows = []
@@ -191,7 +201,7 @@ def report(timed: Sequence[Timed]) -> list[Row]:
         every, step = period(one.optimizer) or EVERY.get(one.name), spread(one.steps)
         refresh = median(one.refreshes) if one.refreshes else None
         mean = step[1] if refresh is None or every is None else (refresh + (every - 1) * step[1]) / every
-        if every is not None and every <= len(one.steps) // 2:  # then the steps have their share of refreshes
+        if every is not None and every <= len(one.steps) // 2:  # the timed steps contain their share of refreshes
             mean = sum(one.steps) / len(one.steps)
         worst = max(one.steps) / step[1]
         to_adamw, to_muon = (spread([x / y for x, y in zip(one.steps, steps[name], strict=True)]) for name in (ADAMW, muon))
@@ -207,8 +217,13 @@ def spread(values: Sequence[float]) -> tuple[float, float, float]:
     return low, middle, high
 
 
-def show(rows: Sequence[Row], out: Console) -> None:
-    """A table for people."""
+def show(rows: Sequence[Row], context: dict[str, Any], notes: Sequence[str]) -> None:
+    """Print the table, after the settings and the notes."""
+    out = Console(highlight=False, width=None if Console().is_terminal else 140)
+    out.print(", ".join(f"{key} {value:,}" if isinstance(value, int) else f"{key} {value}" for key, value in context.items()))
+    for line in notes:
+        out.print(line)
+    out.print()
     ratios = ("x AdamW", "quartiles", "x Muon", "quartiles")
     numbers = ("state", "x AdamW", "step ms", "x floor", *ratios, "refresh ms", "every", "mean ms", "first", "worst")
     table = Table("optimizer", *numbers, box=None, padding=(0, 2, 0, 0), pad_edge=False)
@@ -233,50 +248,40 @@ def main(
     width: Annotated[int, typer.Option(min=16, help="Hidden width; 512 is LLaMA-60M.")] = 512,
     layers: Annotated[int, typer.Option(min=1, help="Hidden layers, seven matrices each; LLaMA-60M has 8.")] = 8,
     threads: Annotated[int, typer.Option(min=1, help="Threads of torch on a CPU.")] = 1,
-    vocabulary: Annotated[int, typer.Option(min=0, help="Rows of an embedding and of a head; 0 for hidden matrices alone.")] = 0,
-    steps: Annotated[int, typer.Option(min=2, help="Rounds that are timed, after two that are not.")] = 20,
+    vocabulary: Annotated[int, typer.Option(min=0, help="Rows of an embedding and a head; 0: only hidden matrices.")] = 0,
+    steps: Annotated[int, typer.Option(min=2, help="Timed rounds, after two rounds of warm-up.")] = 20,
     refreshes: Annotated[int, typer.Option(min=0, help="Rounds with a refresh of the basis.")] = 3,
-    presets: Annotated[str, typer.Option(help="Names with commas between, all if omitted; NAME@RANK, NAME! does not look for NaN.")] = "",
-    peer: Annotated[list[str] | None, typer.Option(help="A peer to run; AdamW and Muon always run, the others if omitted.")] = None,
+    presets: Annotated[
+        str, typer.Option(help="Presets, separated by commas; default: all. NAME@RANK sets the rank, NAME! skips the check for NaN.")
+    ] = "",
+    peer: Annotated[list[str] | None, typer.Option(help="A peer to run, besides AdamW and Muon; default: all peers.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "cpu",
-    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of weights and gradients.")] = "float32",
-    precision: Annotated[Literal["highest", "high", "medium"], typer.Option(help="Of float32 products, for all.")] = "highest",
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Dtype of weights and gradients.")] = "float32",
+    precision: Annotated[
+        Literal["highest", "high", "medium"], typer.Option(help="Precision of float32 products, for all optimizers.")
+    ] = "highest",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
-    """Time `step()` of presets and of torch's own optimizers on the hidden matrices of a LLaMA."""
+    """Time `step()` of the presets and of other optimizers on the hidden matrices of a LLaMA."""
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision(precision)
     torch.manual_seed(0)
     where = choose_device(device)
     settle_allocator()
-    model = hidden_matrices(width, layers, where)
-    if vocabulary:
-        model = nn.ModuleDict({"embedding": nn.Embedding(vocabulary, width, device=where), "hidden": model})
-        model["lm_head"] = nn.Linear(width, vocabulary, bias=False, device=where)
-    model.to(getattr(torch, dtype))
+    model = model_of(width, layers, vocabulary, where).to(getattr(torch, dtype))
     stand_in = [] if where.type != "cpu" or cpu_has_bfloat16() else [MUON32]
     wanted = [ADAMW, MUON, *stand_in, *peer] if peer else []
     notes: list[str] = []
     timed = contestants(model, [name.strip() for name in presets.split(",")] if presets else preset_names(), wanted, notes.append)
     race(timed, model, steps, refreshes, where)
     context: dict[str, Any] = {"width": width, "layers": layers, "vocabulary": vocabulary, "threads": threads, "steps": steps}
-    context |= {
-        "dtype": dtype,
-        "precision": precision,
-        "device": named(where),
-        "torch": torch.__version__,
-        "parameters": sum(p.numel() for p in model.parameters()),
-    }
+    context |= {"dtype": dtype, "precision": precision, "device": named(where), "torch": torch.__version__}
+    context["parameters"] = sum(p.numel() for p in model.parameters())
     rows = report(timed)
     if as_json:
         typer.echo(json.dumps({**context, "notes": notes, "rows": [asdict(row) for row in rows]}, indent=2))
-        return
-    out = Console(highlight=False, width=None if Console().is_terminal else 140)
-    out.print(", ".join(f"{key} {value:,}" if isinstance(value, int) else f"{key} {value}" for key, value in context.items()))
-    for line in notes:
-        out.print(line)
-    out.print()
-    show(rows, out)
+    else:
+        show(rows, context, notes)
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def show_ranks(placed: PlacedPlan, out: Console) -> None:
     total = placed.plan.total_bytes / placed.mesh.ranks
     own = [("state", placed.bytes_held, readable_bytes(round(total))), ("sent in a step", placed.bytes_sent, "")]
     if placed.bytes_sent_at_refresh != placed.bytes_sent:
-        own.append(("sent in a step that refreshes all bases", placed.bytes_sent_at_refresh, ""))
+        own.append(("sent in a refresh step", placed.bytes_sent_at_refresh, ""))
     for name, each, even in own:
         mean = round(sum(each) / len(each))
         lines.add_row(name, readable_bytes(min(each)), readable_bytes(mean), readable_bytes(max(each)), even)
