@@ -96,7 +96,7 @@ def test_a_wrong_optimizer_is_caught() -> None:
     assert [rank.held - rank.planned for rank in certificate.ranks] == [0, 0]
     assert not certificate.holds
     assert verdict(certificate).startswith("'lm_head.weight' differs by ")
-    assert verdict(certificate).endswith("; bytes of rank 0, 1 are not those of the plan")
+    assert verdict(certificate).endswith("; the bytes of rank 0, 1 differ from the plan")
 
 
 @pytest.mark.parametrize("gap", [float("inf"), 1.0])
