@@ -48,7 +48,7 @@ class Bucket:
 def make_buckets(params: list[ShardedParam], options: Options, group: RankGroup) -> Iterator[Bucket]:
     """Buckets of parameters with the same dtypes and messages, parameters of one shape next to each other.
 
-    A bucket has so many that the whole matrices of one rank take about `batch_bytes`.
+    A bucket is full when the whole matrices on one rank take about `batch_bytes`.
     """
     kinds: dict[Any, list[ShardedParam]] = defaultdict(list)
     for param in params:

@@ -32,7 +32,7 @@ class RankGroup:
     members: tuple[int, ...]  # global ranks
     process_group: Any  # of exactly these ranks
     rank: int  # the position of this process in `members`
-    replicated: bool  # every rank holds the parameters whole (DDP); the ranks divide work and state all the same
+    replicated: bool  # every rank holds the whole parameters (DDP), and the ranks divide work and state
     group_ranks: tuple[int, ...]  # for each member, its rank in the process group
 
     @property
@@ -193,7 +193,7 @@ class Exchange:
         self._work = dist.all_to_all_single(received, sent, sizes[0], sizes[1], group=group.process_group, async_op=True)
 
     def wait(self) -> Iterator[tuple[Message, Tensor]]:
-        """The messages to this rank with their tensors, each of the shape of its box; first those that the rank sent to itself."""
+        """Wait, then yield each message to this rank with its tensor, of the shape of the box. Its messages to itself come first."""
         yield from self._own
         if self._work is None:
             return

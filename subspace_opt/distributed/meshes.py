@@ -2,9 +2,9 @@
 
     fsdp      every parameter is cut along its first dimension, as FSDP2's fully_shard does
     hsdp      the same within each group of ranks; the groups are replicas of each other
-    ddp       every rank holds every parameter; the ranks divide work and state all the same
+    ddp       every rank holds every parameter; the ranks divide work and state
     tp        tensor parallelism cuts the layers of attention and feed-forward (below); every rank holds all other parameters
-    fsdp+tp   FSDP2 cuts all parameters over the other dimension of the mesh, those cut by tensor parallelism a second time
+    fsdp+tp   FSDP2 cuts all parameters over the other dimension of the mesh; it cuts the shards of tensor parallelism again
 
 Ranks are numbered in row-major order of their coordinates. Tensor parallelism has the last dimension, the replicas of HSDP the first.
 """
@@ -123,9 +123,7 @@ class PlacedPlan:
 
     mesh: Mesh
     plan: Plan
-    axes: tuple[
-        tuple[int, ...], ...
-    ]  # for each parameter, the mesh dimensions over which it is distributed; empty: every rank has it alone
+    axes: tuple[tuple[int, ...], ...]  # for each parameter, the mesh dimensions that distribute it; empty if every rank has all of it
     shardings: tuple[Sharding | None, ...]
 
     def box(self, number: int, rank: int) -> Box:
@@ -145,7 +143,7 @@ class PlacedPlan:
     def bytes_sent(self) -> tuple[int, ...]:
         """Bytes that each rank sends to others in a step without a refresh.
 
-        These are gradients to owners and updates or new weights from them; only coordinates for parameters cut along their basis.
+        Gradients go to owners, and updates or new weights come back. A parameter that is cut along its basis sends only coordinates.
         """
         return self._sum_over_groups(total_bytes_sent)
 
@@ -265,7 +263,7 @@ def _add_bytes_sent(total: Tensor, sharding: Sharding, overlap: Overlap) -> None
     """Add the bytes of `gradient_messages`, `update_messages` and `replica_messages` to `total` at their sources."""
     row, common = sharding.row, overlap.common
     owner = torch.tensor([part.owners[0] for part in sharding.parts])
-    all_holders = (common * overlap.count).sum(1)  # for each part, its entries on all ranks together
+    all_holders = (common * overlap.count).sum(1)  # entries of each part, counted once for every rank that holds them
     if sharding.updates_in_place:
         own = torch.tensor([part.box.numel * len(part.owners) for part in sharding.parts])
         total.index_add_(0, owner, (all_holders - own) * row.entry.dtype.itemsize)

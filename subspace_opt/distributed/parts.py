@@ -25,7 +25,7 @@ class Part:
     whole_row: Row  # the plan of the whole parameter
     splits: dict[tuple[int, int, int], Frame] = field(default_factory=dict, repr=False, compare=False)  # a cache of the layout
 
-    # `row` and `state` are computed on first use: a rank needs those of its own part only, one of thousands on thousands of ranks.
+    # `row` and `state` are computed on first use: a rank needs them for its own part only, and there may be thousands of parts.
     @cached_property
     def row(self) -> Row:
         """The plan of the box alone."""

@@ -44,7 +44,7 @@ class Sharding:
     parts: tuple[Part, ...]
     cuts: tuple[Cut | None, ...] = ()  # one for each dimension of the mesh; empty if every rank holds the whole parameter
     basis_dim: int | None = (
-        None  # cut here along with the basis: between refreshes only coordinates are sent. None: gradients, at every step
+        None  # cut like the basis, so that only coordinates are sent between refreshes; None if every step sends gradients
     )
 
     @cached_property
@@ -180,7 +180,7 @@ class Sharding:
         return total
 
     def bytes_sent(self, rank: int, *, refresh: bool = False) -> int:
-        """Bytes that a rank sends to other ranks in one step. With `refresh`, of a step that refreshes the basis.
+        """Bytes that a rank sends to other ranks in one step. With `refresh`, count a step that refreshes the basis.
 
         A refresh matters only with `basis_dim`: the step then sends the gradient and the basis instead of coordinates.
         """
@@ -216,10 +216,10 @@ def _entries_sent(messages: Iterable[Message], rank: int | None = None) -> int:
 
 @dataclass
 class Layout:
-    """The shardings of one group of ranks. Owners are chosen so that the ranks keep about equally many bytes of state."""
+    """The shardings of one group of ranks. Owners are chosen so that all ranks keep about the same number of bytes of state."""
 
     ranks: int
-    replicated: bool = False  # every rank holds the parameters whole (DDP); the ranks divide work and state all the same
+    replicated: bool = False  # every rank holds the whole parameters (DDP), and the ranks divide work and state
     loads: list[int] = field(default_factory=list)  # bytes of state that each rank keeps so far
     splits: dict[tuple[int, int, int], Frame] = field(default_factory=dict)  # pipelines of pieces, by pipeline and shape
 

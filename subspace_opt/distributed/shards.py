@@ -64,7 +64,7 @@ class ShardedParam:
 
 
 def sharded_param(group: RankGroup, sharding: Sharding, tensor: Tensor, work: Work, maximize: bool) -> ShardedParam:
-    """A parameter for one step. `work` is the work of the whole parameter; the result has that of this rank's part."""
+    """A parameter for one step. `work` describes the whole parameter; the work of the result describes this rank's part."""
     part = sharding.part_of(group.rank)
     weight, grad = exchange.local_tensor(tensor.detach()), exchange.local_grad(tensor, sharding.row.entry.name)
     if grad is not None and maximize:
@@ -144,7 +144,13 @@ def local_work(param: ShardedParam, part: Part) -> Work:
 
 
 def update_shard(param: ShardedParam, box: Box, weight: Tensor, update: Tensor, options: Options) -> None:
-    """Apply decay and update to the piece `box` of this rank's shard: `weight` is the piece, changed in place."""
+    """Decay and update a piece of this rank's shard in place.
+
+    Args:
+        box: The piece, as a box of the parameter.
+        weight: The entries of the piece.
+        update: The update of the piece, of the same shape.
+    """
     row, here = param.sharding.row, box.slices_in(param.box)
     low = weight.dtype != update.dtype
     compensation = param.work.state["compensation"][here] if row.compensated else None

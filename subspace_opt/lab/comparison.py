@@ -10,7 +10,7 @@ from .errors import LabError
 from .run.events import OnEvent, Result
 from .run.training import OptimizerFactory, train
 
-# The optimizer, which is compared, and fields that change no number. All other fields must agree.
+# Fields that describe the optimizer, or do not affect the results. All other fields must agree.
 _MAY_DIFFER = {"spec", "name", "lr", "weight_decay", "overrides", "out", "save_every"}
 
 
@@ -41,7 +41,7 @@ def check(configs: Sequence[TrainConfig]) -> None:
     """Check that all configs pose the same problem and have different names and folders.
 
     Raises:
-        LabError: they do not; the message names the run and the field that differs.
+        LabError: a field differs that must not, or two runs have the same name or folder.
     """
     if not configs:
         raise LabError("compare: no runs were given. Give at least one spec")

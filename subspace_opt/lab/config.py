@@ -65,10 +65,10 @@ class TrainConfig(BaseModel):
         return self.min_lr_ratio + (1 - self.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
     def continues(self, saved: dict[str, Any], done: int, where: Path) -> None:
-        """Check that this run can go on from `done` updates of the saved one: it must have made the same updates.
+        """Check that this run can resume after `done` updates of the saved one. Both must make these updates in the same way.
 
         Raises:
-            LabError: it would have made others; the message names the fields that differ.
+            LabError: they would differ; the message names the fields that cause it.
         """
         before = TrainConfig.model_validate(saved)
         old, new = before.model_dump(mode="json"), self.model_dump(mode="json")

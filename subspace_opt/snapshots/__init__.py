@@ -230,7 +230,7 @@ _pending: list[Pending] = []  # at most one in this process
 def _finish_pending() -> None:
     """Wait for the save in the background, if there is one, and raise its error.
 
-    Raising because a save is running would not do: ranks finish at different times, and all of them must do the same.
+    A running save is not an error: ranks finish at different times, and all of them must do the same.
     """
     while _pending:
         _pending.pop().finish()

@@ -175,7 +175,7 @@ def check_optimizer(
 ) -> None:
     """Compare the optimizer with the saved one, before any large file is read.
 
-    A `SubspaceOptimizer` compares the parameter groups by itself: state of an older version has other slots and can still be loaded.
+    A `SubspaceOptimizer` checks the parameter groups with its own code, because it can load state of an older version with other slots.
 
     Raises:
         SnapshotError: the class of the optimizer, the slots, their shapes or dtypes differ.

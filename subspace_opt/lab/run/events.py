@@ -85,7 +85,7 @@ def record(event: Event) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """The outcome of a run. Times cover this process only: a resumed run starts to count anew."""
+    """The outcome of a run. Times cover this process only: a resumed run starts again at zero."""
 
     run: str
     status: Status

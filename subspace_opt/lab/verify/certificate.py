@@ -1,4 +1,4 @@
-"""The result of a trial: one difference a parameter, one row of bytes a rank, and the verdicts drawn from them."""
+"""The result of a trial: the difference of each parameter, the bytes of each rank, and the verdicts drawn from them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..errors import LabError
 from .trial import Trial
 
 # The largest difference, relative to the distance that the parameter has moved. float64: round-off, amplified at most by a discontinuous
-# rule. bfloat16: neighbouring numbers are 1/256 apart, and the distance of 20 steps is only a few of them.
+# rule. bfloat16: neighbouring numbers are 1/256 apart, and 20 steps move a weight by only a few such gaps.
 TOLERANCES = {"float64": 1e-6, "float32": 1e-2, "bfloat16": 0.25}
 
 
@@ -36,8 +36,8 @@ class Difference:
 class RankBytes:
     """Bytes that one rank held at the end and sent in a step, beside the bytes that the plan expects.
 
-    The first step refreshes every basis; a later step refreshes some of them or none. Where a rank sends only coordinates between
-    refreshes, later steps send fewer bytes.
+    The first step refreshes every basis; a later step refreshes some of them or none. Later steps send fewer bytes if a rank sends only
+    coordinates between refreshes.
     """
 
     rank: int

@@ -1,7 +1,7 @@
 """A trial on every rank: train, count, and compare with one process.
 
 `subspace_opt.distributed.meshes` computes, without a process group, which shards a rank should hold and how many bytes it should keep and
-send. The optimizer's own layout is therefore compared with an independent one: a wrong layout cannot pass by agreeing with itself.
+send. Shards, bytes and traffic of the optimizer are therefore compared with figures that do not come from the optimizer itself.
 """
 
 from __future__ import annotations

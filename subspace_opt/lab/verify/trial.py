@@ -1,4 +1,4 @@
-"""What a certificate runs: spec, model, mesh and steps, and the gradients or tokens of every step."""
+"""The trial that one process and several ranks repeat: spec, model, mesh, steps, and the gradients or tokens of every step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ...distributed.meshes import Mesh, make_mesh
 from ..errors import LabError
 from ..model import make_model
 
-# Sequences for each rank, and tokens of one sequence: more than the width of a small model, or its gradients would not have full rank.
+# Sequences for each rank, and tokens of one sequence. With fewer tokens than the width of the model, gradients would not have full rank.
 SEQUENCES, LENGTH = 4, 32
 
 
