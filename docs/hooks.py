@@ -204,9 +204,9 @@ def preset_page(name: str, spec: Spec) -> str:
 MATRICES = ((512, 512), (1376, 512), (2048, 2048), (5461, 2048), (4096, 11008))
 
 
-def gigaflop(flops: float) -> str:
+def gigaflop(operations: float) -> str:
     """Operations in units of 1e9, with three significant digits."""
-    billions = flops / 1e9
+    billions = operations / 1e9
     return f"{billions:,.0f}" if billions >= 100 else f"{billions:.3g}"
 
 
