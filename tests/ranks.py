@@ -1,70 +1,15 @@
-"""Several ranks of gloo on this machine, for tests: start, time limit, results; and models whose parameters lie on a mesh."""
+"""Models whose parameters lie on a mesh, their gradients, and how the weights of two runs are compared."""
 
 from __future__ import annotations
 
-import os
-import pickle
-import socket
-import time
-import traceback
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
+from functools import cache
 
 import torch
-import torch.distributed as dist
-from launch import context
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import Placement
-
-LIMIT = 240  # seconds until ranks that do not come back are stopped
-
-
-def run_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """What `function(*arguments)` returns on each of `world` ranks of a process group.
-
-    Raises:
-        AssertionError: a rank failed, with its traceback, or did not end in time.
-    """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    task = pickle.dumps((function, arguments))  # tensors by value: multiprocessing would open a file for each
-    with TemporaryDirectory() as folder:
-        ranks = [context.Process(target=_rank, args=(rank, world, port, folder, task), daemon=True) for rank in range(world)]
-        for process in ranks:
-            process.start()
-        ends = time.monotonic() + LIMIT
-        while any(process.is_alive() for process in ranks) and time.monotonic() < ends and not list(Path(folder).glob("*.error")):
-            time.sleep(0.05)
-        for process in ranks:
-            process.join(0.5)
-            if process.is_alive():
-                process.kill()
-                process.join()
-        errors = [file.read_text() for file in sorted(Path(folder).glob("*.error"))]
-        assert not errors, "\n".join(errors)
-        assert all(process.exitcode == 0 for process in ranks), [process.exitcode for process in ranks]
-        return [pickle.loads((Path(folder) / f"{rank}.result").read_bytes()) for rank in range(world)]
-
-
-def _rank(rank: int, world: int, port: int, folder: str, task: bytes) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world))
-    torch.set_num_threads(1)
-    torch.manual_seed(1000 + rank)  # nothing may depend on the global generator
-    try:
-        function, arguments = pickle.loads(task)
-        dist.init_process_group("gloo", rank=rank, world_size=world)
-        (Path(folder) / f"{rank}.result").write_bytes(pickle.dumps(function(*arguments)))
-        dist.barrier()
-        dist.destroy_process_group()
-    except BaseException:
-        (Path(folder) / f"{rank}.error").write_text(f"rank {rank}:\n{traceback.format_exc()}")
-        raise
-
 
 # ------------------------------------------------------------------------------------------------------------------- models
 
@@ -116,6 +61,7 @@ def hash_of(name: str) -> int:
     return sum(ord(letter) * 31**i for i, letter in enumerate(name)) % 2**31
 
 
+@cache  # a mesh of two dimensions makes process groups, which the ranks of a pool keep
 def mesh_of(kind: str, world: int) -> DeviceMesh | None:
     """`fsdp`, `tp`: one dimension; `hsdp`, `fsdp+tp`: two; `ddp`: none."""
     if kind == "ddp":
@@ -151,16 +97,28 @@ def place(model: nn.Module, kind: str, mesh: DeviceMesh | None) -> nn.Module:
     return model
 
 
+def own_shard(whole: Tensor, like: DTensor) -> DTensor:
+    """A tensor that every rank holds whole, laid out as `like`: each rank keeps its shard, and nothing is sent."""
+    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+
+
+@cache  # many presets are given the same gradients, and an optimizer only reads them
+def _gradient_of(
+    name: str, shape: torch.Size, step: int, dtype: torch.dtype, layout: tuple[DeviceMesh, tuple[Placement, ...]] | None
+) -> Tensor:
+    whole = gradient(name, shape, step, dtype)
+    return whole if layout is None else distribute_tensor(whole, *layout, src_data_rank=None)
+
+
 def give(model: nn.Module, step: int, without: Callable[[str, int], bool] = lambda name, step: False) -> None:
-    """Set every gradient, whole or as this rank's shard; `without` says where there is none."""
+    """Set every gradient, whole or as this rank's shard; `without` says where there is none.
+
+    The tensors are shared between calls: whoever changes a gradient takes a clone first.
+    """
     for name, p in model.named_parameters():
-        if not p.requires_grad:
-            continue
-        if without(name, step):
-            p.grad = None
-            continue
-        whole = gradient(name, p.shape, step, p.dtype)
-        p.grad = distribute_tensor(whole, p.device_mesh, p.placements) if isinstance(p, DTensor) else whole
+        if p.requires_grad:
+            layout = (p.device_mesh, p.placements) if isinstance(p, DTensor) else None
+            p.grad = None if without(name, step) else _gradient_of(name, p.shape, step, p.dtype, layout)
 
 
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:

@@ -81,7 +81,7 @@ def representable(g: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def after_torture(preset: str, dtype: torch.dtype, torture: list[str]) -> None:
-    """Every shape of weight meets every kind of gradient, all in one optimizer, over refreshes: all is finite, nothing had to be retried."""
+    """Weights of every shape meet gradients of these kinds, all in one optimizer, over refreshes: all is finite, no refresh failed."""
     params = parameters({f"{kind}: {side}": shape for kind in torture for side, shape in SIDES.items()}, dtype)
     opt = optimizer(preset, params, lr=1e-3)
     for step in range(7):

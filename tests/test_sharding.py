@@ -22,8 +22,8 @@ STEPS = 12
 STEPS_OF_FOUR = 6  # what four ranks ask beyond two is how shapes are cut and how meshes have two dimensions
 MESHES = [("fsdp", 2), ("fsdp", 4), ("ddp", 2), ("ddp", 4), ("tp", 2), ("tp", 4), ("hsdp", 4), ("fsdp+tp", 4)]
 
-# Bases are refreshed every fourth update: a run on two ranks has three refreshes, one on four ranks two. Ranks stay below the short sides, so
-# that there is a complement.
+# Bases are refreshed every fourth update: a run on two ranks has three refreshes, one on four ranks two. A rank of 3 is below the short
+# sides, so there is a complement.
 SHORT = {"rank": 3, "every": 4}
 
 
