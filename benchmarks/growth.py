@@ -106,7 +106,7 @@ def overrides_of(place: Place) -> dict[str, Any]:
     return {} if place.rank is None else {RANK: place.rank}
 
 
-def planned(preset: str, place: Place) -> Cost:
+def predict(preset: str, place: Place) -> Cost:
     """The cost of a point, from the plan of a model on the meta device."""
     model = hidden(place, torch.device("meta"))
     plan = build(preset, model, overrides=overrides_of(place)).plan
@@ -141,7 +141,7 @@ def places(widths: Sequence[int], layers: Sequence[int], ranks: Sequence[int]) -
     ]
 
 
-def exponent(at: Sequence[float], values: Sequence[float | None]) -> float | None:
+def fit_exponent(at: Sequence[float], values: Sequence[float | None]) -> float | None:
     """The least-squares slope of log value against log place; None if a value is missing or 0, or if there is only one point."""
     positive = [value for value in values if value]
     if len(at) < 2 or len(positive) < len(at):
@@ -149,7 +149,7 @@ def exponent(at: Sequence[float], values: Sequence[float | None]) -> float | Non
     return linear_regression([math.log(x) for x in at], [math.log(y) for y in positive]).slope
 
 
-def fitted(points: Sequence[Point]) -> list[Fit]:
+def fit_exponents(points: Sequence[Point]) -> list[Fit]:
     """The exponents of every preset along every axis with at least two points."""
     fits = []
     for axis, preset in dict.fromkeys((p.place.axis, p.preset) for p in points):
@@ -157,7 +157,7 @@ def fitted(points: Sequence[Point]) -> list[Fit]:
         at = [p.place.at for p in own]
 
         def slope(of: Callable[[Point], float | None], own: list[Point] = own, at: list[int] = at) -> float | None:
-            return exponent(at, [of(p) for p in own])
+            return fit_exponent(at, [of(p) for p in own])
 
         def sure(value: float | None) -> float:
             return math.nan if value is None else value

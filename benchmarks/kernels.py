@@ -20,7 +20,7 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from step_time import hidden_matrices, named, now, settle_allocator, spread
+from step_time import device_name, hidden_matrices, now, quartiles, settle_allocator
 from torch import Tensor
 from torch.optim._muon import _zeropower_via_newtonschulz
 
@@ -78,7 +78,7 @@ def off(what: str, x: Tensor, out: Tensor) -> float:
     return float(1 - (x @ out).square().sum() / values[: out.size(-1)].square().sum())
 
 
-def raced(ways: list[Way], rounds: int, device: torch.device) -> list[list[float]]:
+def race(ways: list[Way], rounds: int, device: torch.device) -> list[list[float]]:
     """Milliseconds of each implementation; they take turns."""
     taken: list[list[float]] = [[] for _ in ways]
     for number in range(rounds + 1):
@@ -117,15 +117,15 @@ def main(
             "orthonormal columns": orthonormal(x, rank),
             "leading subspace": leading(x, rank),
         }.items():
-            times = raced(ways, rounds, where)
+            times = race(ways, rounds, where)
             for (name, work), own in zip(ways, times, strict=True):
-                ratio = spread([a / b for a, b in zip(own, times[0], strict=True)])
+                ratio = quartiles([a / b for a, b in zip(own, times[0], strict=True)])
                 found.append(Row(f"{stack} x {rows} x {cols}", what, name, median(own), ratio, off(what, x, work())))
     if as_json:
-        context = {"device": named(where), "torch": torch.__version__, "rank": rank}
+        context = {"device": device_name(where), "torch": torch.__version__, "rank": rank}
         typer.echo(json.dumps({**context, "rows": [asdict(row) for row in found]}, indent=2))
     else:
-        show(found, f"device {named(where)}, torch {torch.__version__}, rank {rank}")
+        show(found, f"device {device_name(where)}, torch {torch.__version__}, rank {rank}")
 
 
 def show(found: list[Row], title: str) -> None:

@@ -4,8 +4,8 @@
     python benchmarks/on_paper.py --models 7b --gpus 8,256               # a part
     python benchmarks/on_paper.py --write docs/distributed.md            # writes the table into the page
 
-No GPU and no process group: layouts are those that the optimizer makes (`subspace_opt.meshes`), bytes are exact. Times are not
-measured but follow from bytes and operations by the rates below; nothing is taken to overlap.
+It needs no GPU and no process group. `subspace_opt.distributed.meshes` lays out the ranks as the optimizer does, and the bytes are exact.
+Times are computed from bytes and operations with the rates below, and assume no overlap.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ HEAD = """\
 def line(model: str, gpus: int, spec: str) -> Line:
     plan, mesh = plan_of(model, spec), mesh_of(model, gpus)
     found = place(plan, mesh)
-    seconds = computing(found)
+    seconds = seconds_of_ranks(found)
     most = max(found.bytes_sent)
     return Line(
         model,
@@ -119,7 +119,7 @@ def line(model: str, gpus: int, spec: str) -> Line:
     )
 
 
-def computing(found: PlacedPlan) -> list[float]:
+def seconds_of_ranks(found: PlacedPlan) -> list[float]:
     """Seconds of products and decompositions on each rank, averaged over steps."""
     out = [0.0] * found.mesh.ranks
     for sharding in found.shardings:

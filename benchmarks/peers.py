@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from subspace_opt.algebra.linalg import cpu_has_bfloat16
 
-LR = 1e-5  # so small that the weights hardly change, which does not affect the time
+LR = 1e-5  # small, so that the weights hardly change; they do not affect the time
 ADAMW, MUON, MUON32, GALORE = "torch AdamW fused", "torch Muon", "torch Muon, float32", "galore-torch GaLore"
 SOAPS = ("pytorch-optimizer SOAP", "heavyball SOAP")
 

@@ -21,10 +21,24 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from growth import LAYER_WIDTH, RANK_WIDTH, Cost, Effort, Place, Point, fitted, has_rank, hidden, overrides_of, periodic, places, planned
+from growth import (
+    LAYER_WIDTH,
+    RANK_WIDTH,
+    Cost,
+    Effort,
+    Place,
+    Point,
+    fit_exponents,
+    has_rank,
+    hidden,
+    overrides_of,
+    periodic,
+    places,
+    predict,
+)
 from growth_report import draw, record, show
 from rich.console import Console
-from step_time import gradients, now, settle_allocator, spread
+from step_time import make_gradients, now, quartiles, settle_allocator
 from torch import nn
 
 from subspace_opt import SpecError, SubspaceOptimizer, build
@@ -34,7 +48,7 @@ from subspace_opt.lab.run.device import choose_device
 from subspace_opt.lab.run.measure import measured_bytes, peak_temporaries
 from subspace_opt.spec import load_spec
 
-LR = 1e-5  # so small that the weights hardly change, which does not affect the time
+LR = 1e-5  # small, so that the weights hardly change; they do not affect the time
 NEVER = 10**9  # a period that no run reaches, because some selectors do not accept null
 LEAST = 3  # number of timed steps even if they are slow
 
@@ -44,28 +58,28 @@ def measure(
 ) -> Iterator[Point]:
     """Measure every preset at every place that fits into `bound` bytes. The presets of a place share its weights and gradients."""
     for place in where:
-        costs = {preset: planned(preset, place) for preset in presets if place.rank is None or has_rank(preset)}
+        costs = {preset: predict(preset, place) for preset in presets if place.rank is None or has_rank(preset)}
         for preset, cost in costs.items():
             if cost.needed > bound:
                 needed, most = readable_bytes(cost.needed), readable_bytes(bound)
-                say(f"{preset}, {place.axis} {place.at}: left out, state, weights and gradients need {needed} of {most} (--memory)")
+                say(f"{preset}, {place.axis} {place.at}: skipped: state, weights and gradients need {needed}, --memory allows {most}")
         fitting = {preset: cost for preset, cost in costs.items() if cost.needed <= bound}
         if not fitting:
             continue
         model = hidden(place, device)
         own = list(model.parameters())
-        for p, gradient in zip(own, gradients(own), strict=True):
+        for p, gradient in zip(own, make_gradients(own), strict=True):
             p.grad = gradient
         for preset, cost in fitting.items():
-            point = measured(preset, place, cost, model, effort, device)
+            point = measure_point(preset, place, cost, model, effort, device)
             say(f"{preset}, {place.axis} {place.at}: {point.step[1]:.1f} ms")
             yield point
             gc.collect()  # free the state before the next one
 
 
-def measured(preset: str, place: Place, cost: Cost, model: nn.Module, effort: Effort, device: torch.device) -> Point:
+def measure_point(preset: str, place: Place, cost: Cost, model: nn.Module, effort: Effort, device: torch.device) -> Point:
     """Measure one point."""
-    optimizer = without_schedule(preset, model, overrides_of(place))
+    optimizer = build_without_schedule(preset, model, overrides_of(place))
 
     def timed() -> float:
         start = now(device)
@@ -78,24 +92,24 @@ def measured(preset: str, place: Place, cost: Cost, model: nn.Module, effort: Ef
 
     for _ in range(2):  # the first step computes the basis; some presets start with their second gradient
         timed()
-    steps = repeated(timed, effort.steps, effort.seconds)
+    steps = repeat(timed, effort.steps, effort.seconds)
     temporaries = peak_temporaries(optimizer.step, device)
     refreshes, refresh_temporaries = None, None
     if cost.refresh_flops is not None:
         optimizer.refresh_bases()
         refresh_temporaries = peak_temporaries(optimizer.step, device)  # also a warm-up of the refresh
-        refreshes = spread(repeated(renewed, effort.refreshes, effort.seconds))
+        refreshes = quartiles(repeat(renewed, effort.refreshes, effort.seconds))
     held = measured_bytes(optimizer)
-    return Point(preset, place, cost, spread(steps), refreshes, len(steps), held, temporaries, refresh_temporaries)
+    return Point(preset, place, cost, quartiles(steps), refreshes, len(steps), held, temporaries, refresh_temporaries)
 
 
-def without_schedule(preset: str, model: nn.Module, overrides: dict[str, Any]) -> SubspaceOptimizer:
+def build_without_schedule(preset: str, model: nn.Module, overrides: dict[str, Any]) -> SubspaceOptimizer:
     """Build the preset so that it refreshes only on request. With spread refreshes, every step would have one."""
     seldom = periodic(build(preset, model, overrides=overrides).plan)
     return build(preset, model, lr=LR, overrides=overrides | {f"{pipeline}.selector.every": NEVER for pipeline in seldom})
 
 
-def repeated(once: Callable[[], float], most: int, seconds: float) -> list[float]:
+def repeat(once: Callable[[], float], most: int, seconds: float) -> list[float]:
     """Times of `most` calls; fewer, but at least `LEAST`, if they take more than `seconds`."""
     times: list[float] = []
     while len(times) < most and (len(times) < LEAST or sum(times) < 1e3 * seconds):
@@ -103,7 +117,7 @@ def repeated(once: Callable[[], float], most: int, seconds: float) -> list[float
     return times
 
 
-def machine(device: torch.device) -> str:
+def machine_name(device: torch.device) -> str:
     """The name of the processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -115,7 +129,7 @@ def machine(device: torch.device) -> str:
     return f"{named[0] if named else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
 
-def numbers(text: str, option: str, least: int, most: int | None = None) -> list[int]:
+def parse_numbers(text: str, option: str, least: int, most: int | None = None) -> list[int]:
     """Parse a list of numbers separated by commas; sorted, without duplicates.
 
     Raises:
@@ -129,7 +143,7 @@ def numbers(text: str, option: str, least: int, most: int | None = None) -> list
     return sorted({int(word) for word in words})
 
 
-def checked(presets: str) -> list[str]:
+def parse_presets(presets: str) -> list[str]:
     """Parse a list of presets and load each once.
 
     Raises:
@@ -146,7 +160,7 @@ def checked(presets: str) -> list[str]:
     return names
 
 
-def usable(device: str) -> torch.device:
+def choose_measurable_device(device: str) -> torch.device:
     """The device, which must be one on which temporaries can be measured.
 
     Raises:
@@ -163,7 +177,7 @@ def usable(device: str) -> torch.device:
     return found
 
 
-def writable(path: Path | None, option: str) -> None:
+def check_writable(path: Path | None, option: str) -> None:
     """Check before the measurement that a file can be written.
 
     Raises:
@@ -187,7 +201,7 @@ def main(
     ranks: Annotated[str, typer.Option(help=f"Ranks, of one layer of width {RANK_WIDTH}.")] = "16,32,64,128,256",
     steps: Annotated[int, typer.Option(min=2, help="Timed steps without a refresh at each point.")] = 10,
     refreshes: Annotated[int, typer.Option(min=2, help="Timed steps with a refresh at each point.")] = 3,
-    seconds: Annotated[float, typer.Option(min=0, help=f"Time limit of a point, after at least {LEAST} steps.")] = 60.0,
+    seconds: Annotated[float, typer.Option(min=0, help=f"Time limit in seconds for each point; at least {LEAST} steps are timed.")] = 60.0,
     memory: Annotated[float, typer.Option(min=0, help="GiB for state, weights and gradients. Larger points are left out.")] = 12.0,
     threads: Annotated[int, typer.Option(min=1, help="Threads of torch on a CPU.")] = 1,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "cpu",
@@ -195,25 +209,26 @@ def main(
     plot_to: Annotated[Path | None, typer.Option("--plot", metavar="PATH", help="File for a plot of the times, as PNG.")] = None,
 ) -> None:
     """Measure how the cost of `step()` grows with width, layers and rank."""
-    names, where = checked(presets), usable(device)
-    wanted = places(numbers(widths, "--widths", 16), numbers(layers, "--layers", 1), numbers(ranks, "--ranks", 1, RANK_WIDTH))
-    writable(json_to, "--json")
-    writable(plot_to, "--plot")
+    names, where = parse_presets(presets), choose_measurable_device(device)
+    axes = (parse_numbers(widths, "--widths", 16), parse_numbers(layers, "--layers", 1), parse_numbers(ranks, "--ranks", 1, RANK_WIDTH))
+    wanted = places(*axes)
+    check_writable(json_to, "--json")
+    check_writable(plot_to, "--plot")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # silences messages of the profiler on stderr
     torch.set_num_threads(threads)
     settle_allocator()
     torch.manual_seed(0)
-    context: dict[str, Any] = {"torch": torch.__version__, "device": str(where), "machine": machine(where), "threads": threads}
+    context: dict[str, Any] = {"torch": torch.__version__, "device": str(where), "machine": machine_name(where), "threads": threads}
     context |= {"steps": steps, "command": shlex.join(["python", *sys.argv])}
-    told = Console(stderr=True, highlight=False, soft_wrap=True)
+    progress = Console(stderr=True, highlight=False, soft_wrap=True)
     points: list[Point] = []
-    for point in measure(names, wanted, memory * 2**30, Effort(steps, refreshes, seconds), where, told.print):
+    for point in measure(names, wanted, memory * 2**30, Effort(steps, refreshes, seconds), where, progress.print):
         points.append(point)
         if json_to is not None:  # after each point, so that an interrupted run keeps its results
-            json_to.write_text(record(context, points, fitted(points)))
+            json_to.write_text(record(context, points, fit_exponents(points)))
     if not points:
         raise typer.BadParameter("no point is left to measure; give widths, layers or ranks that fit into --memory")
-    fits = fitted(points)
+    fits = fit_exponents(points)
     show(context, points, fits)
     if plot_to is not None:
         draw(points, fits, plot_to)

@@ -18,7 +18,7 @@ from typing import Annotated
 
 import torch
 import typer
-from step_time import hidden_matrices, spread
+from step_time import hidden_matrices, quartiles
 from torch import nn
 
 from subspace_opt import build
@@ -27,7 +27,7 @@ WIDTH, LAYERS, VOCABULARY = 4096, 32, 32000  # LLaMA-7B
 IMPORT = "import time, torch; start = time.process_time(); import subspace_opt; print(time.process_time() - start)"
 
 
-def imported() -> float:
+def time_import() -> float:
     """Seconds for the import of the package after torch, in a new interpreter."""
     env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     return float(subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True, env=env).stdout)
@@ -61,10 +61,10 @@ def main(
 ) -> None:
     """Measure the import of the package and the build of an optimizer for a large model."""
     model = large_model()
-    imported()  # writes the bytecode
-    found = {"import beyond torch": spread([imported() for _ in range(repeats)])}
+    time_import()  # writes the bytecode
+    found = {"import beyond torch": quartiles([time_import() for _ in range(repeats)])}
     for preset in (name.strip() for name in presets.split(",")):
-        found[f"build {preset}, 7B on meta"] = spread([seconds(lambda name=preset: build(name, model)) for _ in range(repeats)])  # type: ignore[misc]
+        found[f"build {preset}, 7B on meta"] = quartiles([seconds(lambda name=preset: build(name, model)) for _ in range(repeats)])  # type: ignore[misc]
     if as_json:
         typer.echo(json.dumps({"torch": torch.__version__, "seconds": found}, indent=2))
         return

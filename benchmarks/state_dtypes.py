@@ -43,7 +43,7 @@ class Row:
     seed_gap: float  # difference between two seeds, with float32 state
 
 
-def finished(config: TrainConfig, state_dtype: StateDtype, corpus: Corpus) -> tuple[float, int, int | None]:
+def train_once(config: TrainConfig, state_dtype: StateDtype, corpus: Corpus) -> tuple[float, int, int | None]:
     """Train once; return the final validation loss, the measured bytes of state and the planned bytes."""
 
     def made(model: nn.Module, config: TrainConfig) -> Optimizer:
@@ -58,9 +58,9 @@ def rows(presets: list[str], config: TrainConfig) -> list[Row]:
     out = []
     for preset in track(presets, "training", console=Console(stderr=True)):
         own = config.model_copy(update={"spec": preset, "overrides": OVERRIDES.get(preset, {})})
-        ends = {word: finished(own, word, corpus) for word in get_args(StateDtype)}
+        ends = {word: train_once(own, word, corpus) for word in get_args(StateDtype)}
         full = ends["fp32"][0]
-        other, *_ = finished(own.model_copy(update={"seed": own.seed + 1}), "fp32", corpus)
+        other, *_ = train_once(own.model_copy(update={"seed": own.seed + 1}), "fp32", corpus)
         out += [Row(preset, word, held, planned, loss, loss - full, abs(other - full)) for word, (loss, held, planned) in ends.items()]
     return out
 

@@ -83,7 +83,7 @@ def now(device: torch.device) -> float:
     return time.thread_time() if device.type == "cpu" and torch.get_num_threads() == 1 else clock(device)
 
 
-def named(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
     """The name of the device, for records."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
@@ -116,7 +116,7 @@ def settle_allocator() -> None:
     torch.empty(31 * 2**20, dtype=torch.uint8).fill_(1)
 
 
-def gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
+def make_gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
     """Gradients as noise plus a few strong directions, which resembles real gradients for a selector."""
     made = []
     for p in parameters:
@@ -126,7 +126,7 @@ def gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
     return made
 
 
-def contestants(model: nn.Module, presets: Sequence[str], wanted: Sequence[str], note: Callable[[str], None]) -> list[Timed]:
+def build_contestants(model: nn.Module, presets: Sequence[str], wanted: Sequence[str], note: Callable[[str], None]) -> list[Timed]:
     """The peers and the presets, all on the same parameters.
 
     A preset's name may end in `@` and a rank, and in `!`, which turns off the check for NaN. The peers have no such check.
@@ -158,7 +158,7 @@ def period(optimizer: Optimizer) -> int | None:
 def race(timed: Sequence[Timed], model: nn.Module, steps: int, refreshes: int, device: torch.device) -> None:
     """Time all optimizers."""
     parameters = list(model.parameters())
-    pool = [gradients(parameters) for _ in range(POOL)]
+    pool = [make_gradients(parameters) for _ in range(POOL)]
     order = random.Random(0)
 
     def turns(number: int) -> Iterator[Timed]:
@@ -176,11 +176,11 @@ def race(timed: Sequence[Timed], model: nn.Module, steps: int, refreshes: int, d
             one.steps.append(one.step(device))
     for number in range(refreshes):
         for one in turns(number):
-            if has_refresh(one, number + 1):
+            if force_refresh(one, number + 1):
                 one.refreshes.append(one.step(device))
 
 
-def has_refresh(one: Timed, times: int) -> bool:
+def force_refresh(one: Timed, times: int) -> bool:
     """Let the next step refresh all bases; return False if the optimizer has none with a period. `times`: the number of this call."""
     if isinstance(one.optimizer, SubspaceOptimizer):
         one.optimizer.refresh_bases()
@@ -198,20 +198,20 @@ def report(timed: Sequence[Timed]) -> list[Row]:
     muon = MUON if MUON in steps else MUON32
     rows = []
     for one in timed:
-        every, step = period(one.optimizer) or EVERY.get(one.name), spread(one.steps)
+        every, step = period(one.optimizer) or EVERY.get(one.name), quartiles(one.steps)
         refresh = median(one.refreshes) if one.refreshes else None
         mean = step[1] if refresh is None or every is None else (refresh + (every - 1) * step[1]) / every
         if every is not None and every <= len(one.steps) // 2:  # the timed steps contain their share of refreshes
             mean = sum(one.steps) / len(one.steps)
         worst = max(one.steps) / step[1]
-        to_adamw, to_muon = (spread([x / y for x, y in zip(one.steps, steps[name], strict=True)]) for name in (ADAMW, muon))
+        to_adamw, to_muon = (quartiles([x / y for x, y in zip(one.steps, steps[name], strict=True)]) for name in (ADAMW, muon))
         rows.append(
             Row(one.name, measured_bytes(one.optimizer), step, to_adamw, to_muon, every, refresh, mean, one.first, worst, one.floor)
         )
     return sorted(rows, key=lambda row: row.mean)
 
 
-def spread(values: Sequence[float]) -> tuple[float, float, float]:
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     """Lower quartile, median, upper quartile."""
     low, middle, high = quantiles(values, n=4, method="inclusive")
     return low, middle, high
@@ -272,10 +272,10 @@ def main(
     stand_in = [] if where.type != "cpu" or cpu_has_bfloat16() else [MUON32]
     wanted = [ADAMW, MUON, *stand_in, *peer] if peer else []
     notes: list[str] = []
-    timed = contestants(model, [name.strip() for name in presets.split(",")] if presets else preset_names(), wanted, notes.append)
+    timed = build_contestants(model, [name.strip() for name in presets.split(",")] if presets else preset_names(), wanted, notes.append)
     race(timed, model, steps, refreshes, where)
     context: dict[str, Any] = {"width": width, "layers": layers, "vocabulary": vocabulary, "threads": threads, "steps": steps}
-    context |= {"dtype": dtype, "precision": precision, "device": named(where), "torch": torch.__version__}
+    context |= {"dtype": dtype, "precision": precision, "device": device_name(where), "torch": torch.__version__}
     context["parameters"] = sum(p.numel() for p in model.parameters())
     rows = report(timed)
     if as_json:

@@ -14,7 +14,7 @@ from ..lab import meta_model
 from ..optimizer import build
 from ..plan import Plan
 from ..spec import load_spec
-from .options import AsJson, Dtype, ModelName, Overrides, Plugins, SpecName, Vocabulary, overrides, print_json
+from .options import AsJson, Dtype, ModelName, Overrides, Plugins, SpecName, Vocabulary, parse_overrides, print_json
 from .ranks import MeshShape, ranks_to_dict, read_mesh, show_ranks
 from .tables import console, layers, show_explained, show_plan
 
@@ -72,7 +72,7 @@ def plan(
 
 def _planned(spec: str, changed: Iterable[str], model: str, vocab: int | None, dtype: str) -> tuple[Plan, str]:
     """The plan for a model on the meta device, and a title for it."""
-    loaded = load_spec(spec, overrides(changed))  # before the model is built, so that errors in the spec appear at once
+    loaded = load_spec(spec, parse_overrides(changed))  # before the model is built, so that errors in the spec appear at once
     shapes = meta_model(model, vocab_size=vocab).to(getattr(torch, dtype))
     planned = build(loaded, shapes).plan
     return planned, f"{loaded.name} on {model}: {sum(row.entry.numel for row in planned):,} parameters in {dtype}"

@@ -32,7 +32,7 @@ def parse_override(given: str) -> tuple[str, Any]:
     return path.strip(), data["value"]
 
 
-def overrides(given: Iterable[str]) -> dict[str, Any]:
+def parse_overrides(given: Iterable[str]) -> dict[str, Any]:
     """All `--set` options as a mapping for `load_spec`. If a path occurs twice, the last value counts."""
     return dict(map(parse_override, given))
 

@@ -28,14 +28,14 @@ class RunProgress:
             TextColumn("{task.description}", table_column=Column(overflow="ellipsis")),  # shortened first if the terminal is narrow
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[told]}"),
+            TextColumn("{task.fields[text]}"),
             console=out,
             expand=True,
             disable=not out.is_terminal,
         )
         width = max((len(name) for name, _ in runs), default=0)
         self._tasks: dict[str, TaskID] = {
-            name: self._bars.add_task(escape(name.ljust(width)), total=steps, told="") for name, steps in runs
+            name: self._bars.add_task(escape(name.ljust(width)), total=steps, text="") for name, steps in runs
         }
         self._validation: dict[str, str] = {}
 
@@ -75,9 +75,9 @@ class RunProgress:
         self._say(f"{event.run}: {event.parameters:,} parameters on {event.device}{state}{resumed}")
         self._bars.update(self._tasks[event.run], completed=event.step)
 
-    def _move(self, event: Stepped, told: str) -> None:
-        losses = [f"loss {event.loss:.3f}", self._validation.get(event.run, ""), told]
-        self._bars.update(self._tasks[event.run], completed=event.step, told="  ".join(part for part in losses if part))
+    def _move(self, event: Stepped, text: str) -> None:
+        losses = [f"loss {event.loss:.3f}", self._validation.get(event.run, ""), text]
+        self._bars.update(self._tasks[event.run], completed=event.step, text="  ".join(part for part in losses if part))
 
     def _line(self, event: Evaluated) -> None:
         parts = [

@@ -15,7 +15,7 @@ from rich.markup import escape
 from ..distributed.meshes import Mesh, MeshError, MeshKind, PlacedPlan, make_mesh
 from ..lab.report import readable_bytes
 from ..spec import load_spec
-from .options import AsJson, Overrides, Plugins, SpecName, overrides, print_json
+from .options import AsJson, Overrides, Plugins, SpecName, parse_overrides, print_json
 from .tables import console, make_table, split_name
 from .training import RunError
 
@@ -106,7 +106,7 @@ def verify(
     from ..lab.model import SIZES
     from ..lab.verify import Trial, torchrun_ranks  # late: imports torch.distributed
 
-    changed = overrides(set_)
+    changed = parse_overrides(set_)
     load_spec(spec, changed)  # before the ranks start, so that errors in the spec appear at once
     started = torchrun_ranks()
     if started is not None and ranks not in (None, started):
@@ -147,14 +147,14 @@ def _is_first() -> bool:
 def verdict(certificate: Certificate) -> str:
     """The result in one sentence: equal, or what differs."""
     worst, wrong = certificate.largest, [rank for rank in certificate.ranks if not rank.holds]
-    told = []
+    reasons = []
     if not certificate.weights_hold:
-        told.append(f"'{worst.name}' differs by {worst.part:.1e} of the distance that it moved (tolerance {certificate.tolerance:g})")
+        reasons.append(f"'{worst.name}' differs by {worst.part:.1e} of the distance that it moved (tolerance {certificate.tolerance:g})")
     if wrong:
-        told.append(f"the bytes of rank {', '.join(str(rank.rank) for rank in wrong[:SHOWN])} differ from the plan")
-    if not told:
-        return f"equal: weights within {certificate.tolerance:g} of the distance that they moved, state and traffic to the byte"
-    return "; ".join(told)
+        reasons.append(f"the bytes of rank {', '.join(str(rank.rank) for rank in wrong[:SHOWN])} differ from the plan")
+    if not reasons:
+        return f"equal: weights differ by at most {certificate.tolerance:g} of their distance moved, state and traffic not by a byte"
+    return "; ".join(reasons)
 
 
 def show_certificate(certificate: Certificate, out: Console) -> None:
@@ -177,8 +177,8 @@ def show_certificate(certificate: Certificate, out: Console) -> None:
         layers.add_row(escape(name), f"{worst.largest:.1e}", f"{worst.way:.1e}", f"{worst.part:.1e}", style=wrong)
     out.print(layers)
     if certificate.full:
-        told = f"the rank is at least the size of {len(certificate.full)} matrices, so their complement is empty: set a smaller rank"
-        out.print(f"{told}, such as --set matrix.selector.rank=16", soft_wrap=True)
+        message = f"the rank is at least the size of {len(certificate.full)} matrices, so their complement is empty: set a smaller rank"
+        out.print(f"{message}, such as --set matrix.selector.rank=16", soft_wrap=True)
     out.print()
     columns = ("state held", "planned", "sent in step 1", "planned", "sent later", "planned")
     ranks = make_table("rank", *columns, right=columns)

@@ -13,7 +13,7 @@ import typer
 
 from ..registry import Component, failures, kinds, plugin_entry_points
 from ..spec import Spec, SpecError, json_schema, load_spec, presets
-from .options import AsJson, Overrides, Plugins, SpecName, overrides, print_json
+from .options import AsJson, Overrides, Plugins, SpecName, parse_overrides, print_json
 from .tables import console, show_catalogue
 
 
@@ -37,7 +37,7 @@ def show(
 
     Fields with their default value are left out; --full and --json include them.
     """
-    loaded = load_spec(spec, overrides(set_))
+    loaded = load_spec(spec, parse_overrides(set_))
     if as_json:
         print_json(loaded.model_dump(mode="json"))
     else:
@@ -54,7 +54,7 @@ def validate(
 
     Exits with status 2 if any spec has an error.
     """
-    found = [_check(file, overrides(set_)) for file in files]
+    found = [_check(file, parse_overrides(set_)) for file in files]
     if as_json:
         print_json(found)
     for result in found if not as_json else []:
@@ -133,8 +133,8 @@ def _presets() -> Iterator[dict[str, Any]]:
         except SpecError as error:  # only presets of packages can fail: the built-in ones are tested
             yield {**entry, "source": [], "about": "", "defaults": None, "error": str(error)}
         else:
-            said = {"source": spec.source, "about": spec.about, "defaults": spec.defaults.model_dump()}
-            yield {**entry, **said, "error": None}
+            fields = {"source": spec.source, "about": spec.about, "defaults": spec.defaults.model_dump()}
+            yield {**entry, **fields, "error": None}
 
 
 def _described(family: dict[str, type[Component]], origin: dict[str, str]) -> list[dict[str, Any]]:

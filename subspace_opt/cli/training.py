@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from ..engine.gradients import NonFiniteGradient
 from ..lab import LabError, Result, TrainConfig
 from ..spec import load_spec
-from .options import AsJson, Overrides, Plugins, SpecName, overrides, print_json
+from .options import AsJson, Overrides, Plugins, SpecName, parse_overrides, print_json
 from .progress import RunProgress
 from .tables import console, show_results
 
@@ -78,7 +78,7 @@ def train(
     """
     options = {key: value for key, value in context.params.items() if key in TrainConfig.model_fields}
     given = {key: value for key, value in options.items() if value not in (None, [])}
-    _train(_config({**given, "overrides": overrides(set_)}), resume=resume, as_json=as_json)
+    _train(_config({**given, "overrides": parse_overrides(set_)}), resume=resume, as_json=as_json)
 
 
 def _train(config: TrainConfig, *, resume: bool, as_json: bool) -> None:

@@ -84,8 +84,8 @@ class Route(Model):
 
     def __str__(self) -> str:
         given = self.model_dump(exclude={"use"}, exclude_defaults=True)
-        said = [f"{key} {'|'.join(v) if isinstance(v, tuple) else v}" for key, v in given.items()]
-        return ", ".join(said) or "everything else"
+        conditions = [f"{key} {'|'.join(v) if isinstance(v, tuple) else v}" for key, v in given.items()]
+        return ", ".join(conditions) or "everything else"
 
 
 # The routes of a spec that has a pipeline `matrix` and no routes. Its `other` is AdamW unless the spec defines one.
