@@ -67,7 +67,7 @@ def leading(x: Tensor, rank: int) -> list[Way]:
 def off(what: str, x: Tensor, out: Tensor) -> float:
     """The error of the first matrix.
 
-    That is the distance to the polar factor, the deviation from orthonormality, or the fraction of energy that the best columns have more.
+    That is the distance to the polar factor, the deviation from orthonormality, or the fraction of energy lost against the best columns.
     """
     x, out = x[0].double(), out[0].double()
     if what == "orthonormal columns":

@@ -153,7 +153,7 @@ def verdict(certificate: Certificate) -> str:
     if wrong:
         reasons.append(f"the bytes of rank {', '.join(str(rank.rank) for rank in wrong[:SHOWN])} differ from the plan")
     if not reasons:
-        return f"equal: weights differ by at most {certificate.tolerance:g} of their distance moved, state and traffic not by a byte"
+        return f"equal: weights within {certificate.tolerance:g} of their distance moved, state and traffic as planned to the byte"
     return "; ".join(reasons)
 
 
