@@ -1,7 +1,7 @@
-"""An optimizer that updates every parameter as soon as its gradient is there, so that the gradients of a model never exist together.
+"""An optimizer that updates every parameter as soon as its gradient is complete, so that the model's gradients never exist all at once.
 
-The update is the ordinary one, parameter by parameter: nothing of it depends on another parameter's gradient. What does, such as clipping
-by the norm of all gradients, cannot be done this way.
+The update is the ordinary one, parameter by parameter. Nothing in it depends on another parameter's gradient. Operations that do need all
+gradients, such as clipping by their total norm, are impossible with this optimizer.
 """
 
 from __future__ import annotations
@@ -13,21 +13,22 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from .arguments import Params, SpecLike, named_parameters
 from .engine.gradients import NonFiniteGradient
-from .optimizer import Params, SpecLike, SubspaceOptimizer, named_parameters
+from .optimizer import SubspaceOptimizer
 from .plan import Row
 
 Place = tuple[dict[str, Any], Tensor, Row]
 
 
 class BackwardOptimizer(SubspaceOptimizer):
-    """A `SubspaceOptimizer` whose updates are made during `backward()`; `step()` ends the iteration. Made by `step_in_backward`."""
+    """A `SubspaceOptimizer` that makes its updates during `backward()`. `step()` ends the iteration. Made by `step_in_backward`."""
 
     def __init__(self, params: Params, spec: SpecLike = "cosmos", **options: Any) -> None:
-        self._hooks: dict[int, tuple[Tensor, Any]] = {}  # by id, and with the parameter, so that no id is used again
-        self._places: dict[int, Place] | None = None  # group and plan of every parameter, while an iteration runs
-        self._updated: set[int] = set()  # parameters that had their update in this iteration
-        self._refreshing: list[bool] = []  # by group: whether this iteration takes the refresh that was asked for
+        self._hooks: dict[int, tuple[Tensor, Any]] = {}  # by id; holding the parameter keeps its id from being used again
+        self._places: dict[int, Place] | None = None  # during an iteration: group and row of every parameter, by id
+        self._updated: set[int] = set()  # ids of the parameters updated in this iteration
+        self._refreshing: list[bool] = []  # by group: whether this iteration makes the refresh that `refresh_bases` asked for
         self._listening = True
         self._lock = threading.Lock()  # gradients on several devices come from several threads
         super().__init__(params, spec, **options)
@@ -35,13 +36,13 @@ class BackwardOptimizer(SubspaceOptimizer):
     # ------------------------------------------------------------------------------------------------------------- gradients
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; its parameters are updated during `backward()` as well."""
+        """Add a group. Its parameters are updated during `backward()` too."""
         super().add_param_group(param_group)
         self._places = None
         self._listen()
 
     def _listen(self) -> None:
-        """Hear of the gradients of all parameters that can have one."""
+        """Register a hook on every parameter that requires a gradient and has none yet."""
         if not self._listening:
             return
         for p in (p for group in self.param_groups for p in group["params"] if p.requires_grad and id(p) not in self._hooks):
@@ -54,35 +55,35 @@ class BackwardOptimizer(SubspaceOptimizer):
             self._hooks[id(p)] = (p, p.register_post_accumulate_grad_hook(self._on_gradient))
 
     def stop(self) -> None:
-        """Hear of no gradient any more: from now on `step()` makes the updates, as an ordinary optimizer's."""
+        """Remove all hooks. From now on `step()` makes the updates, as in an ordinary optimizer."""
         self._listening = False
         for _, hook in self._hooks.values():
             hook.remove()
         self._hooks.clear()
 
     def _on_gradient(self, p: Tensor) -> None:
-        """The gradient of `p` is complete: use it, and free it."""
+        """Use the complete gradient of `p`, and free it."""
         with self._lock, torch.no_grad():
             place = self._iteration().get(id(p))
-            if place is None:  # it was taken out of its group
+            if place is None:  # the parameter was removed from its group
                 return
             name = place[2].entry.name
             if id(p) in self._updated:
                 _refuse_second(name)
             try:
-                work, items = self._ready([place])
+                work, sharded = self._ready([place])
             except NonFiniteGradient as error:
                 raise NonFiniteGradient(
-                    f"the gradient of {name} holds NaN or infinity; it was not used, but {len(self._updated)} parameters whose gradients "
-                    "came before it in this backward() have been updated. Go on from a checkpoint, or build with nonfinite='skip' to leave "
-                    "such parameters alone for the step"
+                    f"the gradient of {name} holds NaN or infinity and was not used, but {len(self._updated)} parameters whose gradients "
+                    "came before it in this backward() have been updated. Go on from a checkpoint, or build with nonfinite='skip', which "
+                    "leaves such parameters out of the step"
                 ) from error
             self._updated.add(id(p))
-            self._update(work, items)
+            self._update(work, sharded)
             p.grad = None
 
     def _iteration(self) -> dict[int, Place]:
-        """Group and plan of every parameter, looked up once an iteration."""
+        """Group and row of every parameter, by id. Looked up once per iteration."""
         if self._places is None:
             self._places = {id(place[1]): place for place in self._planned_parameters()}
             self._refreshing = [group["refresh"] for group in self.param_groups]
@@ -90,28 +91,30 @@ class BackwardOptimizer(SubspaceOptimizer):
 
     # ------------------------------------------------------------------------------------------------------------------ step
 
+    @torch._disable_dynamo
     def _advance(self) -> None:
-        """End the iteration, whose updates `backward()` has made. Gradients that were set by hand are used now."""
+        """End the iteration. Parameters that still have a gradient, which somebody set by hand, are updated now."""
         places = self._iteration()
         for key in self._updated & places.keys():
             if places[key][1].grad is not None:
                 _refuse_second(places[key][2].entry.name)
-        # What ranks share is asked for on all of them, whether this one has a gradient or not.
-        shared = self._shardings()
-        left = [place for key, place in places.items() if key not in self._updated and (place[1].grad is not None or key in shared)]
-        work, items = self._ready(left)
+        self._count_empty_steps(bool(self._updated) or any(place[1].grad is not None for place in places.values()))
+        # Distributed parameters take part on every rank, since another rank may have a gradient.
+        shardings = self._shardings()
+        left = [place for key, place in places.items() if key not in self._updated and (place[1].grad is not None or key in shardings)]
+        work, sharded = self._ready(left)
         for group, taken in zip(self.param_groups, self._refreshing, strict=True):
-            group["refresh"] = group["refresh"] and not taken  # one asked for since is for the next iteration
+            group["refresh"] = group["refresh"] and not taken  # a refresh asked for during this iteration is for the next one
         self._places, self._updated = None, set()
-        self._listen()  # what was frozen may not be any more
-        self._update(work, items)
+        self._listen()  # a parameter may have been frozen before and require a gradient now
+        self._update(work, sharded)
 
     # ----------------------------------------------------------------------------------------------------------------- copies
 
     def __getstate__(self) -> NoReturn:
         raise TypeError(
-            "an optimizer of step_in_backward hangs on the gradients of its own parameters and cannot be copied or pickled; make another "
-            "for the copy of the model, and give it this one's state_dict()"
+            "an optimizer of step_in_backward has hooks on its own parameters and cannot be copied or pickled; make another for the copy "
+            "of the model, and load this one's state_dict() into it"
         )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -122,8 +125,8 @@ class BackwardOptimizer(SubspaceOptimizer):
 def _refuse_second(name: str) -> NoReturn:
     raise RuntimeError(
         f"'{name}' got a second gradient before step(); the first has been used and freed, so gradients cannot be accumulated over several "
-        "backward() calls. Call step() after each, or sum the losses before one backward(), or accumulate with the ordinary optimizer "
-        "(subspace_opt.build)"
+        "backward() calls. Call step() after each backward(), or sum the losses before one backward(), or accumulate with the ordinary "
+        "optimizer (subspace_opt.build)"
     )
 
 
@@ -136,16 +139,16 @@ def step_in_backward(
     overrides: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> BackwardOptimizer:
-    """An optimizer that updates every parameter during `backward()`, as soon as its gradient is there, and then frees the gradient.
+    """An optimizer that updates every parameter during `backward()`, as soon as its gradient is complete, and then frees the gradient.
 
-    Loops and schedulers stay as they are: `step()` ends the iteration. Weights are those of `build`, with
-    `stacking="never"` to the bit: matrices of several parameters cannot be multiplied together here. The rates that hold are those at the
-    time of `backward()`.
+    Training loops and schedulers stay as they are: `step()` ends the iteration. The weights equal those of `build` with
+    `stacking="never"` to the bit, since matrices of several parameters cannot be computed together here. An update uses the learning rate
+    and weight decay at the time of `backward()`.
 
-    - Gradients cannot be accumulated over several `backward()` calls: a second gradient before `step()` is an error.
-    - `clip_grad_norm_` and `GradScaler` come too late, when there is no gradient left; the first then does nothing, and returns 0. The rule
-      `rms_clip` bounds each matrix by itself.
-    - With `nonfinite="raise"` parameters whose gradients came earlier have been updated when the error comes.
+    - Gradients cannot be accumulated over several `backward()` calls: a second gradient before `step()` raises.
+    - `clip_grad_norm_` and `GradScaler` come too late, since the gradients are freed by then. The first does nothing and returns 0. The
+      rule `rms_clip` bounds each matrix by itself.
+    - With `nonfinite="raise"`, parameters whose gradients came earlier have been updated when the error is raised.
 
     Example:
         >>> import torch, subspace_opt
@@ -157,7 +160,8 @@ def step_in_backward(
     See `SubspaceOptimizer` for the options.
 
     Raises:
-        ValueError: a model in DistributedDataParallel, whose gradients are averaged only later; a parameter of another such optimizer.
+        ValueError: The model is wrapped in DistributedDataParallel, which averages gradients too late, or another optimizer of this kind
+            has one of the parameters.
     """
     if isinstance(model, nn.Module) and any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()):
         raise ValueError(

@@ -705,7 +705,7 @@ def spoilt_slot(saved: dict[str, Any], slot: str, value: Any) -> None:
 
 
 CORRUPTIONS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "no state": (lambda saved: saved.pop("state"), "this is no optimizer's state dictionary: it needs `state` and `param_groups`"),
+    "no state": (lambda saved: saved.pop("state"), "this is not an optimizer's state dictionary: it needs `state` and `param_groups`"),
     "slot gone": (
         lambda saved: saved["state"][0].pop("selector.basis"),
         "the checkpoint does not fit this optimizer:\n'0.weight': slot 'selector.basis' is missing",
@@ -728,7 +728,7 @@ CORRUPTIONS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     ),
     "spec gone": (
         lambda saved: saved["param_groups"][0].pop("spec"),
-        "the checkpoint is of another optimizer: its groups carry no spec",
+        "another optimizer saved this checkpoint: its parameter groups have no `spec`",
     ),
 }
 
@@ -753,8 +753,8 @@ def test_checkpoint_of_another_spec() -> None:
     with pytest.raises(CheckpointError) as caught:
         trained("cosmos")[1].load_state_dict(saved)
     assert str(caught.value) == (
-        "the checkpoint is of spec 'muon', this optimizer of 'cosmos': pipelines.matrix.complement.0.norm is 'none' there and 'rms' here"
-        "; build the optimizer from the checkpoint's own spec to go on with it"
+        "the checkpoint has spec 'muon' and this optimizer has 'cosmos': pipelines.matrix.complement.0.norm is 'none' there and 'rms' here"
+        "; build the optimizer from the checkpoint's spec"
     )
     saved = trained(overrides={"matrix.selector.rank": 3})[1].state_dict()
     with pytest.raises(CheckpointError, match=re.escape("pipelines.matrix.selector.rank is 3 there and 64 here")):

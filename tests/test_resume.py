@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
 from subspace_opt import CheckpointError, SubspaceOptimizer, load_spec
-from subspace_opt.checkpoint import state_dict as checkpoint
+from subspace_opt.checkpoint import migrations as checkpoint
 from subspace_opt.plan import COUNTERS
 
 every_preset = pytest.mark.parametrize("preset", PRESETS)
@@ -187,7 +187,7 @@ def test_a_group_without_parameters_and_several_groups_are_matched_by_name() -> 
     assert same(snapshot(opt, params), snapshot(twin, twins))
 
     merged = optimizer("cosmos", twins)
-    with pytest.raises(CheckpointError, match="the parameters of group 0 were in groups with different weight_decay; group them as"):
+    with pytest.raises(CheckpointError, match="the parameters of group 0 were saved in groups that differ in weight_decay; group them as"):
         merged.load_state_dict(opt.state_dict())
 
 
@@ -272,7 +272,7 @@ def state_of(spec: Any, shapes: Any = SHAPES, dtype: torch.dtype = torch.float32
 )
 def test_another_spec_is_refused_with_the_first_difference(trained: Trained, overrides: dict[str, Any], difference: str) -> None:
     spec = load_spec(small("cosmos"), overrides)
-    refused(*trained, state_of(spec), "the checkpoint is of spec 'cosmos', this optimizer of 'cosmos'", difference)
+    refused(*trained, state_of(spec), "the checkpoint has spec 'cosmos' and this optimizer has 'cosmos'", difference)
 
 
 def test_blocks_cut_in_another_order_are_refused() -> None:
@@ -282,7 +282,7 @@ def test_blocks_cut_in_another_order_are_refused() -> None:
     params = parameters()
     opt = optimizer(specs[0], params)
     train(opt, params, range(2))
-    refused(opt, params, state_of(specs[1]), "routes.0.split cuts k, q there and q, k here")
+    refused(opt, params, state_of(specs[1]), "routes.0.split cuts the rows into k, q there and q, k here")
 
 
 def test_what_a_spec_says_beside_the_mathematics_may_differ(trained: Trained) -> None:
@@ -293,7 +293,7 @@ def test_what_a_spec_says_beside_the_mathematics_may_differ(trained: Trained) ->
 
 
 def test_another_preset_is_refused(trained: Trained) -> None:
-    refused(*trained, state_of("galore"), "the checkpoint is of spec 'galore', this optimizer of 'cosmos'", "pipelines.")
+    refused(*trained, state_of("galore"), "the checkpoint has spec 'galore' and this optimizer has 'cosmos'", "pipelines.")
 
 
 def test_another_optimizer_is_refused(trained: Trained) -> None:
@@ -301,23 +301,23 @@ def test_another_optimizer_is_refused(trained: Trained) -> None:
     twins = copied(params)
     adam = torch.optim.AdamW(twins.items())
     train(adam, twins, range(1))
-    refused(opt, params, adam.state_dict(), "the checkpoint is of another optimizer: its groups carry no spec")
+    refused(opt, params, adam.state_dict(), "another optimizer saved this checkpoint: its parameter groups have no `spec`")
 
 
 @pytest.mark.parametrize("junk", [None, [], {}, {"state": {}}, "checkpoint.pt"])
 def test_what_is_no_state_is_refused(trained: Trained, junk: Any) -> None:
-    refused(*trained, junk, "this is no optimizer's state dictionary: it needs `state` and `param_groups`")
+    refused(*trained, junk, "this is not an optimizer's state dictionary: it needs `state` and `param_groups`")
 
 
 def test_another_model_is_refused_with_the_names(trained: Trained) -> None:
     fewer = {n: s for n, s in SHAPES.items() if n != "wide"}
     refused(*trained, state_of("cosmos", fewer), "the checkpoint is of another model: it lacks wide")
     more = {**SHAPES, "extra": (3, 3)}
-    refused(*trained, state_of("cosmos", more), "the checkpoint is of another model: it has besides extra")
+    refused(*trained, state_of("cosmos", more), "the checkpoint is of another model: it also has extra")
     renamed = {("broad" if n == "wide" else n): s for n, s in SHAPES.items()}
-    refused(*trained, state_of("cosmos", renamed), "it lacks wide; it has besides broad")
+    refused(*trained, state_of("cosmos", renamed), "it lacks wide; it also has broad")
     many = {f"layer{i}": (3, 3) for i in range(9)}
-    refused(*trained, state_of("cosmos", many), "it has besides layer0, layer1, layer2, layer3, layer4 ...")
+    refused(*trained, state_of("cosmos", many), "it also has layer0, layer1, layer2, layer3, layer4 ...")
 
 
 def test_without_names_the_number_of_parameters_must_agree(trained: Trained) -> None:
@@ -328,7 +328,7 @@ def test_without_names_the_number_of_parameters_must_agree(trained: Trained) -> 
     whole = state_of("cosmos")
     del whole["param_groups"][0]["param_names"]
     halves = [dict(whole["param_groups"][0], params=ids) for ids in ([0, 1], [2, 3, 4, 5])]
-    refused(opt, params, {**whole, "param_groups": halves}, "a different number of parameter groups: 2, this optimizer has 1")
+    refused(opt, params, {**whole, "param_groups": halves}, "a different number of parameter groups: 2, and this optimizer has 1")
 
 
 def test_another_pipeline_for_a_group_is_refused(trained: Trained) -> None:
@@ -441,17 +441,18 @@ def renamed(old: str, new: str) -> Any:
     return migration
 
 
-@pytest.mark.parametrize("version", [0, 1])
+@pytest.mark.parametrize("version", [0, 1, 2])
 def test_migrations_are_applied_one_after_the_other(monkeypatch: pytest.MonkeyPatch, version: int) -> None:
-    """State whose slot was called otherwise, twice, is brought up to date; nothing of what was given changes."""
+    """State whose slot had another name in every version is brought up to date; nothing of what was given changes."""
     params = parameters()
     opt = optimizer("adamw", params)
     train(opt, params, range(3))
     (slot,) = (key for key in opt.state[params["wide"]] if key.endswith("exp_avg"))
     current: Saved = copy.deepcopy(opt.state_dict())
-    names = ["oldest", "older", slot]
-    monkeypatch.setattr(checkpoint, "STATE_VERSION", 2)
-    monkeypatch.setattr(checkpoint, "MIGRATIONS", {0: renamed("oldest", "older"), 1: renamed("older", slot)})
+    names = ["oldest", "older", "old", slot]
+    monkeypatch.setattr(checkpoint, "STATE_VERSION", 3)
+    migrations = {i: renamed(*pair) for i, pair in enumerate(itertools.pairwise(names))}
+    monkeypatch.setattr(checkpoint, "MIGRATIONS", migrations)
     old = renamed(slot, names[version])(current)
     old["param_groups"] = [{**g, "state_version": version} for g in old["param_groups"]]
     kept = copy.deepcopy(old)
@@ -459,7 +460,7 @@ def test_migrations_are_applied_one_after_the_other(monkeypatch: pytest.MonkeyPa
     twin = optimizer("adamw", twins)
     twin.load_state_dict(old)
     assert same(snapshot(twin, twins), snapshot(opt, params))
-    assert twin.param_groups[0]["state_version"] == 2
+    assert twin.param_groups[0]["state_version"] == 3
     assert old["param_groups"] == kept["param_groups"]
     assert all(same(old["state"][i], kept["state"][i]) for i in kept["state"])
 
@@ -469,11 +470,11 @@ def test_migrations_are_applied_one_after_the_other(monkeypatch: pytest.MonkeyPa
     [
         (
             7,
-            "the checkpoint's state is of version 7 and this subspace_opt reads up to 1; install the subspace_opt that saved it, or",
+            "the checkpoint's state has version 7 and this subspace_opt reads versions up to 2; install the subspace_opt that saved it, or",
         ),
-        ("one", "the checkpoint's state_version is 'one', not a number"),
-        (True, "the checkpoint's state_version is True, not a number"),
-        (-1, "the checkpoint's state_version is -1, not a number"),
+        ("one", "the checkpoint's state_version is 'one', not a whole number of 0 or more"),
+        (True, "the checkpoint's state_version is True, not a whole number of 0 or more"),
+        (-1, "the checkpoint's state_version is -1, not a whole number of 0 or more"),
     ],
 )
 def test_a_version_that_is_not_known_is_refused(trained: Trained, version: Any, said: str) -> None:
@@ -485,13 +486,13 @@ def test_a_version_that_is_not_known_is_refused(trained: Trained, version: Any, 
 def test_groups_of_several_versions_are_refused(trained: Trained) -> None:
     saved = state_of("cosmos")
     saved["param_groups"].append({**saved["param_groups"][0], "params": [], "param_names": [], "state_version": 0})
-    refused(*trained, saved, "the checkpoint's parameter groups are of state versions [0, 1]")
+    refused(*trained, saved, "the checkpoint's parameter groups have different state versions, [0, 2]")
 
 
 def test_a_group_of_another_version_is_not_added(trained: Trained) -> None:
     opt, _ = trained
     group = {"params": [("spare", nn.Parameter(torch.ones(3)))], "state_version": 0}
-    with pytest.raises(ValueError, match="a parameter group of state version 0, here 1; leave the key out"):
+    with pytest.raises(ValueError, match="this parameter group has state version 0, and the current version is 2; leave the key out"):
         opt.add_param_group(group)
 
 

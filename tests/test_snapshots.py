@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 import subspace_opt
 from subspace_opt import CheckpointError, snapshots
-from subspace_opt.checkpoint import state_dict as checkpoint
+from subspace_opt.checkpoint import migrations as checkpoint
 from subspace_opt.snapshots import SnapshotError, manifest
 
 # What makes an optimizer of named parameters; one that takes sharded parameters also stands in SHARDED.
@@ -479,7 +479,7 @@ def test_another_spec_is_refused_with_the_first_difference(two: tuple[Path, Save
         model, optimizer = made("galore", seed=7)
         if used:
             run(model, optimizer, range(1))
-        error = refused(folder, model, optimizer, "the checkpoint is of spec 'cosmos', this optimizer of 'galore': pipelines.")
+        error = refused(folder, model, optimizer, "the checkpoint has spec 'cosmos' and this optimizer has 'galore': pipelines.")
         assert type(error) is CheckpointError
         assert bool(optimizer.state) == used
     model = Model(7)
@@ -505,7 +505,7 @@ def test_another_optimizer_is_refused(tmp_path: Path) -> None:
     model, optimizer = made("AdamW")
     run(model, optimizer, range(1))
     snapshots.save(tmp_path, model, optimizer, step=1)
-    refused(tmp_path, *made("cosmos"), "the checkpoint is of another optimizer: its groups carry no spec")
+    refused(tmp_path, *made("cosmos"), "another optimizer saved this checkpoint: its parameter groups have no `spec`")
     refused(tmp_path, *made("SGD"), "has the state of AdamW, and this is SGD: build the optimizer as it was saved")
     model = Model()
     refused(
@@ -555,17 +555,17 @@ def test_state_of_a_later_version_is_refused_and_of_an_earlier_one_brought_up_to
     model, optimizer = made("cosmos", seed=7)
     with monkeypatch.context() as patched:
         patched.setattr(checkpoint, "STATE_VERSION", 0)
-        refused(folder, model, optimizer, "the checkpoint's state is of version 1 and this subspace_opt reads up to 0; install the")
+        refused(folder, model, optimizer, "the checkpoint's state has version 2 and this subspace_opt reads versions up to 0; install the")
 
     def halved(state_dict: Any) -> Any:
         half = {name: {k: v / 2 if k.endswith("momentum") else v for k, v in s.items()} for name, s in state_dict["state"].items()}
         return {**state_dict, "state": half}
 
-    monkeypatch.setattr(checkpoint, "STATE_VERSION", 2)
-    monkeypatch.setattr(checkpoint, "MIGRATIONS", {**checkpoint.MIGRATIONS, 1: halved})
+    monkeypatch.setattr(checkpoint, "STATE_VERSION", 3)
+    monkeypatch.setattr(checkpoint, "MIGRATIONS", {**checkpoint.MIGRATIONS, 2: halved})
     keys = {key for key in first if key.endswith("momentum")}
     snapshots.load(folder, model, optimizer, step=1)
-    assert optimizer.param_groups[0]["state_version"] == 2
+    assert optimizer.param_groups[0]["state_version"] == 3
     assert same(whole(model, optimizer), {key: value / 2 if key in keys else value for key, value in first.items()})
 
 
@@ -770,8 +770,8 @@ def test_no_rank_loads_what_another_cannot_take(tmp_path: Path) -> None:
     run(model, optimizer, range(1))
     snapshots.save(tmp_path, model, optimizer, step=1)
     (told, unchanged), (found, also) = on_ranks(one_is_of_another_spec, 2, str(tmp_path))
-    assert "rank 1: CheckpointError: the checkpoint is of spec 'cosmos', this optimizer of 'galore'" in told
-    assert found.startswith("the checkpoint is of spec 'cosmos', this optimizer of 'galore'")
+    assert "rank 1: CheckpointError: the checkpoint has spec 'cosmos' and this optimizer has 'galore'" in told
+    assert found.startswith("the checkpoint has spec 'cosmos' and this optimizer has 'galore'")
     assert unchanged
     assert also
 

@@ -292,9 +292,9 @@ def test_codes_of_another_kind_are_refused() -> None:
     for each in (opt, plain, four):
         train(each, params, range(1))
     saved = opt.state_dict()
-    with pytest.raises(CheckpointError, match=r"'w': slot 'momentum.*' is kept as signed codes of 4 bits, here as signed codes of 8 bits"):
+    with pytest.raises(CheckpointError, match=r"slot 'momentum.*' is stored as signed codes of 4 bits, here as signed codes of 8 bits"):
         opt.load_state_dict({**saved, "state": four.state_dict()["state"]})
-    with pytest.raises(CheckpointError, match=r"'w': slot 'momentum.*' is kept as signed codes of 8 bits, here as numbers"):
+    with pytest.raises(CheckpointError, match=r"'w': slot 'momentum.*' is stored as signed codes of 8 bits, here as numbers"):
         plain.load_state_dict({**plain.state_dict(), "state": saved["state"]})
 
 

@@ -597,7 +597,7 @@ def test_the_text_of_an_optimizer_names_its_spec_and_rates(preset: str) -> None:
     text = repr(opt)
     assert text.startswith("SubspaceOptimizer (")
     assert "lr: 0.125" in text
-    assert f'"name":"{small(preset).name}"' in text
+    assert f"    spec: {small(preset).name}\n" in text
 
 
 @every_preset

@@ -1,9 +1,23 @@
-"""State dictionaries.
+"""Checkpoints: state dictionaries in, their versions, and how they are matched with an optimizer.
 
 In: a saved state dictionary and this optimizer's plan. Out: state and groups ready to load, or a `CheckpointError` that names the first
-differences; nothing is changed before all is checked.
+differences. Nothing changes before everything is checked.
 """
 
-from .state_dict import MIGRATIONS, MOST, STATE_VERSION, CheckpointError, distinct, equal, matched, migrated
+from .keys import keys_in, names_in, saved_keys
+from .migrations import MIGRATIONS, STATE_VERSION, CheckpointError, migrated
+from .state_dict import MOST, distinct, equal, matched
 
-__all__ = ["MIGRATIONS", "MOST", "STATE_VERSION", "CheckpointError", "distinct", "equal", "matched", "migrated"]
+__all__ = [
+    "MIGRATIONS",
+    "MOST",
+    "STATE_VERSION",
+    "CheckpointError",
+    "distinct",
+    "equal",
+    "keys_in",
+    "matched",
+    "migrated",
+    "names_in",
+    "saved_keys",
+]

@@ -1,4 +1,7 @@
-"""State dictionaries: checked against the plan, matched by name, dtypes kept. Pure functions; nothing is changed before all is checked."""
+"""Matches a saved state dictionary with an optimizer: by name, checked against the plan, with dtypes as saved.
+
+All functions are pure. Nothing of the optimizer changes before everything is checked.
+"""
 
 from __future__ import annotations
 
@@ -14,76 +17,30 @@ from torch import Tensor
 from ..engine import lowbit
 from ..plan import COUNTERS, Plan, Row
 from ..spec import Spec
+from .keys import differing, names_in, saved_keys
+from .migrations import CheckpointError, migrated
 
 MOST = 5  # differences shown
-STATE_VERSION = 1  # of the layout of a state dictionary; every parameter group carries it
 
 Reader = Callable[[Tensor, str, Tensor, tuple[int, ...]], Tensor]
-
-
-class CheckpointError(ValueError):
-    """A state dictionary that is not of this optimizer; nothing has been loaded."""
-
-
-def _with_version(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Version 1 differs from the first layout by carrying its number, which `migrated` writes."""
-    return state_dict
-
-
-# From each older version to the next. Pure functions of a whole state dictionary, whose `state` may be empty: they return another and
-# leave theirs as it is. Who changes names, shapes, dtypes or meaning of state adds one here and raises STATE_VERSION.
-MIGRATIONS: dict[int, Callable[[Mapping[str, Any]], Mapping[str, Any]]] = {0: _with_version}
-
-
-def migrated(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The state dictionary in today's layout; one without a version is of version 0.
-
-    Raises:
-        CheckpointError: a version that is not known here, or groups of several versions.
-    """
-    version = _version(state_dict["param_groups"])
-    while version < STATE_VERSION:
-        state_dict = MIGRATIONS[version](state_dict)
-        version += 1
-        state_dict = {**state_dict, "param_groups": [{**group, "state_version": version} for group in state_dict["param_groups"]]}
-    return state_dict
-
-
-def _version(groups: Sequence[Mapping[str, Any]]) -> int:
-    found = [group.get("state_version", 0) for group in groups]
-    if not found:
-        return STATE_VERSION
-    odd = [version for version in found if type(version) is not int or version < 0]
-    if odd:
-        raise CheckpointError(f"the checkpoint's state_version is {odd[0]!r}, not a number: it is damaged, or of another optimizer")
-    if len(set(found)) > 1:
-        raise CheckpointError(
-            f"the checkpoint's parameter groups are of state versions {sorted(set(found))}: it was put together from several; load each "
-            "into an optimizer of its own and save that"
-        )
-    if found[0] > STATE_VERSION:
-        raise CheckpointError(
-            f"the checkpoint's state is of version {found[0]} and this subspace_opt reads up to {STATE_VERSION}; "
-            "install the subspace_opt that saved it, or a newer one"
-        )
-    return int(found[0])
 
 
 def matched(
     state_dict: Mapping[str, Any], groups: Sequence[dict[str, Any]], plan: Plan, readers: Mapping[int, Reader] = MappingProxyType({})
 ) -> tuple[dict[Tensor, dict[str, Any]], list[dict[str, Any]]]:
-    """The state by parameter and the groups with the saved options, for `Optimizer.__setstate__`.
+    """The state by parameter, and the groups with the saved options, as `Optimizer.__setstate__` takes them.
 
-    `readers`: by `id` of parameters of which this rank keeps a part, how that is taken from a checkpoint's tensor.
+    Args:
+        readers: By `id` of each parameter whose state this rank holds in part: a function that takes that part from a saved tensor.
 
     Raises:
-        CheckpointError: other spec, other parameters, missing or foreign slots, other shapes or dtypes, naming what differs.
+        CheckpointError: Spec, parameters, slots, shapes or dtypes differ. The message names the first differences.
     """
     if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(state_dict):
-        raise CheckpointError("this is no optimizer's state dictionary: it needs `state` and `param_groups`")
+        raise CheckpointError("this is not an optimizer's state dictionary: it needs `state` and `param_groups`")
     for saved in state_dict["param_groups"]:
         if not isinstance(saved.get("spec"), str):
-            raise CheckpointError("the checkpoint is of another optimizer: its groups carry no spec")
+            raise CheckpointError("another optimizer saved this checkpoint: its parameter groups have no `spec`")
     state_dict = migrated(state_dict)
     saved_groups = state_dict["param_groups"]
     own = [p for group in groups for p in group["params"]]
@@ -109,23 +66,23 @@ def matched(
 
 
 def _kept(value: Tensor, param: Tensor, key: str, row: Row, reader: Reader | None) -> Tensor:
-    """A slot on the parameter's device, in a storage of its own: whole, or this rank's part of it."""
+    """A slot on the parameter's device, in its own storage: the whole tensor, or this rank's part."""
     if reader is not None:
         return reader(param, key, value.detach(), row.state[key][0])
     if lowbit.found(value) is not None:
         return lowbit.copied(value, param.device)
     value = value.detach()
-    value = value.full_tensor() if hasattr(value, "full_tensor") else value  # saved by ranks that shared it
+    value = value.full_tensor() if hasattr(value, "full_tensor") else value  # ranks that shared it save a DTensor
     value = value.to(device=param.device, copy=True).contiguous()
     return lowbit.coded(value, row.codes[key]) if key in row.codes else value
 
 
 def _pairs(saved_groups: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]], own: list[Tensor]) -> list[tuple[Any, Tensor]]:
-    """(saved id, parameter): by name where both sides have names, else by position."""
+    """Pairs (saved id, parameter): by name if both sides have names, else by position."""
     saved_ids = [i for group in saved_groups for i in group["params"]]
-    saved_names = [n for group in saved_groups for n in group.get("param_names", ())]
     names = [n for group in groups for n in group.get("param_names", ())]
-    if saved_names and names and len(saved_names) == len(saved_ids):
+    saved_names = [n for some in names_in(saved_groups) for n in some]
+    if names and saved_names and all(len(group["params"]) == len(group.get("param_names", ())) for group in saved_groups):
         ids = dict(zip(saved_names, saved_ids, strict=True))
         missing, unknown = sorted(set(names) - set(ids)), sorted(set(ids) - set(names))
         if missing or unknown:
@@ -133,15 +90,15 @@ def _pairs(saved_groups: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[s
                 "the checkpoint is of another model: "
                 + "; ".join(
                     f"{what} {', '.join(some[:MOST])}{' ...' if len(some) > MOST else ''}"
-                    for what, some in (("it lacks", missing), ("it has besides", unknown))
+                    for what, some in (("it lacks", missing), ("it also has", unknown))
                     if some
                 )
             )
         return [(ids[name], p) for name, p in zip(names, own, strict=True)]
     if len(saved_groups) != len(groups):
         raise CheckpointError(
-            f"loaded state dict has a different number of parameter groups: {len(saved_groups)}, this optimizer has {len(groups)}; "
-            "build both from named parameters (or the model) to match by name"
+            f"loaded state dict has a different number of parameter groups: {len(saved_groups)}, and this optimizer has {len(groups)}; "
+            "build both optimizers from the model or from named parameters, which are matched by name"
         )
     for i, (a, b) in enumerate(zip(saved_groups, groups, strict=True)):
         if len(a["params"]) != len(b["params"]):
@@ -155,40 +112,53 @@ def _pairs(saved_groups: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[s
 def _merged_groups(
     saved_groups: Sequence[Mapping[str, Any]], groups: Sequence[dict[str, Any]], pairs: list[tuple[Any, Tensor]]
 ) -> list[dict[str, Any]]:
-    """Own parameters, saved options: those of the saved group or groups that hold the group's parameters.
+    """This optimizer's groups with their own parameters and the saved options.
 
-    Names are the group's own, or those saved if it has none: draws depend on them.
+    A group takes its options from the saved group, or groups, that hold its parameters. It keeps its own names, or takes the saved names
+    if it has none. Keys are the saved keys.
     """
     home = {i: group for group in saved_groups for i in group["params"]}
     saved_of = {id(p): saved for saved, p in pairs}
+    saved_ids = [i for group in saved_groups for i in group["params"]]
+    name_of = dict(zip(saved_ids, [name for names in names_in(saved_groups) for name in names], strict=True))
+    key_of = saved_keys(saved_groups)
     merged = []
-    for index, group in enumerate(groups):
-        sources = distinct([home[saved_of[id(p)]] for p in group["params"]]) or list(saved_groups[index : index + 1]) or [group]
-        options = [{k: v for k, v in source.items() if k not in ("params", "param_names")} for source in sources]
-        for kept in options:
-            _check_spec(kept["spec"], group["spec"])
-            if kept.get("use") != group.get("use"):
-                raise CheckpointError(
-                    f"parameter group {index} has `use` {kept.get('use')!r} in the checkpoint and {group.get('use')!r} here; "
-                    "give it the same"
-                )
-        clash = sorted({k for kept in options[1:] for k in kept if not equal(kept[k], options[0].get(k))})
-        if clash:
-            raise CheckpointError(
-                f"the parameters of group {index} were in groups with different {', '.join(clash)}; group them as they were saved"
-            )
-        names = {"param_names": list(sources[0]["param_names"])} if "param_names" in sources[0] and "param_names" not in group else {}
-        merged.append({**group, **options[0], **names, "params": group["params"]})
+    for index, (group, own_names) in enumerate(zip(groups, names_in(groups), strict=True)):
+        own_ids = [saved_of[id(p)] for p in group["params"]]
+        sources = distinct([home[i] for i in own_ids]) or list(saved_groups[index : index + 1]) or [group]
+        options = _options_of(sources, group, index)
+        named = "param_names" in group or not all("param_names" in source for source in sources)
+        names = own_names if named else [name_of[i] for i in own_ids]
+        given = {} if named else {"param_names": names}
+        own = {k: v for k, v in group.items() if k != "keys"}
+        merged.append({**own, **options, **given, **differing(names, [key_of[i] for i in own_ids]), "params": group["params"]})
     return merged
 
 
+def _options_of(sources: Sequence[Mapping[str, Any]], group: Mapping[str, Any], index: int) -> dict[str, Any]:
+    """The saved options for one group, checked: the same spec and pipeline as here, and one value for every option."""
+    options = [{k: v for k, v in source.items() if k not in ("params", "param_names", "keys")} for source in sources]
+    for kept in options:
+        _check_spec(kept["spec"], group["spec"])
+        if kept.get("use") != group.get("use"):
+            raise CheckpointError(
+                f"parameter group {index} has `use` {kept.get('use')!r} in the checkpoint and {group.get('use')!r} here; give it the same"
+            )
+    clash = sorted({k for kept in options[1:] for k in kept if not equal(kept[k], options[0].get(k))})
+    if clash:
+        raise CheckpointError(
+            f"the parameters of group {index} were saved in groups that differ in {', '.join(clash)}; group them as they were saved"
+        )
+    return options[0]
+
+
 def distinct(groups: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Each group once, in the order of its first place."""
+    """Every group once, in the order of its first occurrence."""
     return list({id(group): group for group in groups}.values())
 
 
 def equal(a: Any, b: Any) -> bool:
-    """Whether two options of groups are the same; a learning rate may be a tensor."""
+    """Whether two group options are equal. A learning rate may be a tensor."""
     return bool(torch.equal(a, b)) if isinstance(a, Tensor) and isinstance(b, Tensor) else bool(a == b)
 
 
@@ -204,24 +174,24 @@ def _check_spec(saved: str, own: str) -> None:
         raise CheckpointError(f"the checkpoint's spec cannot be read: {error!r}") from None
     if difference:
         raise CheckpointError(
-            f"the checkpoint is of spec '{there.get('name')}', this optimizer of '{here.get('name')}': {difference}; build the optimizer "
-            "from the checkpoint's own spec to go on with it"
+            f"the checkpoint has spec '{there.get('name')}' and this optimizer has '{here.get('name')}': {difference}; build the optimizer "
+            "from the checkpoint's spec"
         )
 
 
 def _filled(text: str) -> str:
-    """A saved spec with what has been added to specs since, at its default: that is what it was before there was a choice."""
+    """A saved spec with the fields that specs have gained since. Their defaults are what the code did before."""
     try:
         return Spec.model_validate_json(text).to_json()
     except ValidationError:
-        return text  # the difference is told by what is written there
+        return text  # `_check_spec` then compares the text as it was written
 
 
 def _difference(there: Any, here: Any, path: str) -> str | None:
     """The first place where two plain values differ."""
     if isinstance(there, dict) and isinstance(here, dict):
         if path.endswith(".split") and list(there) != list(here):
-            return f"{path} cuts {', '.join(there)} there and {', '.join(here)} here"
+            return f"{path} cuts the rows into {', '.join(there)} there and {', '.join(here)} here"
         for key in sorted(set(there) | set(here)):
             if key not in there or key not in here:
                 return f"{path}.{key} is only in {'the checkpoint' if key in there else 'this spec'}"
@@ -239,7 +209,7 @@ def _difference(there: Any, here: Any, path: str) -> str | None:
 
 
 def _loaded(saved: Mapping[str, Any], row: Row, param: Tensor, problems: list[str]) -> dict[str, Any]:
-    """One parameter's state on its device, in its own storages; what does not fit goes to `problems`."""
+    """One parameter's saved state. Every slot that does not fit the plan adds a line to `problems`."""
     name, out = row.entry.name, {}
     odd = sorted(set(saved) ^ set(row.state))
     problems += [f"'{name}': slot '{key}' is {'unknown here' if key in saved else 'missing'}" for key in odd]
@@ -258,7 +228,7 @@ def _loaded(saved: Mapping[str, Any], row: Row, param: Tensor, problems: list[st
             problems.append(f"'{name}': slot '{key}' has shape {tuple(value.shape)}, here {shape}")
         elif (how := lowbit.found(value)) is not None:
             if how != row.codes.get(key):
-                problems.append(f"'{name}': slot '{key}' is kept as {how}, here as {row.codes.get(key, 'numbers')}")
+                problems.append(f"'{name}': slot '{key}' is stored as {how}, here as {row.codes.get(key, 'numbers')}")
             out[key] = value
         elif value.dtype != dtype:
             problems.append(f"'{name}': slot '{key}' has dtype {value.dtype}, here {dtype}")

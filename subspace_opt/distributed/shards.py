@@ -165,7 +165,7 @@ def _rounding_noise(row: Row, box: Box, count: int, options: Options, like: Tens
     blocks = row.view.cut(row.view.whole(whole))
     for block, matrices in zip(row.view.blocks, blocks, strict=True):
         for i, one in enumerate(matrices):
-            one.copy_(rounding_draw(row.entry.name, block, i, count, options.seed, like))
+            one.copy_(rounding_draw(row.key, block, i, count, options.seed, like))
     if blocks and blocks[0].untyped_storage().data_ptr() != whole.untyped_storage().data_ptr():
         whole = row.view.restore(blocks, whole.shape)
     return whole[box.slices_in(full_box(whole.shape))]

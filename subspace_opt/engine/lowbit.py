@@ -1,11 +1,12 @@
-"""Slots kept as codes of 8 or 4 bits with a scale for each block: torchao's tensors, imported where a plan has one and nowhere else.
+"""Slots stored as codes of 8 or 4 bits with one scale per block. Codes are torchao's tensors. torchao is imported only if a plan has codes.
 
-8 bits: dynamic codes in blocks of 256 (arXiv:2110.02861); 4 bits: blocks of 128 (arXiv:2309.01507). A slot is kept so where one matrix has
-enough entries to gain by it and whole blocks of them: then no block reaches into the next matrix of a stack.
+8 bits: dynamic codes in blocks of 256 (arXiv:2110.02861). 4 bits: blocks of 128 (arXiv:2309.01507). A slot is stored as codes if each
+matrix has enough entries to gain by it, and if its entries fill whole blocks. No block then reaches into the next matrix of a stack.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -14,38 +15,49 @@ from torch import Tensor
 
 from ..algebra.storage import BLOCKS, Codes
 
-RUN = {"cpu": 2**17}  # entries that are coded together: torchao makes several temporaries of 8 bytes an entry
+RUN = {"cpu": 2**17}  # entries that are coded in one call: torchao makes several temporaries of 8 bytes per entry
 RUN_ELSEWHERE = 2**24
 BITS_OF: dict[str, Literal[4, 8]] = {"OptimState8bit": 8, "OptimState4bit": 4}
 REMEDY = "pip install 'subspace-opt[lowbit]'"
 
 
 class LowBitError(ImportError):
-    """A slot of 8 or 4 bits is asked for, and torchao cannot be imported."""
+    """A slot is to be stored in 8 or 4 bits, and torchao cannot be imported."""
 
 
 def torchao_types() -> dict[Literal[4, 8], Any]:
-    """The tensor classes by bits; importing them also tells `torch.load` that they are safe.
+    """The tensor classes by number of bits. Importing them also tells `torch.load` that they are safe.
 
     Raises:
-        LowBitError: torchao is not installed, or does not work with this torch.
+        LowBitError: torchao is not installed, or does not work with the installed torch.
     """
     try:
         from torchao.optim.subclass_4bit import OptimState4bit
         from torchao.optim.subclass_8bit import OptimState8bit
     except ImportError as error:
         raise LowBitError(f"`state_dtype` 8bit and 4bit need torchao, which cannot be imported ({error}). Run: {REMEDY}") from error
+    _make_clonable(OptimState8bit)
+    _make_clonable(OptimState4bit)
     return {8: OptimState8bit, 4: OptimState4bit}
 
 
+@functools.cache
+def _make_clonable(cls: Any) -> None:
+    """Register `clone`, which torchao leaves out and `copy.deepcopy` needs, in torchao's own table of operations."""
+
+    @cls.implements(torch.ops.aten.clone.default)  # type: ignore[untyped-decorator]
+    def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
+        return copied(args[0], args[0].device)
+
+
 def zeros(shape: tuple[int, ...], how: Codes, device: torch.device) -> Tensor:
-    """A slot of zeros as codes."""
+    """A slot of zeros, stored as codes."""
     made: Tensor = torchao_types()[how.bits].zeros(shape, signed=how.signed, block_size=how.block, device=device, dtype=torch.float32)
     return made
 
 
 def coded(value: Tensor, how: Codes) -> Tensor:
-    """Numbers as codes; those that were read from codes come back as the same, to the bit."""
+    """Numbers as codes. Numbers that were read from codes are coded without any loss: reading them again gives the same bits."""
     made = zeros(tuple(value.shape), how, value.device)
     flat = value.reshape(-1)
     write(made, 0, flat)
@@ -56,9 +68,10 @@ def coded(value: Tensor, how: Codes) -> Tensor:
 
 
 def _with_lowest(made: Any, numbers: Tensor, astray: Tensor) -> None:
-    """Scale blocks anew whose largest magnitude is that of the table's lowest entry, which is less than 1 where its highest is 1.
+    """Correct the scales of the blocks in `astray`, whose largest magnitude belongs to the lowest entry of the code table.
 
-    The scale is then not the largest magnitude but that divided by the entry, up to a rounding, which is found by trying.
+    The table's highest entry is 1 and the magnitude of its lowest is less. The scale of such a block is its largest magnitude divided by
+    that entry, up to rounding. The neighbouring floating-point numbers are tried until one gives the numbers back.
     """
     from torchao.optim.quant_utils import quantize_4bit_with_qmap, quantize_8bit_with_qmap
 
@@ -78,7 +91,7 @@ def _with_lowest(made: Any, numbers: Tensor, astray: Tensor) -> None:
 
 
 def found(value: Any) -> Codes | None:
-    """How a tensor is kept; None for one of numbers."""
+    """How a tensor is coded; None if it holds plain numbers."""
     if not hasattr(value, "codes"):
         return None
     kept = next((bits for bits, cls in torchao_types().items() if isinstance(value, cls)), None)
@@ -86,12 +99,12 @@ def found(value: Any) -> Codes | None:
 
 
 def whole(value: Tensor) -> Tensor:
-    """All entries as numbers, whatever they are kept as."""
+    """All entries as numbers, whether the tensor is coded or not."""
     return value if found(value) is None else read(value, 0, value.numel(), torch.float32).view(value.shape)
 
 
 def read(value: Tensor, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-    """Entries `start` to `stop` of what is kept as codes, flat; both are multiples of the block."""
+    """Entries `start` to `stop` of a coded tensor as flat numbers. Both are multiples of the block size."""
     out = torch.empty(stop - start, dtype=dtype, device=value.device)
     for a, b in _runs(value, start, stop):
         out[a - start : b - start] = _part(value, a, b).dequantize()
@@ -99,13 +112,13 @@ def read(value: Tensor, start: int, stop: int, dtype: torch.dtype) -> Tensor:
 
 
 def write(value: Tensor, start: int, entries: Tensor) -> None:
-    """Code flat `entries` into place, from `start` on."""
+    """Code the flat numbers `entries` and write them to a coded tensor, from entry `start` on."""
     for a, b in _runs(value, start, start + entries.numel()):
         _part(value, a, b).copy_(entries[a - start : b - start].to(torch.float32))
 
 
 def copied(value: Any, device: torch.device) -> Tensor:
-    """The same codes in storages of their own, on a device."""
+    """A copy of a coded tensor, with its own storage, on a device."""
     entries, scale, table = (part.detach().to(device, copy=True) for part in (value.codes, value.scale, value.qmap))
     made: Tensor = _like(value, entries, scale, table, tuple(value.shape))
     return made
@@ -117,7 +130,7 @@ def _runs(value: Tensor, start: int, stop: int) -> Iterator[tuple[int, int]]:
 
 
 def _part(value: Any, start: int, stop: int) -> Any:
-    """A view of some entries."""
+    """A view of entries `start` to `stop` of a coded tensor."""
     per_byte = value.numel() // value.codes.numel()
     entries = value.codes.view(-1)[start // per_byte : stop // per_byte]
     scale = value.scale[start // value.block_size : stop // value.block_size]
@@ -125,5 +138,5 @@ def _part(value: Any, start: int, stop: int) -> Any:
 
 
 def _like(value: Any, entries: Tensor, scale: Tensor, table: Tensor, shape: tuple[int, ...]) -> Any:
-    shaped = (shape,) if isinstance(value, torchao_types()[4]) else ()  # codes of 8 bits have the shape of the slot
+    shaped = (shape,) if isinstance(value, torchao_types()[4]) else ()  # 8-bit codes have the slot's shape
     return type(value)(entries, scale, table, value.signed, *shaped, dtype=torch.float32)

@@ -59,8 +59,8 @@ class Work:
 
     @property
     def key(self) -> str:
-        """The name that random draws and refresh offsets depend on."""
-        return self.row.entry.name
+        """The word that random draws and refresh offsets depend on."""
+        return self.row.key
 
     @cached_property
     def weights(self) -> list[Tensor]:

@@ -1,8 +1,11 @@
-"""What will be computed and held, known before it is: routes, views, ranks, bytes. No tensors.
+"""The plan: what will be computed and stored, known before there is a tensor.
 
-In: a spec, and names, shapes, dtypes and module kinds of parameters. Out: a `Plan` with one `Row` a parameter.
+In: a spec, and the parameters' names, shapes, dtypes and kinds of module. Out: a `Plan` with one `Row` per parameter: its route, its view
+as matrices, its ranks after clamping, its state to the byte.
 """
 
-from .plan import COUNTERS, Entry, Plan, Row, adamw_bytes, make_plan, said, state_key
+from .plan import Plan, counts
+from .routing import make_plan
+from .rows import COUNTERS, Entry, Row, adamw_bytes, said, state_key
 
-__all__ = ["COUNTERS", "Entry", "Plan", "Row", "adamw_bytes", "make_plan", "said", "state_key"]
+__all__ = ["COUNTERS", "Entry", "Plan", "Row", "adamw_bytes", "counts", "make_plan", "said", "state_key"]

@@ -1,4 +1,4 @@
-"""What a parameter is in its model: embedding, output head, linear, convolution, norm; and its canonical name."""
+"""Kinds of the modules that hold a parameter (embedding, output head, linear, convolution, norm), and canonical parameter names."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-# Put between the names by wrappers that change nothing about the parameter.
+# Parts of a name that wrappers insert. They change nothing about the parameter.
 WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
 def canonical_name(name: str) -> str:
-    """A parameter's name without the parts that `torch.compile`, activation checkpointing and FSDP put in."""
+    """A parameter's name without the parts that `torch.compile`, activation checkpointing and FSDP insert."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def refuse_flat(model: nn.Module) -> None:
-    """Refuse a model whose weights are no matrices any more.
+    """Raise if the model's weights are flattened, so that no rank knows their rows and columns.
 
     Raises:
-        ValueError: parameters flattened by FSDP1 or ZeRO-3, or a 1-D view of a matrix, of which no rank can make out rows and columns.
+        ValueError: A parameter is flattened by FSDP1 or ZeRO-3, or is a 1-D view of a matrix.
     """
     for path, module in model.named_modules():
         if type(module).__name__ == "FullyShardedDataParallel":
@@ -34,7 +34,7 @@ def refuse_flat(model: nn.Module) -> None:
             if hasattr(p, "ds_id"):
                 raise ValueError(
                     f"parameter '{where}' is partitioned by DeepSpeed ZeRO-3, which leaves no rows and columns; use FSDP2, or ZeRO-1 or 2 "
-                    "with their partitioning of the optimizer switched off"
+                    "without their partitioning of the optimizer"
                 )
             matrix = isinstance(module, nn.Linear | nn.Embedding | _ConvNd) and name == "weight"
             if matrix and p.dim() < 2:
@@ -45,7 +45,7 @@ def refuse_flat(model: nn.Module) -> None:
 
 
 def module_kinds(model: nn.Module) -> dict[int, frozenset[str]]:
-    """The kinds of every parameter, by `id`: all that the modules holding it are, so a tied weight is embedding and head."""
+    """The kinds of every parameter, by `id`. A tied weight has the kinds of all modules that hold it: embedding and head."""
     kinds: dict[int, set[str]] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
@@ -60,7 +60,7 @@ def _kinds_of(module: nn.Module, parameter: Tensor) -> set[str]:
         return {"embedding"}
     if isinstance(module, _ConvNd):
         return {"conv"}
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # GPT-2's linear layer in transformers: weight is (in, out)
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # GPT-2's linear layer in transformers; its weight is (in, out)
         return {"linear", "transposed"} if parameter.dim() == 2 else {"linear"}
     if isinstance(module, nn.Linear):
         return {"linear"}
@@ -70,7 +70,7 @@ def _kinds_of(module: nn.Module, parameter: Tensor) -> set[str]:
 
 
 def _heads(model: nn.Module) -> Iterator[Tensor]:
-    """Output heads: what the model itself names, and linear layers as wide as the vocabulary of an embedding."""
+    """Weights of output heads: the layer that the model names itself, and linear layers as wide as an embedding's vocabulary."""
     named = getattr(model, "get_output_embeddings", None)
     if callable(named):
         head = named()
@@ -78,7 +78,7 @@ def _heads(model: nn.Module) -> Iterator[Tensor]:
             yield from head.parameters(recurse=False)
     vocabularies = {m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)}
     inner = {m.embedding_dim for m in model.modules() if isinstance(m, nn.Embedding)}
-    # A vocabulary as small as the width says nothing about a layer; then only the last linear layer is taken for the head.
+    # If a vocabulary is as small as the model's width, hidden layers have that width too. Only the last linear layer is then the head.
     wide = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features in vocabularies]
     for module in wide if not vocabularies & inner else wide[-1:]:
         yield from module.parameters(recurse=False)

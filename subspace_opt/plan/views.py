@@ -1,9 +1,9 @@
-"""How a parameter is seen as matrices: views in and out, without copies where the storage allows it.
+"""Views: a parameter as matrices and back, without a copy if the storage allows it.
 
     (n,) -> 1 x n        (m, n) -> m x n        conv (O, I, kh, kw) -> O x (I kh kw)        experts (E, m, n) -> E matrices m x n
 
-`transposed` marks weights stored as (in, out). `split` cuts the rows of a fused weight into named blocks (q, k, v), `heads` into equal
-ones; every block is then a matrix of its own.
+`transposed` marks weights stored as (in, out). `split` cuts the rows of a fused weight into named blocks (q, k, v), `heads` cuts them into
+equal blocks. Each block is then a matrix of its own.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from torch import Tensor
 
 
 class ViewError(ValueError):
-    """A parameter's shape does not fit the way in which a route wants it seen."""
+    """A parameter's shape does not fit the view that its route asks for."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """`count` matrices of `rows` x `cols`; `start` is the first row they take of each matrix of the parameter."""
+    """`count` matrices of `rows` x `cols`. In each matrix of the parameter they begin at row `start`."""
 
     name: str
     count: int
@@ -30,14 +30,15 @@ class Block:
     cols: int
     start: int
     heads: int
-    # Of a part of a parameter, where ranks share it: the matrices of the block before it, and all that there are.
+    # Set if a rank holds only a part of a shared parameter: the index of its first matrix in the block, the block's number of matrices, and
+    # for a part of one matrix its (row0, col0, rows, cols), where rows and cols are those of the whole matrix.
     first: int = 0
     of: int | None = None
-    window: tuple[int, int, int, int] | None = None  # where it is a cut of a matrix: first row and column there, that's rows and columns
+    window: tuple[int, int, int, int] | None = None
 
     @property
     def total(self) -> int:
-        """Matrices of the block in the whole parameter."""
+        """Number of matrices of the block in the whole parameter."""
         return self.count if self.of is None else self.of
 
     def __str__(self) -> str:
@@ -54,16 +55,16 @@ class View:
     cols: int
     transposed: bool
     blocks: tuple[Block, ...]
-    modes: tuple[int, ...] = ()  # the dimensions joined in the columns, if they are to be told apart
+    modes: tuple[int, ...] = ()  # with layout `modes`: the dimensions that the columns join
 
     def whole(self, tensor: Tensor) -> Tensor:
-        """`(count, rows, cols)`; shares the tensor's storage if its strides allow it."""
+        """The tensor as `(count, rows, cols)`. It shares the tensor's storage if the strides allow it."""
         stored = (self.count, self.cols, self.rows) if self.transposed else (self.count, self.rows, self.cols)
         whole = tensor.reshape(stored)
         return whole.mT if self.transposed else whole
 
     def cut(self, whole: Tensor) -> list[Tensor]:
-        """One stack `(count, rows, cols)` per block, views of `whole`."""
+        """One stack `(count, rows, cols)` per block, each a view of `whole`."""
         out = []
         for block in self.blocks:
             part = whole if len(self.blocks) == 1 else whole.narrow(1, block.start, block.rows)
@@ -73,7 +74,7 @@ class View:
         return out
 
     def restore(self, blocks: list[Tensor], shape: torch.Size) -> Tensor:
-        """The parameter from its blocks."""
+        """The parameter, of the given shape, put together from its blocks."""
         whole = torch.cat([b.reshape(self.count, -1, self.cols) for b in blocks], dim=1)
         return (whole.mT if self.transposed else whole).reshape(shape)
 
@@ -94,11 +95,11 @@ def make_view(
     """The view of a parameter.
 
     Args:
-        layout: `flatten` joins all dimensions but the first, `stack` all but the last two; `auto` flattens four dimensions and more, and
-            three if the module is a convolution; `modes` flattens and remembers what it joined.
+        layout: `flatten` joins all dimensions but the first. `stack` joins all but the last two. `auto` flattens four or more dimensions,
+            and three if the module is a convolution. `modes` flattens and remembers the dimensions that it joined.
 
     Raises:
-        ViewError: blocks that do not fill the rows, heads that do not divide them, a vector that should be cut.
+        ViewError: The blocks do not fill the rows, the heads do not divide them, or a vector has a `split`, `heads` or `transposed`.
     """
     count, rows, cols = _matrices(shape, layout, conv)
     if transposed:

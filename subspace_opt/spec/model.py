@@ -17,6 +17,7 @@ from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 from .. import rules, selectors
 from ..algebra.pipeline import Pipeline
 from ..registry import Component, Model, suggest
+from .summary import spec_html, spec_text
 
 __all__ = ["MODULE_KINDS", "Defaults", "ModuleKind", "Route", "Spec", "SpecError", "rules", "selectors"]
 
@@ -139,6 +140,19 @@ class Spec(Model):
                 ("pipelines", min(unused)), "no route uses this pipeline; add a route with `use: NAME`, or remove the pipeline"
             )
         return self
+
+    def __repr__(self) -> str:
+        return spec_text(self.name, *self._shown())
+
+    __str__ = __repr__
+
+    def _repr_html_(self) -> str:
+        return spec_html(self.name, *self._shown())
+
+    def _shown(self) -> tuple[dict[str, dict[str, Any]], list[tuple[str, str]]]:
+        """Pipelines as plain data without defaults, and pairs of (condition, pipeline), for `summary`."""
+        pipelines = {name: _fields(pipeline, full=False) for name, pipeline in self.pipelines.items()}
+        return pipelines, [(str(route), route.use) for route in self.routes]
 
     def to_json(self) -> str:
         """The spec without its prose, as one line of JSON. Checkpoints store this form."""

@@ -1,0 +1,199 @@
+"""Arguments of an optimizer: a model's parameters, checks of options and groups, and counterparts of other optimizers' options."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from .algebra import Rule, Selector
+from .plan.modules import canonical_name, module_kinds, refuse_flat
+from .registry import Component, kind_of, suggest
+from .spec import Spec, SpecError
+
+SpecLike = Spec | Mapping[str, Any] | str | os.PathLike[str]
+Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
+
+GROUP_KEYS = ("params", "param_names", "lr", "weight_decay", "maximize", "spec", "overrides", "use", "refresh", "state_version", "keys")
+# Keys that torch's schedulers and checkpoints write into groups.
+FOREIGN_GROUP_KEYS = ("initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum", "momentum")
+
+
+class Counterpart(NamedTuple):
+    """Fields of a spec that mean the same as another optimizer's option."""
+
+    family: type[Component]
+    field: str
+    beside: str = ""  # a field that the component must have too
+
+
+COUNTERPARTS = {
+    "rank": Counterpart(Selector, "rank"),
+    "update_proj_gap": Counterpart(Selector, "every"),
+    "precondition_frequency": Counterpart(Selector, "every"),
+    "shampoo_beta": Counterpart(Selector, "beta"),
+    "eps": Counterpart(Rule, "eps", beside="beta2"),
+    "momentum": Counterpart(Rule, "beta", beside="nesterov"),
+    "mu": Counterpart(Rule, "beta", beside="nesterov"),
+    "nesterov": Counterpart(Rule, "nesterov"),
+    "ns_steps": Counterpart(Rule, "steps"),
+}
+SIDES = {
+    "std": "short",
+    "reverse_std": "long",
+    "right": "right",
+    "left": "left",
+}  # values of GaLore's `proj_type`, and those of `orient` that mean the same
+NOT_NEEDED = {
+    "fused": "PyTorch's fused kernels are used for every parameter that they can update",
+    "foreach": "matrices of one shape are computed together; the option `stacking` controls that",
+    "capturable": "torch.compile needs no such option",
+    "differentiable": "a step cannot be differentiated",
+    "amsgrad": "no rule keeps the maximum of the second moments",
+}
+
+
+def named_parameters(model_or_params: nn.Module | Params) -> tuple[Params, dict[str, Any]]:
+    """Parameters as an optimizer takes them, and the options that a model implies: `modules` and, for DDP, `process_group`."""
+    if not isinstance(model_or_params, nn.Module):
+        return model_or_params, {}
+    module = model_or_params
+    known: dict[str, Any] = {}
+    if isinstance(module, nn.parallel.DistributedDataParallel):
+        known["process_group"] = module.process_group
+        module = module.module
+    refuse_flat(module)
+    found = module_kinds(module)
+    named = OrderedDict((canonical_name(name), p) for name, p in module.named_parameters())
+    if not named:
+        raise SpecError("the model has no parameters")
+    known["modules"] = {name: found.get(id(p), frozenset()) for name, p in named.items()}
+    return named.items(), known
+
+
+# ------------------------------------------------------------------------------------------------------------------- checks
+
+
+def chosen(name: str, value: Any, kind: Any) -> Any:
+    """The value of an option, checked against its `Literal` type."""
+    if value not in kind.__args__:
+        raise ValueError(f"{name} is '{value}'; {suggest(str(value), kind.__args__)}")
+    return value
+
+
+def check_rates(group: Mapping[str, Any]) -> None:
+    """Raise a ValueError unless lr and weight decay are finite numbers of 0 or more."""
+    lr, decay = group.get("lr", 0.0), group.get("weight_decay", 0.0)
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError("Tensor lr must be 1-element")
+    for name, value in (("learning rate", lr), ("weight_decay value", decay)):
+        number = isinstance(value, int | float | Tensor) and not isinstance(value, bool)
+        if not number or not math.isfinite(float(value)) or float(value) < 0:
+            raise ValueError(f"Invalid {name}: {value}; it must be a finite number, 0 or more")
+
+
+def caller_level() -> int:
+    """The `stacklevel` by which a warning of the calling function names the first line outside this package and torch."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("torch", "subspace_opt"):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+def check_group(group: Any, version: int) -> None:
+    """Raise if a parameter group is no dict, has an unknown key, or belongs to another version of the state.
+
+    An unknown key is an error because it would change nothing and nobody would notice.
+    """
+    if not isinstance(group, dict):
+        raise TypeError(f"a parameter group is a dict, such as {{'params': [weight], 'lr': 1e-3}}, and this is a {type(group).__name__}")
+    for key in group:
+        if key not in GROUP_KEYS + FOREIGN_GROUP_KEYS:
+            raise ValueError(
+                f"unknown key '{key}' in a parameter group; {suggest(key, GROUP_KEYS)} (options of the spec go into `overrides`, "
+                "as {'matrix.selector.rank': 128})"
+            )
+    if group.get("state_version", version) != version:
+        raise ValueError(
+            f"this parameter group has state version {group['state_version']}, and the current version is {version}; leave the key out of "
+            "a new group: load_state_dict brings older state up to date"
+        )
+
+
+# ------------------------------------------------------------------------------------------------ options of other optimizers
+
+
+def refuse_options(given: Mapping[str, Any], spec: Spec, known: Sequence[str]) -> None:
+    """Raise a TypeError for options that do not exist, and say what to write instead.
+
+    Args:
+        spec: The spec in force, whose fields hold what other optimizers take as options.
+        known: The options that do exist.
+    """
+    if not given:
+        return
+    overrides: dict[str, Any] = {}
+    translated, parts = [], []
+    for word, value in given.items():
+        if found := dict(_overrides(word, value, spec)):
+            overrides |= found
+            translated.append(f"'{word}'")
+        elif word in NOT_NEEDED:
+            parts.append(f"'{word}' is not needed, leave it out: {NOT_NEEDED[word]}")
+        elif word in COUNTERPARTS or word in ("betas", "scale", "proj_type"):
+            parts.append(f"'{word}' has no counterpart in spec '{spec.name}', leave it out")
+        else:
+            parts.append(f"'{word}' is no option; {suggest(word, known)}")
+    if translated:
+        verb = "is" if len(translated) == 1 else "are"
+        parts.insert(0, f"{', '.join(translated)} {verb} part of the spec '{spec.name}'; use overrides={overrides!r}")
+    raise TypeError("; ".join(parts))
+
+
+def _overrides(word: str, value: Any, spec: Spec) -> Iterator[tuple[str, Any]]:
+    """Paths and values in the spec that mean the same as another optimizer's option."""
+    if word == "betas":
+        if isinstance(value, Sequence) and len(value) == 2:
+            stems = [path.removesuffix("1") for path in _paths(spec, Counterpart(Rule, "beta1", beside="beta2"))]
+            yield from ((f"{stem}{i}", beta) for stem in stems for i, beta in enumerate(value, 1))
+    elif word == "proj_type":
+        yield from ((f"{name}.orient", SIDES[value]) for name in _opening(spec) if value in list(SIDES))
+    elif word == "scale":
+        found = _paths(spec, Counterpart(Rule, "factor")) or _paths(spec, Counterpart(Rule, "scale"))
+        yield from ((path, value) for path in found or [f"{name}.mix.inside" for name in _opening(spec)])
+    else:
+        yield from ((path, value) for path in _paths(spec, COUNTERPARTS.get(word, Counterpart(Component, word))))
+        if word in ("momentum", "mu"):
+            yield from ((f"{name}.feedback", value) for name, pipeline in spec.pipelines.items() if pipeline.feedback)
+
+
+def _opening(spec: Spec) -> list[str]:
+    """Names of the pipelines that open a subspace."""
+    return [name for name, pipeline in spec.pipelines.items() if pipeline.inside]
+
+
+def _paths(spec: Spec, wanted: Counterpart) -> list[str]:
+    """The paths of a field in all rules and selectors of the spec, as `overrides` takes them."""
+    found = []
+    for name, pipeline in spec.pipelines.items():
+        for place in type(pipeline).model_fields:
+            value = getattr(pipeline, place)
+            parts = value if isinstance(value, tuple) else (value,)
+            for i, part in enumerate(parts):
+                found += _paths_in(f"{name}.{place}" + (f".{i}" if len(parts) > 1 else ""), part, wanted)
+    return found
+
+
+def _paths_in(path: str, part: Any, wanted: Counterpart) -> list[str]:
+    """The same in one component. Components inside it are searched only if it has no such field itself."""
+    if not isinstance(part, wanted.family) or kind_of(type(part)) == "none":
+        return []
+    fields = type(part).model_fields
+    if wanted.field in fields and (not wanted.beside or wanted.beside in fields):
+        return [f"{path}.{wanted.field}"]
+    return [found for field in fields for found in _paths_in(f"{path}.{field}", getattr(part, field), wanted)]

@@ -1,0 +1,107 @@
+"""From a spec and the parameters' names, shapes, dtypes and modules to a plan: each parameter's route and row."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ..algebra.frame import Frame
+from ..spec import Route, Spec, SpecError
+from .modules import canonical_name
+from .plan import Plan
+from .rows import Entry, Row
+from .views import ViewError, make_view
+
+
+def make_plan(spec: Spec | Sequence[Spec], entries: Sequence[Entry], *, strict: bool = False, compensated: bool = False) -> Plan:
+    """Route every parameter and lay out its state.
+
+    Args:
+        spec: One spec for all entries, or one per entry.
+        strict: Raise if a route matches no parameter.
+        compensated: Parameters in bf16 or fp16 keep a Kahan compensation.
+
+    Raises:
+        SpecError: No route accepts a parameter, or its shape does not fit its route. With `strict`, also: a route matches no parameter.
+    """
+    specs = [spec] * len(entries) if isinstance(spec, Spec) else list(spec)
+    splits: dict[Any, Frame] = {}
+    taken: dict[int, set[int]] = {}
+    rows = []
+    for own, entry in zip(specs, entries, strict=True):
+        index, route = _route(own, entry)
+        taken.setdefault(id(own), set()).add(index)
+        rows.append(_row(own, entry, index, route, splits, compensated))
+    if strict:
+        for own in {id(s): s for s in specs}.values():
+            for i, route in enumerate(own.routes):
+                if i not in taken.get(id(own), set()):
+                    raise SpecError(f"routes.{i} ({route}) of '{own.name}' matches no parameter; correct it, or leave out strict")
+    rows = _placed(rows)
+    return Plan(tuple(rows), specs[0].name if specs else "", {row.entry.name: row for row in rows})
+
+
+def _placed(rows: list[Row]) -> list[Row]:
+    """The rows, each with its index among the rows of its pipeline."""
+    total = Counter(row.pipeline for row in rows)
+    seen: Counter[str] = Counter()
+    out = []
+    for row in rows:
+        out.append(replace(row, position=(seen[row.pipeline], total[row.pipeline])))
+        seen[row.pipeline] += 1
+    return out
+
+
+def _route(spec: Spec, entry: Entry) -> tuple[int, Route]:
+    if entry.use is not None:
+        if entry.use not in spec.pipelines:
+            raise SpecError(
+                f"parameter group of '{entry.name}': use '{entry.use}' is no pipeline of '{spec.name}'; known: {', '.join(spec.pipelines)}"
+            )
+        return -1, Route(use=entry.use)
+    dims = len(entry.shape)
+    view = make_view(entry.shape, conv="conv" in entry.modules)
+    sides = (min(view.rows, view.cols), max(view.rows, view.cols))
+    for i, route in enumerate(spec.routes):
+        if route.accepts(canonical_name(entry.name), dims, sides, entry.modules):
+            return i, route
+    raise SpecError(
+        f"parameter '{entry.name}' of shape {entry.shape} is accepted by no route of '{spec.name}'; "
+        "add a route without conditions at the end, such as {use: other}"
+    )
+
+
+def _row(spec: Spec, entry: Entry, index: int, route: Route, splits: dict[Any, Frame], compensated: bool) -> Row:
+    try:
+        view = make_view(
+            entry.shape,
+            layout=route.view,
+            conv="conv" in entry.modules,
+            transposed=("transposed" in entry.modules) if route.transposed is None else route.transposed,
+            split=route.split,
+            heads=route.heads,
+        )
+    except ViewError as error:
+        raise SpecError(f"parameter '{entry.name}' of shape {entry.shape} {error} (routes.{index} of '{spec.name}')") from None
+    pipeline = spec.pipelines[route.use]
+    pairs = []
+    for block in view.blocks:
+        key = (id(pipeline), block.rows, block.cols, view.modes)
+        if key not in splits:
+            splits[key] = Frame.of(pipeline, block.rows, block.cols, view.modes)
+        pairs.append((block, splits[key]))
+    return Row(
+        entry=entry,
+        view=view,
+        pipeline=route.use,
+        splits=tuple(pairs),
+        why="its group's `use`" if index < 0 else f"routes.{index}: {route}",
+        compensated=compensated and entry.dtype in (torch.bfloat16, torch.float16),
+        decay=entry.weight_decay * pipeline.decay_scale,
+        lr_scale=pipeline.lr_scale,
+        decay_scale=pipeline.decay_scale,
+    )

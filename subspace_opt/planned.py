@@ -1,0 +1,183 @@
+"""An optimizer's parameter groups and the plan made from them: what is checked when a group is added, and how both are shown."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from . import arguments
+from .checkpoint import STATE_VERSION, keys_in, names_in
+from .engine import lowbit
+from .engine.work import Options
+from .plan import Entry, Plan, Row, counts, make_plan
+from .plan.modules import canonical_name
+from .spec import Spec, load_spec
+from .spec.summary import html_table
+
+
+@functools.lru_cache(maxsize=64)
+def _spec_of(text: str) -> Spec:
+    return Spec.model_validate_json(text)
+
+
+class PlannedOptimizer(torch.optim.Optimizer):
+    """Parameter groups, each with its spec, and the plan of all parameters."""
+
+    spec: Spec
+    _modules: dict[str, frozenset[str]]
+    _strict: bool
+    _options: Options
+    _planned: tuple[Any, Plan] | None
+
+    # ------------------------------------------------------------------------------------------------------------------ groups
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, checked as at construction.
+
+        Raises:
+            TypeError: The group is no dict.
+            ValueError: An unknown key, or a value that construction would refuse. The optimizer is then unchanged.
+        """
+        arguments.check_group(param_group, STATE_VERSION)
+        group = dict(param_group)
+        overrides = group.pop("overrides", None)
+        if "spec" in group or overrides:
+            base = group.get("spec", self.spec)
+            base = _spec_of(base) if isinstance(base, str) and base.startswith("{") else base
+            group["spec"] = load_spec(base, overrides).to_json()
+        arguments.check_rates(group)
+        super().add_param_group(group)
+        try:
+            self._check_last_group()
+        except ValueError:
+            self.param_groups.pop()
+            raise
+        self._planned = None
+
+    def _check_last_group(self) -> None:
+        group = self.param_groups[-1]
+        for p in group["params"]:
+            if p.is_complex():
+                raise ValueError(
+                    f"a parameter of shape {tuple(p.shape)} is complex; optimize its real and imaginary parts: "
+                    "nn.Parameter(torch.view_as_real(p.data))"
+                )
+        entries = self._entries()
+        for said, values in (("are named", [e.name for e in entries]), ("have the key", [e.key for e in entries])):
+            twice = [value for value, count in Counter(values).items() if count > 1]
+            if twice:
+                raise ValueError(f"two parameters {said} '{twice[0]}'; state and random draws go by name, so give each its own")
+        # A parameter without a route and codes without torchao must raise now, not at the first step.
+        own = entries[-len(group["params"]) :] if group["params"] else []
+        if any(row.codes for row in make_plan(_spec_of(group["spec"]), own)):
+            lowbit.torchao_types()
+
+    def spec_of(self, group: Mapping[str, Any]) -> Spec:
+        """The spec in force for a parameter group."""
+        return _spec_of(group["spec"])
+
+    def _warn_if_no_modules(self) -> None:
+        by_module = any(route.module for g in self.param_groups for route in _spec_of(g["spec"]).routes)
+        matrices = sum(p.dim() >= 2 for g in self.param_groups if g["use"] is None for p in g["params"])
+        if by_module and not self._modules and matrices > 1:
+            warnings.warn(
+                f"spec '{self.spec.name}' routes embeddings and output heads by their module, and no model was given, so they are treated "
+                "like any other matrix. Use subspace_opt.build(spec, model), or put them into a group with `use`",
+                UserWarning,
+                stacklevel=3,
+            )
+
+    # -------------------------------------------------------------------------------------------------------------------- plan
+
+    def _entries(self) -> list[Entry]:
+        entries = []
+        for group, names, keys in zip(self.param_groups, names_in(self.param_groups), keys_in(self.param_groups), strict=True):
+            for p, name, key in zip(group["params"], names, keys, strict=True):
+                entries.append(
+                    Entry(
+                        name=name,
+                        shape=tuple(p.shape),
+                        dtype=p.dtype,
+                        modules=self._modules.get(canonical_name(name), frozenset()),
+                        frozen=not p.requires_grad,
+                        lr=float(group["lr"]),
+                        weight_decay=float(group["weight_decay"]),
+                        use=group["use"],
+                        key=key,
+                    )
+                )
+        return entries
+
+    @property
+    def plan(self) -> Plan:
+        """Route, view, ranks and bytes of state of every parameter. Made again if groups or parameters have changed."""
+        key = tuple((id(p), p.shape, p.dtype, p.requires_grad, g["spec"], g["use"]) for g in self.param_groups for p in g["params"])
+        if self._planned is None or self._planned[0] != key:
+            specs = [_spec_of(g["spec"]) for g in self.param_groups for _ in g["params"]]
+            kahan = self._options.rounding == "kahan"
+            self._planned = (key, make_plan(specs, self._entries(), strict=self._strict, compensated=kahan))
+        return self._planned[1]
+
+    def explain(self) -> Plan:
+        """One row per parameter: name, shape, view, pipeline, rank after clamping, lr multiplier, weight decay, bytes, and the reason.
+
+        Print it, iterate over it, or take `.to_dict()`.
+        """
+        self._planned = None  # a schedule may have changed a group's lr or weight decay
+        return self.plan
+
+    def __repr__(self) -> str:
+        return _text(type(self).__name__, self.spec.name, self.param_groups, self.plan)
+
+    def _repr_html_(self) -> str:
+        return _html(type(self).__name__, self.spec.name, self.param_groups, self.plan)
+
+
+Groups = Sequence[Mapping[str, Any]]
+
+
+def _text(title: str, spec_name: str, groups: Groups, plan: Plan) -> str:
+    """Lines in the manner of `torch.optim.Optimizer`: a block per group."""
+    lines = [f"{title} ("]
+    for g, (group, pipelines) in enumerate(_by_group(groups, plan)):
+        lines += [f"Parameter Group {g}", f"    spec: {spec_name}"]
+        lines += [f"    {option}: {value}" for option, value in _options(group)]
+        lines += [f"    {name}: {counts(rows)}" for name, rows in pipelines.items()]
+    return "\n".join([*lines, ")"])
+
+
+def _html(title: str, spec_name: str, groups: Groups, plan: Plan) -> str:
+    """HTML with a line per group and pipeline."""
+    head = ("group", "options", "pipeline", "parameters and state")
+    body = [
+        (str(g), ", ".join(f"{option} {value}" for option, value in _options(group)), name, counts(rows))
+        for g, (group, pipelines) in enumerate(_by_group(groups, plan))
+        for name, rows in pipelines.items()
+    ]
+    return html_table(head, body, caption=f"{title}, spec '{spec_name}', {plan.total_bytes:,} bytes of state")
+
+
+def _options(group: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The rates, and those options that are set."""
+    yield "lr", f"{float(group['lr']):g}"
+    yield "weight_decay", f"{float(group['weight_decay']):g}"
+    if group["maximize"]:
+        yield "maximize", "True"
+    if group["refresh"]:
+        yield "refresh", "True"
+
+
+def _by_group(groups: Groups, plan: Plan) -> Iterator[tuple[Mapping[str, Any], dict[str, list[Row]]]]:
+    """Every group with its rows by pipeline."""
+    rows = iter(plan.rows)
+    for group in groups:
+        pipelines: dict[str, list[Row]] = {}
+        for _ in group["params"]:
+            row = next(rows)
+            pipelines.setdefault(row.pipeline, []).append(row)
+        yield group, pipelines
