@@ -828,7 +828,7 @@ def test_several_ranks_save_in_the_background_on_a_group_of_their_own(tmp_path: 
 
 def test_fsdp_of_the_first_kind_is_refused(tmp_path: Path) -> None:
     (answer,) = on_ranks(wraps_flat, 1, str(tmp_path))
-    assert "snapshots know fully_shard (FSDP2)" in answer
+    assert "snapshots support fully_shard (FSDP2)" in answer
 
 
 def wraps_flat(rank: int, size: int, send: Send, folder: str) -> None:
