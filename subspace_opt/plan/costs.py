@@ -12,7 +12,7 @@ def flops(frame: Frame) -> tuple[float, float]:
     if not frame.opens:
         return rules, 0.0
     costs = selector.flops(*dims)
-    own_signal = bool(p.momentum) or p.decay == "coupled"  # gradient and signal are projected apart
+    own_signal = bool(p.momentum) or p.decay == "coupled"  # gradient and signal are projected separately
     lifts = frame.has_complement + (p.mix.inside > 0 and bool(p.inside)) + (p.feedback is not None)
     project = _dense_projection(frame) if costs.project is None else costs.project
     return rules + (1 + own_signal + lifts) * project + costs.observe, costs.refresh
