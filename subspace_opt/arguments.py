@@ -132,11 +132,7 @@ def refuse_options(given: Mapping[str, Any], spec: Spec, known: Sequence[str]) -
     """Raise a TypeError for options that do not exist, and say what to write instead.
 
     Args:
-<<<<<<< HEAD
         spec: The spec in force. Its fields correspond to other optimizers' options.
-=======
-        spec: The spec in force, whose fields hold what other optimizers take as options.
->>>>>>> up
         known: The options that do exist.
     """
     if not given:

@@ -42,11 +42,7 @@ class BackwardOptimizer(SubspaceOptimizer):
         self._listen()
 
     def _listen(self) -> None:
-<<<<<<< HEAD
         """Register a hook on every parameter that requires a gradient and has no hook yet."""
-=======
-        """Register a hook on every parameter that requires a gradient and has none yet."""
->>>>>>> up
         if not self._listening:
             return
         for p in (p for group in self.param_groups for p in group["params"] if p.requires_grad and id(p) not in self._hooks):

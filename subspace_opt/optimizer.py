@@ -50,11 +50,7 @@ class SubspaceOptimizer(PlannedOptimizer):
         nonfinite: What happens if a gradient holds NaN or infinity. `raise`: an error, before anything changes. `skip`: the parameter is
             left out of this step and counted in `skipped`. `propagate`: the gradient is used.
         rounding: How a bf16 or fp16 parameter is rounded: `nearest`, `stochastic`, `kahan`.
-<<<<<<< HEAD
         stacking: Whether matrices of one shape are computed together. `auto` decides by device and size.
-=======
-        stacking: Whether matrices of one shape are computed distributed. `auto` decides by device and size.
->>>>>>> up
         batch_bytes: Upper bound for one temporary of a stack.
         seed: Seed of all random draws, together with the parameter's key and the step. No global generator is used.
         strict: Raise if a route matches no parameter.
@@ -177,13 +173,8 @@ class SubspaceOptimizer(PlannedOptimizer):
             self._has_warned = True
             warnings.warn(
                 f"no parameter had a gradient in {EMPTY_STEPS} steps in a row, so the optimizer changes nothing. Usual causes: the model's "
-<<<<<<< HEAD
                 "parameters were replaced after the optimizer was built (`to_empty`, a new layer): build the optimizer after that; the "
                 "model is frozen (requires_grad=False); zero_grad() runs between backward() and step(); backward() is not called",
-=======
-                "parameters were replaced after the optimizer was built (`to_empty`, a new layer), so build it afterwards; the model is "
-                "frozen (requires_grad=False); zero_grad() runs between backward() and step(); backward() is not called",
->>>>>>> up
                 UserWarning,
                 stacklevel=arguments.caller_level(),
             )
@@ -277,13 +268,9 @@ class SubspaceOptimizer(PlannedOptimizer):
 
     @torch._disable_dynamo
     def load_state_dict(self, state_dict: Any) -> None:
-<<<<<<< HEAD
         """Load a state. Slots keep their saved dtypes, and parameters take the saved keys.
 
         Parameters are matched by name if both sides have names, else by position.
-=======
-        """Load a state. Dtypes stay as saved, parameters are matched by name if both sides have names, and keys are the saved ones.
->>>>>>> up
 
         Raises:
             CheckpointError: The state belongs to another spec or another model. The optimizer is then unchanged.

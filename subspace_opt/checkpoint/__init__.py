@@ -1,8 +1,4 @@
-<<<<<<< HEAD
 """Checkpoints: how a saved state dictionary is matched with an optimizer, and the versions of its layout.
-=======
-"""Checkpoints: state dictionaries in, their versions, and how they are matched with an optimizer.
->>>>>>> up
 
 In: a saved state dictionary and this optimizer's plan. Out: state and groups ready to load, or a `CheckpointError` that names the first
 differences. Nothing changes before everything is checked.

@@ -1,8 +1,4 @@
-<<<<<<< HEAD
 """Keys of parameters: the words that seed their random draws and spread their refreshes.
-=======
-"""Keys of parameters: the words that their random draws and refresh steps come from.
->>>>>>> up
 
 A parameter's key is its canonical name when the optimizer is built, or `group0.param1` if it has no name. Loading a checkpoint gives it the
 key under which its state was made, and it keeps that key for the rest of the run, whatever its name is. Groups and checkpoints carry
@@ -23,13 +19,8 @@ def names_in(groups: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """The names of every group's parameters: those given, or `group0.param1`.
 
     `torch.distributed.checkpoint` lists a group's parameters by qualified name in the order of the optimizer that loads. The list
-<<<<<<< HEAD
     `param_names` beside it has the order of the optimizer that saved. The qualified names give the order if both lists hold the same names,
     or if their lengths differ.
-=======
-    `param_names` beside it has the order of the optimizer that saved. The qualified names decide if both lists hold the same names, or if
-    they differ in length.
->>>>>>> up
     """
     out = []
     for g, group in enumerate(groups):
@@ -55,11 +46,7 @@ def keys_in(groups: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 
 def saved_keys(groups: Sequence[Mapping[str, Any]]) -> dict[Any, str]:
-<<<<<<< HEAD
     """The key of every saved parameter, by the id that the checkpoint gives it.
-=======
-    """Key by saved parameter id.
->>>>>>> up
 
     Raises:
         CheckpointError: `keys` is no mapping of strings to strings, or two parameters share a key.

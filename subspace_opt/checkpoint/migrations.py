@@ -18,11 +18,7 @@ def _with_version(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _with_keys(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
-<<<<<<< HEAD
     """From 1 to 2: a group may carry `keys`. In version 1 the key was always the name. A missing entry means that, too."""
-=======
-    """From 1 to 2: a group may carry `keys`. In version 1 every parameter's key was its name, which is what a missing entry means."""
->>>>>>> up
     return state_dict
 
 

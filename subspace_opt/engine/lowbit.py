@@ -70,13 +70,9 @@ def coded(value: Tensor, how: Codes) -> Tensor:
 def _with_lowest(made: Any, numbers: Tensor, astray: Tensor) -> None:
     """Correct the scales of the blocks in `astray`, whose largest magnitude belongs to the lowest entry of the code table.
 
-<<<<<<< HEAD
     The table's highest entry is 1, and its lowest entry has a magnitude below 1. The scale of such a block is its largest magnitude
-    divided by the magnitude of the lowest entry, up to rounding. The neighbouring floating-point numbers are tried until one gives the numbers back.
-=======
-    The table's highest entry is 1 and the magnitude of its lowest is less. The scale of such a block is its largest magnitude divided by
-    that entry, up to rounding. The neighbouring floating-point numbers are tried until one gives the numbers back.
->>>>>>> up
+    divided by the magnitude of the lowest entry, up to rounding. The neighbouring floating-point numbers are tried until one gives the
+    numbers back.
     """
     from torchao.optim.quant_utils import quantize_4bit_with_qmap, quantize_8bit_with_qmap
 
