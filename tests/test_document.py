@@ -274,9 +274,9 @@ MANY = "more than 20,000 values; a spec has a few dozen, so check that this is t
     ids=lambda value: value[:12] if isinstance(value, str) else None,
 )
 def test_a_hostile_text_is_refused_quickly(text: str, format: str, message: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     assert refusal(text, format) == message
-    assert time.perf_counter() - start < 2  # a second on an idle machine
+    assert time.process_time() - start < 4  # CPU seconds; the slowest text takes about one on an idle machine
 
 
 def test_depth_of_exactly_the_limit_is_read() -> None:
