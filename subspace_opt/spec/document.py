@@ -36,7 +36,7 @@ class Document:
     positions: dict[tuple[str | int, ...], tuple[int, int]] = field(default_factory=dict, repr=False, compare=False)
 
     def locate(self, path: tuple[str | int, ...]) -> str:
-        """`file:line:column` of the deepest entry on `path` that exists: the position of its key, or of the item of a list."""
+        """`file:line:column` of the deepest existing entry on `path`: the position of its key, or of the item of a list."""
         for length in range(len(path), -1, -1):
             if path[:length] in self.positions:
                 line, column = self.positions[path[:length]]
