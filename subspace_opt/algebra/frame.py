@@ -106,14 +106,14 @@ class Frame(Shaped):
 
     def _finish(self, update: Linear, g: Tensor, new: State, step: Step) -> Linear:
         """The rules on the whole update, in the weight's own orientation."""
-        update, g = (update.mT, g.mT) if self.turned else (update, g)
+        update = update.mT if self.turned else update
         for key, rule, traits in self._rules["finish"]:
             if traits.lazy:
-                update, state = _apply_lazily(rule, update, Linear.of(g), part(key, new), step)
+                update, state = _apply_lazily(rule, update, self._oriented(g) if traits.reads_grad else g, part(key, new), step)
             else:
                 u = update.dense()
                 spare = not any(same_storage(u, other) for other in (g, *new.values()))
-                out, state = rule.apply(u, g, part(key, new), step._replace(spare=spare))
+                out, state = rule.apply(u, self._oriented(g), part(key, new), step._replace(spare=spare))
                 update = Linear.of(out)
             store(key, state, new)
         return update
@@ -238,7 +238,7 @@ class Frame(Shaped):
         return x.mT if self.turned else x
 
 
-def _apply_lazily(rule: Any, x: Linear, g: Linear, state: State, step: Step) -> tuple[Linear, State]:
+def _apply_lazily(rule: Any, x: Linear, g: Linear | Tensor, state: State, step: Step) -> tuple[Linear, State]:
     out, new = rule.apply(x, g, state, step)
     return (out if isinstance(out, Linear) else Linear.of(out)), new
 

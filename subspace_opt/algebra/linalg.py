@@ -131,14 +131,20 @@ def divisor(size: Tensor) -> Tensor:
     return torch.where(size == 0, torch.ones_like(size), size)
 
 
-def ratio(a: Tensor | float, size: Tensor) -> Tensor:
-    """`a / size`, and 0 if that overflows: a size of 0 or a subnormal size makes no infinite number."""
-    found: Tensor = a / size
+SAFE = 1e-20  # an eps from which a quotient cannot overflow
+
+
+def ratio(a: Tensor | float, size: Tensor, eps: float) -> Tensor:
+    """`a / (size + eps)`; with an eps near 0, a quotient that overflows is 0: a size of 0 or a subnormal size makes no infinite number."""
+    if eps >= SAFE:
+        plain: Tensor = a / (size + eps)
+        return plain
+    found: Tensor = a / (size + eps if eps else size)
     return found.masked_fill(found.isinf(), 0.0)
 
 
 def quotient(x: Tensor, size: Tensor) -> Tensor:
-    """`X / size` entry by entry, and 0 for an entry whose size is 0 or whose quotient overflows."""
+    """`X / size` entry by entry; 0 for an entry whose size is 0 or whose quotient overflows."""
     found: Tensor = x / size
     return found.masked_fill(found.isinf() | (size == 0), 0.0)
 
@@ -151,7 +157,7 @@ def unit(x: Tensor) -> Tensor:
 def unit_columns(x: Tensor, eps: float) -> Tensor:
     """Every column divided by its norm plus eps; with eps 0, a column of 0 stays 0."""
     size: Tensor = torch.linalg.vector_norm(x, dim=-2, keepdim=True)
-    return quotient(x, size) if eps == 0 else x / (size + eps)
+    return quotient(x, size + eps) if eps < SAFE else x / (size + eps)
 
 
 # ------------------------------------------------------------------------------------------------------------ decompositions

@@ -49,7 +49,7 @@ def take_step(work: list[Work], options: Options, memory: Memory, failures: dict
 def compute(work: list[Work], options: Options, memory: Memory, errors: dict[str, Exception]) -> None:
     """Make updates and new state; add failed decompositions to `errors`, by parameter."""
     # Sorted, because round-off within a batched product depends on the place in it, and the order of parameters must not matter.
-    work = sorted(work, key=lambda item: item.name)
+    work = sorted(work, key=lambda item: item.key)
     for stack in stacks(update_by_kernels(work), options, memory):
         _advance(stack, options, memory, errors)
 
@@ -173,7 +173,7 @@ def _computed(frame: Frame, given: _Inputs) -> tuple[Linear | None, State]:
     if step.first and frame.primes:
         return None, frame.prime(given.grad, given.weight, given.state, step)
     update, new = frame.update(given.grad, given.weight, given.state, step)
-    if given.sound and not step.in_place and (step.refresh or decomposes(frame)) and not update.is_finite():
+    if given.sound and not step.in_place and (step.refresh or decomposes(frame)) and not update.is_finite(given.grad):
         raise torch.linalg.LinAlgError("the update holds NaN or infinity although the gradient does not")
     return update, new
 

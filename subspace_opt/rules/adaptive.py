@@ -22,11 +22,11 @@ def precondition(x: Tensor, v: Tensor, correction: Tensor | float, eps: float, e
     # In place on its own temporaries: a pass over memory costs more than the arithmetic.
     if eps_inside:
         root = (v + eps).div_(correction).sqrt_()
-        return linalg.quotient(x, root) if eps == 0 else x / root
+        return linalg.quotient(x, root) if eps < linalg.SAFE else x / root
     root = v.sqrt()
     if not isinstance(correction, float) or correction != 1.0:
         root.div_(correction**0.5)
-    return linalg.quotient(x, root) if eps == 0 else torch.div(x, root.add_(eps), out=root)
+    return linalg.quotient(x, root.add_(eps)) if eps < linalg.SAFE else torch.div(x, root.add_(eps), out=root)
 
 
 @register
@@ -57,7 +57,7 @@ class Adam(Rule):
         return RuleTraits(scale_free=True, elementwise=True, by_rows=True)
 
     def kernel(self) -> Kernel | None:
-        return self._update_in_place if self.debias and self.beta1 > 0 and self.eps > 0 and not self.eps_inside else None
+        return self._update_in_place if self.debias and self.beta1 > 0 and self.eps >= linalg.SAFE and not self.eps_inside else None
 
     def _update_in_place(
         self, weights: list[Tensor], grads: list[Tensor], states: dict[str, list[Tensor]], t: int, lr: float | Tensor, decay: float
@@ -94,7 +94,7 @@ class Adam(Rule):
 
     def _fits(self, x: Tensor, grad: Tensor, state: State) -> bool:
         """True if PyTorch's fused kernel can make the update; the kernel takes one tensor as signal and gradient."""
-        plain = x is grad and x.device.type in linalg.FUSED and self.beta1 > 0 and self.eps > 0 and not self.eps_inside
+        plain = x is grad and x.device.type in linalg.FUSED and self.beta1 > 0 and self.eps >= linalg.SAFE and not self.eps_inside
         return plain and all(v.dtype == x.dtype and v.is_contiguous() for v in (x, *state.values()))
 
     def _in_one_pass(self, x: Tensor, state: State, clock: Tensor, step: Step) -> tuple[Tensor, State]:

@@ -76,7 +76,7 @@ class SubsetNorm(Rule):
         return self._divided(x.reshape(b, -1, size), root.unsqueeze(-1), step).reshape(b, m, n), {"exp_avg_sq": s}
 
     def _divided(self, x: Tensor, root: Tensor, step: Step) -> Tensor:
-        if self.eps == 0:
+        if self.eps < linalg.SAFE:
             return linalg.quotient(x, root)
         return x.div_(root) if step.spare else x / root
 

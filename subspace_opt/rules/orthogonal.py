@@ -97,7 +97,6 @@ class Muon(Orthogonalize):
     def apply(self, x: Tensor, grad: Tensor, state: State, step: Step) -> tuple[Tensor, State]:
         o = self.orthogonalized(x)
         if self.norm == "rms":
-            size = linalg.norm(o) + self.norm_eps
-            factor = linalg.ratio(math.sqrt(x.size(-2) * x.size(-1)), size)
+            factor = linalg.ratio(math.sqrt(x.size(-2) * x.size(-1)), linalg.norm(o), self.norm_eps)
             o = o.mul_(factor) if o is not x else o * factor
         return o, {}

@@ -48,8 +48,8 @@ class MatchInside(Rule):
             raise ValueError("`match_inside` belongs in `complement`, beside a rule `inside` a subspace")
         update, inner = step.inside.update, step.inside.grad
         if self.per == "matrix":
-            return x * linalg.ratio(linalg.norm(update), linalg.norm(inner) + self.eps), {}
-        return x * linalg.ratio(update.norm(dim=-1, keepdim=True), inner.norm(dim=-1, keepdim=True) + self.eps), {}
+            return x * linalg.ratio(linalg.norm(update), linalg.norm(inner), self.eps), {}
+        return x * linalg.ratio(update.norm(dim=-1, keepdim=True), inner.norm(dim=-1, keepdim=True), self.eps), {}
 
 
 @register

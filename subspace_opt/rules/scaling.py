@@ -25,8 +25,7 @@ class RmsNormalize(Rule):
         return RuleTraits(scale_free=True, reads_grad=False, lazy=True, measures=True)
 
     def apply(self, x: S, grad: S, state: State, step: Step) -> tuple[S, State]:
-        size = linear.norm(x) + self.eps
-        return x * linalg.ratio(self.scale * math.sqrt(x.size(-2) * x.size(-1)), size), {}
+        return x * linalg.ratio(self.scale * math.sqrt(x.size(-2) * x.size(-1)), linear.norm(x), self.eps), {}
 
 
 @register
@@ -85,11 +84,10 @@ class NormGrowth(Rule):
         return RuleTraits(reads_grad=False, lazy=True, measures=True)
 
     def apply(self, x: S, grad: S, state: State, step: Step) -> tuple[S, State]:
-        size, before = linear.norm(x), state["norm"][:, None, None]
-        allowed = self.gamma * (before + self.eps)
-        limited = (before > 0) & (before >= self.restart * size) & (size > allowed)
-        shrink = torch.where(limited, linalg.ratio(allowed, size), torch.ones_like(size))
-        return x * shrink, {"norm": (size * shrink)[:, 0, 0]}
+        size, before = linear.norm(x), state["norm"].view(-1, 1, 1)
+        limit = ((before + self.eps) * self.gamma / size).clamp_max(1.0)
+        shrink = torch.where(before > self.restart * size, limit, 1.0)
+        return x * shrink, {"norm": (size * shrink).view(-1)}
 
 
 @register
