@@ -1,4 +1,4 @@
-"""The only file that imports torch.distributed: groups of ranks, shards of DTensors, all-to-all exchanges, state as DTensors."""
+"""The only file of this package that imports torch.distributed: groups of ranks, shards of DTensors, all-to-all, state as DTensors."""
 
 from __future__ import annotations
 

@@ -17,8 +17,8 @@ The flow, from this rank's shards of the gradients to this rank's shards of the 
        e  scatter_bases    The owner sends every rank its rows of the new basis.
        f  close, report    Counters advance; failed decompositions are reported on all ranks.
 
-The exchange of the next bucket runs while the current one is computed. All ranks run the same collectives in the same order, whichever
-gradients they have.
+The exchange of the next bucket runs while the current one is computed. All ranks run the same collectives in the same order,
+even if some of them have no gradient.
 """
 
 from __future__ import annotations

@@ -151,7 +151,7 @@ def load(
     Everything is read, verified and compared before model or optimizer change.
 
     Raises:
-        SnapshotError: there is no snapshot; a file is missing, unknown, truncated or damaged; the model or the optimizer is another.
+        SnapshotError: there is no snapshot; a file is missing, unknown, truncated or damaged; model or optimizer do not match.
         CheckpointError: the optimizer's state belongs to another spec or version.
     """
     _finish_pending()
