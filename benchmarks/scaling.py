@@ -191,7 +191,7 @@ def check_writable(path: Path | None, option: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
     except OSError as error:
-        raise typer.BadParameter(f"{path} cannot be written: {error.strerror}", param_hint=option) from None
+        raise typer.BadParameter(f"{path} cannot be written ({error.strerror}); choose another path", param_hint=option) from None
 
 
 def main(
