@@ -2,7 +2,8 @@
 # again only when pyproject.toml or constraints.txt has changed.
 #
 #   make demo     train the same small model with several optimizers and compare them
-#   make test     all tests
+#   make test     all tests, and which of them took longest
+#   make test-quick   a selection of them for while you work, in about a minute
 #   make check    lint, format, types
 #   make docs     the documentation, in site/
 #   make clean    remove what was built; .venv stays (to start over: rm -rf .venv)
@@ -17,14 +18,17 @@ WORKERS ?= 2
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test check docs clean
+.PHONY: demo test test-quick check docs clean
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
 	$(BIN)/subspace-opt demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -n $(WORKERS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=20
+
+test-quick: $(READY)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --quick
 
 check: $(READY)
 	$(BIN)/ruff check .

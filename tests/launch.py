@@ -1,4 +1,7 @@
-"""Ranks as processes: forked from a server that has torch imported, so that fifty of them start in seconds; none outlives its test."""
+"""Ranks that a test starts for itself, to kill them: forked from a server that has torch imported, so that fifty of them start in seconds.
+
+For ranks that live on, see `pool.py`.
+"""
 
 from __future__ import annotations
 
@@ -80,15 +83,3 @@ def end(processes: list[Process], kill: bool = False) -> list[int]:
     if late:
         raise TimeoutError(f"{len(late)} ranks did not end")
     return [process.exitcode for process in processes]
-
-
-def on_ranks(function: Callable[..., Any], size: int, *args: Any) -> list[Any]:
-    """The one message that each rank sends."""
-    processes, pipes = start(function, size, *args)
-    try:
-        found = [received(pipe) for pipe in pipes]
-        codes = end(processes)
-    finally:
-        end(processes, kill=True)
-    assert codes == [0] * len(codes), f"exit codes {codes}; what the ranks wrote is in the captured output"
-    return found

@@ -22,7 +22,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from common import RANK, Params, gradient, parameters, same, small
-from launch import end, on_ranks, received, start
+from launch import end, received, start
+from pool import run_ranks
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -635,19 +636,18 @@ def test_a_save_that_failed_in_the_background_is_told_once(
 
 # -------------------------------------------------------------------------------------------------------------------- several ranks
 
-Send = Callable[[Any], None]
 SEVERAL = [(kind, wrap) for kind in OPTIMIZERS for wrap in ("plain", "ddp", "sharded") if wrap != "sharded" or kind in SHARDED]
 
 
-def saves(rank: int, size: int, send: Send, folder: str, cases: list[tuple[str, str]]) -> None:
+def saves(folder: str, cases: list[tuple[str, str]]) -> str:
     for kind, wrap in cases:
         model, optimizer = made(kind, wrap)
         run(model, optimizer, range(3))
-        snapshots.save(f"{folder}/{kind}-{wrap}", model, optimizer, step=3, extra=EXTRA if rank == 0 else None)
-    send("done")
+        snapshots.save(f"{folder}/{kind}-{wrap}", model, optimizer, step=3, extra=EXTRA if dist.get_rank() == 0 else None)
+    return "done"
 
 
-def loads(rank: int, size: int, send: Send, folder: str, cases: list[tuple[str, str, str]]) -> None:
+def loads(folder: str, cases: list[tuple[str, str, str]]) -> list[tuple[int, Any, Saved, Saved]]:
     """What is loaded, and what it is two steps later."""
     out = []
     for kind, saved, wrap in cases:
@@ -656,7 +656,7 @@ def loads(rank: int, size: int, send: Send, folder: str, cases: list[tuple[str, 
         loaded = whole(model, optimizer)
         run(model, optimizer, range(3, 5))
         out.append((found.step, found.extra["epoch"], loaded, whole(model, optimizer)))
-    send(out)
+    return out
 
 
 @cache
@@ -669,16 +669,17 @@ def alone(kind: str, steps: int) -> Saved:
 
 @pytest.mark.slow
 def test_another_number_of_ranks_loads_it(tmp_path: Path) -> None:
-    """Saved on two ranks, loaded on one, two and three, each with and without wrappers, and equal to one process throughout."""
-    assert on_ranks(saves, 2, str(tmp_path), SEVERAL) == ["done"] * 2
+    """Saved on two ranks; loaded here and on two and three ranks, with and without wrappers; equal to one process throughout."""
+    assert run_ranks(2, saves, str(tmp_path), SEVERAL) == ["done"] * 2
     for kind, wrap in SEVERAL:
         found = manifest.choose(tmp_path / f"{kind}-{wrap}", None)[1]
         assert found.world_size == 2
         assert {"__0_0.distcp", "__1_0.distcp"} <= set(found.files)
-    for size in (0, 2, 3):  # 0: torch.distributed is not initialized
+    assert not dist.is_initialized()
+    for size in (0, 2, 3):  # 0: in this process
         targets = ("plain", "ddp", "sharded") if size else ("plain",)
         cases = [(kind, wrap, target) for kind, wrap in SEVERAL for target in targets if target != "sharded" or kind in SHARDED]
-        for answers in on_ranks(loads, size, str(tmp_path), cases):
+        for answers in run_ranks(size, loads, str(tmp_path), cases) if size else [loads(str(tmp_path), cases)]:
             for case, (step, epoch, loaded, later) in zip(cases, answers, strict=True):
                 assert (step, epoch) == (3, 3), case
                 compare = near if case[0] in ROUNDED and "sharded" in case else same
@@ -686,17 +687,17 @@ def test_another_number_of_ranks_loads_it(tmp_path: Path) -> None:
                 assert compare(later, alone(case[0], 5)), case
 
 
-def with_the_wrappers_names(rank: int, size: int, send: Send, folder: str) -> None:
+def with_the_wrappers_names(folder: str) -> Saved:
     model = nn.parallel.DistributedDataParallel(Model())
     optimizer = OPTIMIZERS["cosmos"](model.named_parameters())
     assert optimizer.param_groups[0]["param_names"][0] == "module.embed"
     run(model, optimizer, range(3))
     snapshots.save(folder, model, optimizer, step=3)
-    send(whole(model, optimizer))
+    return whole(model, optimizer)
 
 
 def test_an_optimizer_that_was_made_of_a_wrapped_model_is_matched_too(tmp_path: Path) -> None:
-    (saved,) = on_ranks(with_the_wrappers_names, 1, str(tmp_path))
+    (saved,) = run_ranks(1, with_the_wrappers_names, str(tmp_path))
     model, optimizer = made("cosmos", seed=7)
     snapshots.load(tmp_path, model, optimizer)
     assert same(whole(model, optimizer), saved)
@@ -716,88 +717,84 @@ def test_a_load_between_backward_and_step_keeps_the_gradients(tmp_path: Path, ki
     assert same(whole(again, fresh), whole(model, optimizer))
 
 
-def loads_with_gradients(rank: int, size: int, send: Send, folder: str) -> None:
+def loads_with_gradients(folder: str) -> tuple[Saved, bool]:
     model, optimizer = made("AdamW", "sharded", seed=7)
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     snapshots.load(folder, model, optimizer)
-    send((whole(model, optimizer), all(isinstance(s["exp_avg"], DTensor) for s in optimizer.state.values())))
+    return whole(model, optimizer), all(isinstance(s["exp_avg"], DTensor) for s in optimizer.state.values())
 
 
 def test_state_is_sharded_as_its_parameter_where_the_optimizer_has_none_yet(tmp_path: Path) -> None:
     model, optimizer = made("AdamW")
     run(model, optimizer, range(3))
     snapshots.save(tmp_path, model, optimizer, step=3)
-    for loaded, sharded in on_ranks(loads_with_gradients, 2, str(tmp_path)):
+    for loaded, sharded in run_ranks(2, loads_with_gradients, str(tmp_path)):
         assert sharded
         assert same(loaded, alone("AdamW", 3))
 
 
-def is_refused(rank: int, size: int, send: Send, folder: str) -> None:
+def is_refused(folder: str) -> tuple[str, bool]:
     model, optimizer = made("AdamW", "sharded", seed=7)
     run(model, optimizer, range(1))
     before = whole(model, optimizer)
-    try:
+    with pytest.raises(SnapshotError) as caught:
         snapshots.load(folder, model, optimizer)
-    except SnapshotError as error:
-        send((str(error), same(whole(model, optimizer), before)))
+    return str(caught.value), same(whole(model, optimizer), before)
 
 
 def test_all_ranks_refuse_what_one_has_found(tmp_path: Path) -> None:
     """Each file is verified by one of them."""
-    on_ranks(saves, 2, str(tmp_path), [("AdamW", "sharded")])
+    run_ranks(2, saves, str(tmp_path), [("AdamW", "sharded")])
     folder = tmp_path / "AdamW-sharded"
     for file in ("__0_0.distcp", "__1_0.distcp"):
         flip(folder / "step-00000003" / file)
-        answers = on_ranks(is_refused, 2, str(folder))
+        answers = run_ranks(2, is_refused, str(folder))
         assert answers[0] == answers[1]
         assert f"cannot be loaded: {file} is damaged" in answers[0][0]
         assert answers[0][1]
         flip(folder / "step-00000003" / file)
 
 
-def one_is_of_another_spec(rank: int, size: int, send: Send, folder: str) -> None:
-    model, optimizer = made("galore" if rank else "cosmos", seed=7)
+def one_is_of_another_spec(folder: str) -> tuple[str, bool]:
+    model, optimizer = made("galore" if dist.get_rank() else "cosmos", seed=7)
     before = whole(model, optimizer)
-    try:
+    with pytest.raises(CheckpointError) as caught:
         snapshots.load(folder, model, optimizer)
-    except CheckpointError as error:
-        send((str(error), same(whole(model, optimizer), before)))
+    return str(caught.value), same(whole(model, optimizer), before)
 
 
 def test_no_rank_loads_what_another_cannot_take(tmp_path: Path) -> None:
     model, optimizer = made("cosmos")
     run(model, optimizer, range(1))
     snapshots.save(tmp_path, model, optimizer, step=1)
-    (told, unchanged), (found, also) = on_ranks(one_is_of_another_spec, 2, str(tmp_path))
+    (told, unchanged), (found, also) = run_ranks(2, one_is_of_another_spec, str(tmp_path))
     assert "rank 1: CheckpointError: the checkpoint has spec 'cosmos' and this optimizer has 'galore'" in told
     assert found.startswith("the checkpoint has spec 'cosmos' and this optimizer has 'galore'")
     assert unchanged
     assert also
 
 
-def one_disk_is_full(rank: int, size: int, send: Send, folder: str) -> None:
+def one_disk_is_full(folder: str) -> tuple[str, list[int]]:
     model, optimizer = made("AdamW", "sharded")
     snapshots.save(folder, model, optimizer, step=1)
-    write = dcp.FileSystemWriter.write_data
-    if rank == 1:
-        dcp.FileSystemWriter.write_data = no_space  # type: ignore[method-assign]
-    try:
-        snapshots.save(folder, model, optimizer, step=2)
-    except SnapshotError as error:
-        dcp.FileSystemWriter.write_data = write  # type: ignore[method-assign]
-        snapshots.save(folder, model, optimizer, step=3)
-        send((str(error), snapshots.complete(folder)))
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == 1:
+            patch.setattr(dcp.FileSystemWriter, "write_data", no_space)
+        with pytest.raises(SnapshotError) as caught:
+            snapshots.save(folder, model, optimizer, step=2)
+    snapshots.save(folder, model, optimizer, step=3)
+    return str(caught.value), snapshots.complete(folder)
 
 
 def test_all_ranks_are_told_that_one_could_not_write(tmp_path: Path) -> None:
-    for text, steps in on_ranks(one_disk_is_full, 2, str(tmp_path)):
+    for text, steps in run_ranks(2, one_disk_is_full, str(tmp_path)):
         assert "step 2 could not be saved" in text
         assert "rank 1: OSError: [Errno 28] No space left on device" in text
         assert steps == [1, 3]
 
 
-def in_the_background(rank: int, size: int, send: Send, folder: str) -> None:
+def in_the_background(folder: str) -> tuple[list[str], list[int], Saved]:
     model, optimizer = made("AdamW", "sharded")
     run(model, optimizer, range(3))
     refusals = []
@@ -815,11 +812,11 @@ def in_the_background(rank: int, size: int, send: Send, folder: str) -> None:
     snapshots.async_save(folder, model, optimizer, step=20, process_group=own)
     again, fresh = made("AdamW", "sharded", seed=7)
     snapshots.load(folder, again, fresh, step=3)
-    send((refusals, snapshots.complete(folder), whole(again, fresh)))
+    return refusals, snapshots.complete(folder), whole(again, fresh)
 
 
 def test_several_ranks_save_in_the_background_on_a_group_of_their_own(tmp_path: Path) -> None:
-    for refusals, steps, loaded in on_ranks(in_the_background, 2, str(tmp_path)):
+    for refusals, steps, loaded in run_ranks(2, in_the_background, str(tmp_path)):
         assert len(refusals) == 2
         assert all("needs a process group that training does not use: make one once" in text for text in refusals)
         assert steps == [3, 20]
@@ -827,20 +824,20 @@ def test_several_ranks_save_in_the_background_on_a_group_of_their_own(tmp_path: 
 
 
 def test_fsdp_of_the_first_kind_is_refused(tmp_path: Path) -> None:
-    (answer,) = on_ranks(wraps_flat, 1, str(tmp_path))
+    (answer,) = run_ranks(1, wraps_flat, str(tmp_path))
     assert "snapshots support fully_shard (FSDP2)" in answer
 
 
-def wraps_flat(rank: int, size: int, send: Send, folder: str) -> None:
+def wraps_flat(folder: str) -> str:
     model = FullyShardedDataParallel(nn.Linear(4, 4), device_id=torch.device("cpu"))
-    try:
+    with pytest.raises(SnapshotError) as caught:
         snapshots.save(folder, model, torch.optim.AdamW(model.parameters()), step=1)
-    except SnapshotError as error:
-        send(str(error))
+    return str(caught.value)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------- kills
 
+Send = Callable[[Any], None]
 KILLS = {"save": 20, "async_save": 15, "two ranks": 15}
 
 
