@@ -61,6 +61,7 @@ class BackwardOptimizer(SubspaceOptimizer):
             hook.remove()
         self._hooks.clear()
 
+    @torch._disable_dynamo  # a compiled training step may run this hook inside backward()
     def _on_gradient(self, p: Tensor) -> None:
         """Use the complete gradient of `p`, and free it."""
         with self._lock, torch.no_grad():

@@ -44,6 +44,9 @@ def test_groups_and_tensors_cannot_be_mixed() -> None:
 
 # ------------------------------------------------------------------------------------------------------------------ compilation
 
+# Dynamo itself asks the loss, which is no leaf, for its gradient.
+as_dynamo_warns = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+
 
 def network() -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
@@ -81,24 +84,32 @@ def weights_after(preset: str, compiled: str, make: Callable[..., Any] = ordinar
     return [p.detach().clone() for p in model.parameters()]
 
 
-@pytest.mark.parametrize("preset", ["adamw", "cosmos", "galore", "dion"])
+@pytest.mark.slow
+@as_dynamo_warns
+@pytest.mark.parametrize("preset", ["adamw", "cosmos"])
 @pytest.mark.parametrize("compiled", ["step", "training step"])
 def test_a_compiled_step_is_the_step(preset: str, compiled: str) -> None:
     for a, b in zip(weights_after(preset, ""), weights_after(preset, compiled), strict=True):
         assert torch.equal(a, b)
 
 
+@pytest.mark.slow
+@as_dynamo_warns
 def test_a_compiled_training_step_has_compiled_gradients_and_the_same_update() -> None:
     for a, b in zip(weights_after("cosmos", ""), weights_after("cosmos", "training step", backend="aot_eager"), strict=True):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.slow
+@as_dynamo_warns
 @pytest.mark.parametrize("compiled", ["step", "training step"])
 def test_a_compiled_step_ends_an_iteration_of_updates_in_backward(compiled: str) -> None:
     for a, b in zip(weights_after("cosmos", "", step_in_backward), weights_after("cosmos", compiled, step_in_backward), strict=True):
         assert torch.equal(a, b)
 
 
+@pytest.mark.slow
+@as_dynamo_warns
 def test_a_compiled_step_takes_a_closure() -> None:
     ends = []
     for compiled in (False, True):
@@ -111,7 +122,7 @@ def test_a_compiled_step_takes_a_closure() -> None:
             opt.zero_grad()
             loss = model(x).square().mean()
             loss.backward()
-            return float(loss)
+            return float(loss.detach())
 
         losses = [step(closure) for _ in range(2)]
         ends.append((losses, [p.detach().clone() for p in model.parameters()]))
