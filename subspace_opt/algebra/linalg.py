@@ -136,11 +136,8 @@ SAFE = 1e-20  # an eps from which a quotient cannot overflow
 
 def ratio(a: Tensor | float, size: Tensor, eps: float) -> Tensor:
     """`a / (size + eps)`; with an eps near 0, a quotient that overflows is 0: a size of 0 or a subnormal size makes no infinite number."""
-    if eps >= SAFE:
-        plain: Tensor = a / (size + eps)
-        return plain
-    found: Tensor = a / (size + eps if eps else size)
-    return found.masked_fill(found.isinf(), 0.0)
+    found: Tensor = a / (size + eps)
+    return found if eps >= SAFE else found.masked_fill(found.isinf() | (size == 0), 0.0)
 
 
 def quotient(x: Tensor, size: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .linalg import addmm, eigh, mm, norm, svd, symmetric, unit
+from .linalg import SAFE, addmm, divisor, eigh, mm, norm, svd, symmetric, unit
 
 Polynomial = tuple[float, float, float]
 
@@ -100,7 +100,9 @@ def newton_schulz(
         dtype: In which to iterate (default: that of `x`). The result has it too, and may be laid out by columns.
     """
     dtype = dtype or x.dtype
-    size = norm(x)
+    if eps < SAFE:  # a norm whose squares vanish would be divided by
+        x = unit(x)
+    size = divisor(norm(x)) if eps < SAFE else norm(x)
     size = size.clamp_min(eps) if floor else size + eps
     # Not as a factor in the first polynomial, which would save a pass: oneDNN compiles a product anew for every number it is scaled by.
     if dtype == torch.bfloat16 and x.dtype == torch.float32:  # of the same range, so it can be divided where it is half as large

@@ -60,5 +60,7 @@ class Learned(LowRank):
         count = step.t - 1  # the first basis is not a step of AdamW
         m = state["exp_avg"].lerp(slope, 1 - self.beta1)
         v = state["exp_avg_sq"] * self.beta2 + slope * slope * (1 - self.beta2)
-        update = m / (1 - self.beta1**count) / ((v / (1 - self.beta2**count)).sqrt() + self.eps)
+        root = (v / (1 - self.beta2**count)).sqrt() + self.eps
+        mean = m / (1 - self.beta1**count)
+        update = linalg.quotient(mean, root) if self.eps < linalg.SAFE else mean / root
         return {"basis": u * (1 - self.lr * self.weight_decay) - self.lr * update, "exp_avg": m, "exp_avg_sq": v}, None
