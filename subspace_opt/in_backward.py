@@ -99,11 +99,11 @@ class BackwardOptimizer(SubspaceOptimizer):
         for key in self._updated & places.keys():
             if places[key][1].grad is not None:
                 _refuse_second(places[key][2].entry.name)
-        self._count_empty_steps(bool(self._updated) or any(place[1].grad is not None for place in places.values()))
         # Distributed parameters take part on every rank, since another rank may have a gradient.
         shardings = self._shardings()
         left = [place for key, place in places.items() if key not in self._updated and (place[1].grad is not None or key in shardings)]
         work, sharded = self._ready(left)
+        self._count_empty_steps(bool(self._updated or sharded) or any(place[1].grad is not None for place in left))
         for group, taken in zip(self.param_groups, self._refreshing, strict=True):
             group["refresh"] = group["refresh"] and not taken  # a refresh asked for during this iteration is for the next one
         self._places, self._updated = None, set()

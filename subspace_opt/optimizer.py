@@ -160,14 +160,14 @@ class SubspaceOptimizer(PlannedOptimizer):
     @torch._disable_dynamo  # under torch.compile, a step runs as ordinary code between two graphs
     def _advance(self) -> None:
         """Make the updates of one step."""
-        self._count_empty_steps(any(p.grad is not None for group in self.param_groups for p in group["params"]))
         work, sharded = self._ready(self._planned_parameters())
+        self._count_empty_steps(bool(sharded) or any(p.grad is not None for group in self.param_groups for p in group["params"]))
         for group in self.param_groups:
             group["refresh"] = False
         self._update(work, sharded)
 
     def _count_empty_steps(self, has_gradient: bool) -> None:
-        """Warn, once, when steps in a row find no gradient. Each rank looks at its own parameters; nothing is exchanged."""
+        """Warn, once, when steps in a row find no gradient. For distributed parameters that means: on no rank."""
         self._empty_steps = 0 if has_gradient else self._empty_steps + 1
         if self._empty_steps == EMPTY_STEPS and not self._has_warned and any(group["params"] for group in self.param_groups):
             self._has_warned = True

@@ -14,7 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from common import PRESETS, copied, flat, give, optimizer, parameters, train
+from pool import run_ranks
+from ranks import make_zoo, mesh_of, place
 from torch import Tensor, nn
 
 import subspace_opt
@@ -445,6 +448,24 @@ def test_the_usual_causes_are_found(cause: str) -> None:
             opt.zero_grad()
         seen += warned(opt, 1)
     assert len(seen) == 1
+
+
+def warnings_on_this_rank(gradients: tuple[int, ...]) -> int:
+    """How often a run warns on this rank if only some ranks have a gradient, of one sharded parameter."""
+    model = place(make_zoo(), "fsdp", mesh_of("fsdp", dist.get_world_size()))
+    opt = build("cosmos", model, lr=1e-3)
+    count = 0
+    for _ in range(EMPTY_STEPS + 1):
+        p = model.square.weight
+        p.grad = torch.ones_like(p) if dist.get_rank() in gradients else None
+        count += len(warned(opt, 1))
+    return count
+
+
+@pytest.mark.slow
+def test_ranks_without_a_gradient_warn_only_if_no_rank_has_one() -> None:
+    assert run_ranks(2, warnings_on_this_rank, ()) == [1, 1]
+    assert run_ranks(2, warnings_on_this_rank, (0,)) == [0, 0]
 
 
 def test_an_optimizer_without_parameters_does_not_warn() -> None:
