@@ -64,6 +64,10 @@ class SubspaceOptimizer(PlannedOptimizer):
         ValueError: A bad lr or weight decay, an unknown key in a group, a complex parameter, or two parameters with one name.
     """
 
+    _planned: tuple[Any, Plan] | None = None
+    _placed: tuple[Any, Plan, dict[int, tuple[RankGroup, Sharding]]] | None = None
+    _mesh_groups: MeshGroups | None = None
+    _process_group: ProcessGroup | None = None
     _empty_steps = 0  # in a row, until now
     _has_warned = False
 
@@ -90,35 +94,20 @@ class SubspaceOptimizer(PlannedOptimizer):
         self._overrides = dict(overrides or {})
         self._modules = dict(modules or {})
         self._strict = strict
-        self._options = Options(
-            arguments.chosen("nonfinite", nonfinite, Nonfinite),
-            arguments.chosen("rounding", rounding, Rounding),
-            arguments.chosen("stacking", stacking, Stacking),
-            batch_bytes,
-            seed,
-        )
+        self._options = _options(nonfinite, rounding, stacking, batch_bytes, seed)
         self._memory = Memory()
-        self._planned: tuple[Any, Plan] | None = None
-        self._placed: tuple[Any, Plan, dict[int, tuple[RankGroup, Sharding]]] | None = None
         self._process_group = process_group
-        self._mesh_groups: MeshGroups | None = None
         self.skipped: dict[str, int] = {}
         self.failures: dict[str, int] = {}
         self.spec = load_spec(spec, self._overrides)
         arguments.refuse_options(unknown, self.spec, OPTIONS)
         if state_dtype is not None:
             self.spec = with_state_dtype(self.spec, state_dtype)
-        defaults = {
-            "lr": self.spec.defaults.lr if lr is None else lr,
-            "weight_decay": self.spec.defaults.weight_decay if weight_decay is None else weight_decay,
-            "maximize": maximize,
-            "spec": self.spec.to_json(),
-            "use": None,
-            "refresh": False,
-            "state_version": STATE_VERSION,
-        }
-        arguments.check_rates(defaults)
-        super().__init__(params, defaults)
+        usual = self.spec.defaults
+        rates = {"lr": usual.lr if lr is None else lr, "weight_decay": usual.weight_decay if weight_decay is None else weight_decay}
+        arguments.check_rates(rates)
+        own = {"spec": self.spec.to_json(), "use": None, "refresh": False, "state_version": STATE_VERSION}
+        super().__init__(params, {**rates, "maximize": maximize, **own})
         self._warn_if_no_modules()
         self.plan  # noqa: B018  with `strict`, a route that matches no parameter raises here
 
@@ -298,10 +287,18 @@ class SubspaceOptimizer(PlannedOptimizer):
         self.defaults.pop("differentiable", None)  # torch's class adds it; it is no option here and would enter later groups
         self._planned = self._placed = None
         self._memory = Memory()
-        for own in ("_process_group", "_mesh_groups"):  # process groups can be neither copied nor pickled
-            setattr(self, own, getattr(self, own, None))
         if any(lowbit.found(value) for slots in self.state.values() for value in slots.values()):
             lowbit.torchao_types()  # so that codes which were unpickled can be cloned
+
+
+def _options(nonfinite: Nonfinite, rounding: Rounding, stacking: Stacking, batch_bytes: int, seed: int) -> Options:
+    return Options(
+        arguments.chosen("nonfinite", nonfinite, Nonfinite),
+        arguments.chosen("rounding", rounding, Rounding),
+        arguments.chosen("stacking", stacking, Stacking),
+        batch_bytes,
+        seed,
+    )
 
 
 OPTIONS = tuple(SubspaceOptimizer.__init__.__kwdefaults__ or ())
