@@ -1,6 +1,8 @@
 """One thread per process, a deterministic hypothesis in CI, slow tests first, and `--quick`: a selection for while one works."""
 
+import gc
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -16,6 +18,15 @@ settings.load_profile("ci" if os.environ.get("CI") else "dev")
 # What `--quick` keeps where a test is there for every preset, or for every component or preset of the conformance kit.
 QUICK_PRESETS = frozenset({"cosmos", "galore"})
 QUICK_SUBJECTS = frozenset({"cosmos", "rule adam", "selector svd"})
+
+
+@pytest.fixture
+def new_objects_only() -> Iterator[None]:
+    """The garbage collector sees only what the test makes: it need not walk a million older objects to count tensors."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
