@@ -391,6 +391,7 @@ PLAIN = st.recursive(
 )
 
 
+@pytest.mark.slow
 @given(place=st.sampled_from(PLACES), value=PLAIN)
 def test_any_value_anywhere_is_a_spec_or_a_spec_error(place: tuple[str, tuple[int | str, ...]], value: Any) -> None:
     name, path = place
@@ -594,6 +595,7 @@ def with_site(site: Path, code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
 
 
+@pytest.mark.slow
 def test_installed_plugins_good_broken_and_doubled(tmp_path: Path) -> None:
     """One good, one that raises, one that takes the good one's kind: the good one works and the others are named."""
     site = tmp_path / "site"
@@ -631,6 +633,7 @@ def test_installed_plugins_good_broken_and_doubled(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_command_lists_a_broken_plugin_and_works(tmp_path: Path) -> None:
     site = tmp_path / "site"
     install(site, "good_plugin", KIND.format(name="Good", kind="twice"))
@@ -649,6 +652,7 @@ def test_command_lists_a_broken_plugin_and_works(tmp_path: Path) -> None:
     assert {"names": ["twice"], "doc": "`2 X`.", "plugin": "good_plugin"} in listed["rules"]
 
 
+@pytest.mark.slow
 def test_command_lists_broken_presets_of_packages(tmp_path: Path) -> None:
     """A package whose preset is no spec, and one that is not there: both named, everything else listed."""
     site = tmp_path / "site"
@@ -789,6 +793,7 @@ def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> tuple[str, ...]:
     return arguments
 
 
+@pytest.mark.slow
 def test_checkpoint_cut_short(run: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     last = tmp_path / "run" / "last.pt"
     last.write_bytes(last.read_bytes()[:1000])
@@ -816,6 +821,7 @@ def test_checkpoint_of_another_run(run: tuple[str, ...], tmp_path: Path, capsys:
     assert last.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_command_in_its_own_process_has_no_traceback() -> None:
     status, out, error = command("show", "cosmos", "--set", "matrix.selector.rank=0")
     assert (status, out) == (2, "")

@@ -312,6 +312,7 @@ def test_a_mesh_that_is_none_is_bad_input(options: list[str], told: str, leave: 
     assert told in left.err
 
 
+@pytest.mark.slow
 def test_verify_certifies(leave: Callable[..., Left]) -> None:
     left = leave("verify", "muon", "--ranks", "2", "--steps", "2", width=80)
     assert left.status == 0, left.err
@@ -431,6 +432,7 @@ def quick_demo(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("subspace_opt.lab.demo.PROBLEM", PROBLEM.model_copy(update=small))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_demo")
 def test_demo_ends_with_table_picture_and_what_to_try(tmp_path: Path, leave: Callable[..., Left]) -> None:
     folder = tmp_path / "demo"

@@ -215,6 +215,7 @@ def test_without_transformers_the_remedy_is_said(monkeypatch: pytest.MonkeyPatch
         models.make_model("tiny")
 
 
+@pytest.mark.slow
 def test_importing_the_lab_imports_neither_transformers_nor_matplotlib() -> None:
     code = "import sys, subspace_opt.lab as l; l.TrainConfig; print({'transformers', 'matplotlib'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -370,6 +371,7 @@ def test_a_second_sigint_aborts_at_once(config: TrainConfig, tmp_path: Path) -> 
     assert checkpoint.newest(tmp_path) is None
 
 
+@pytest.mark.slow
 def test_killed_at_a_random_moment_a_loadable_checkpoint_is_left(config: TrainConfig, tmp_path: Path) -> None:
     endless = with_(config, out=tmp_path, steps=10**6, warmup=0, min_lr_ratio=1.0, save_every=1, eval_every=0)
     code = """

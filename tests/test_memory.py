@@ -31,6 +31,7 @@ def peak(preset: str, batch_bytes: int, **options: Any) -> int:
     return peak_temporaries(opt.step, torch.device("cpu"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", AT_ONCE)
 @pytest.mark.parametrize("parts", [4, 8, 32])
 def test_temporaries_of_stacks_keep_to_batch_bytes(preset: str, parts: int) -> None:
@@ -159,6 +160,7 @@ def test_a_replaced_state_is_let_go() -> None:
     assert living()[1] == before
 
 
+@pytest.mark.slow
 def test_a_new_plan_finds_the_state_where_it_is() -> None:
     """Plans are made anew when a parameter freezes or one asks for an explanation; stacked state stays in the tensors it has."""
     params = parameters({f"w{i}": (16, 24) for i in range(4)})

@@ -119,6 +119,7 @@ torch.save(ends, sys.argv[2])
 """
 
 
+@pytest.mark.slow
 def test_another_process_goes_on_to_the_bit(tmp_path: Path) -> None:
     """With another hash seed, which orders sets and salts strings anew."""
     saved, ends = {}, {}

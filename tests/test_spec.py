@@ -275,6 +275,7 @@ def test_route_accepts_what_meets_all_its_conditions(route: dict[str, Any], acce
 # --- the schema
 
 
+@pytest.mark.slow
 def test_committed_schema_is_in_step() -> None:
     """Made in a process of its own, where no test has registered a kind and no plugin is installed."""
     code = (

@@ -864,6 +864,7 @@ class Eventful:
         self.opt.zero_grad()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("new_objects_only")
 def test_memory_does_not_grow() -> None:
     """As many tensors after 60 steps as before them, and no larger state, for all presets together; if not, for each."""

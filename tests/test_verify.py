@@ -16,6 +16,8 @@ import torch.distributed as dist
 from subspace_opt.cli.ranks import verdict
 from subspace_opt.lab.verify import Certificate, CertificateError, Difference, RankBytes, Trial, certify
 
+pytestmark = pytest.mark.slow  # ranks
+
 SMALL = {"matrix.selector.rank": 16}  # less than the model's width: something is left to the complement
 TRIALS = [
     Trial("cosmos", "fsdp", 2, steps=4, overrides=SMALL),
