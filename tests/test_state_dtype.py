@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
 from subspace_opt import CheckpointError, SpecError, SubspaceOptimizer, build, load_spec
+from subspace_opt.algebra import storage
 from subspace_opt.cli.tables import show_explained
 from subspace_opt.engine import lowbit
 from subspace_opt.lab.run.measure import measured_bytes
@@ -67,7 +68,7 @@ def test_planned_bytes_are_allocated_bytes(preset: str, word: Any, dtype: torch.
     train(opt, params, range(4))
     assert measured_bytes(opt) == opt.plan.total_bytes
     full = made(preset, params, None).plan
-    assert sum(bool(row.codes) for row in opt.plan) >= (3 if word in lowbit.BITS and full.total_bytes > 3e5 else 0)
+    assert sum(bool(row.codes) for row in opt.plan) >= (3 if word in storage.BITS and full.total_bytes > 3e5 else 0)
 
 
 @every_preset
@@ -249,6 +250,7 @@ torch.save(kept(opt, params), sys.argv[2])
 """
 
 
+@pytest.mark.slow
 def test_another_process_goes_on_to_the_bit(tmp_path: Path) -> None:
     """The optimizer is made first: that is when torchao says which of its tensors are safe to load."""
     params = parameters(LARGE)
@@ -361,13 +363,13 @@ REFUSED = [
     ("galore", {"matrix.state_dtype.exp_avgs": "bf16"}, "pipelines.matrix.state_dtype.exp_avgs: no rule of this pipeline has a slot"),
     ("galore", {"matrix.state_dtype.exp_avgs": "bf16"}, "did you mean 'exp_avg'?"),
     ("muon", {"matrix.state_dtype.exp_avg_sq": "bf16"}, "no rule of this pipeline has a slot 'exp_avg_sq'"),
-    ("galore", {"matrix.state_dtype.basis": "bf16"}, "slot 'basis' is that of selector 'svd', .* a rounded basis is no longer orthonormal"),
-    ("cosmos", {"matrix.state_dtype.covariance": "8bit"}, "slot 'covariance' is that of selector 'eigen'"),
+    ("galore", {"matrix.state_dtype.basis": "bf16"}, "slot 'basis' belongs to selector 'svd', .* a rounded basis is no longer orthonormal"),
+    ("cosmos", {"matrix.state_dtype.covariance": "8bit"}, "slot 'covariance' belongs to selector 'eigen'"),
     ("galore", {"matrix.state_dtype.exp_avg": "16bit"}, "should be 'fp32', 'bf16', '8bit' or '4bit', not '16bit'"),
     (
         "powerstep",
         {"all.momentum.state": "int8", "all.state_dtype.momentum_buffer": "8bit"},
-        "'momentum_buffer' is a basis or whole",
+        "'momentum_buffer' holds a basis or whole",
     ),
 ]
 
@@ -379,7 +381,7 @@ def test_what_cannot_be_stored_so_is_refused_where_it_stands(preset: str, overri
 
 
 def test_a_rotation_of_soap_is_a_basis() -> None:
-    with pytest.raises(SpecError, match="slot 'rotation' is a basis or whole numbers"):
+    with pytest.raises(SpecError, match="slot 'rotation' holds a basis or whole numbers"):
         load_spec("cosmos", {"matrix.selector": {"kind": "random"}, "matrix.state_dtype.rotation": "8bit"})
 
 
