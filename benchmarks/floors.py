@@ -9,8 +9,8 @@ from statistics import median
 import torch
 
 from subspace_opt import SubspaceOptimizer
-from subspace_opt.algebra.linalg import cpu_has_bfloat16
 from subspace_opt.lab.run.device import clock
+from subspace_opt.linalg import cpu_has_bfloat16
 from subspace_opt.plan.costs import flops
 from subspace_opt.rules.orthogonal import Orthogonalize
 

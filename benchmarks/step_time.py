@@ -33,10 +33,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from subspace_opt import SubspaceOptimizer, build
-from subspace_opt.algebra.linalg import cpu_has_bfloat16
 from subspace_opt.lab.report import readable_bytes
 from subspace_opt.lab.run.device import choose_device, clock
 from subspace_opt.lab.run.measure import measured_bytes
+from subspace_opt.linalg import cpu_has_bfloat16
 from subspace_opt.spec import preset_names
 
 EVERY = dict.fromkeys(SOAPS, 10) | {GALORE: 200}  # steps between two refreshes of the peers

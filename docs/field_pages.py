@@ -14,7 +14,7 @@ from subspace_opt.algebra.pipeline import Pipeline
 from subspace_opt.plan.costs import flops
 from subspace_opt.registry import kind_of
 from subspace_opt.spec import Spec, load_spec, preset_names
-from subspace_opt.testing.parity import Parity, measure_all
+from subspace_opt.testing.trajectories.parity import Parity, measure_all
 
 ROOT = Path(__file__).parent.parent
 WIDE = ["---", "hide: [navigation, toc]", "---", ""]  # a table of a dozen columns needs the whole page

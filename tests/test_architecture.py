@@ -17,12 +17,13 @@ PACKAGE = ROOT / "subspace_opt"
 # What each room (a folder, or a module beside them) may import of the others; `public` is `subspace_opt` itself, the names that users have.
 ARROWS: dict[str, set[str]] = {
     "registry": set(),
-    "algebra": {"registry"},
-    "rules": {"algebra", "registry"},
-    "selectors": {"algebra", "registry"},
+    "linalg": set(),
+    "algebra": {"linalg", "registry"},
+    "rules": {"algebra", "linalg", "registry"},
+    "selectors": {"algebra", "linalg", "registry"},
     "spec": {"algebra", "registry", "rules", "selectors"},
     "plan": {"algebra", "spec"},
-    "engine": {"algebra", "plan", "registry"},
+    "engine": {"algebra", "linalg", "plan", "registry"},
     "distributed": {"algebra", "engine", "plan"},
     "checkpoint": {"engine", "plan", "spec"},
     "arguments": {"algebra", "plan", "registry", "spec"},
@@ -81,6 +82,73 @@ def test_arrows_make_no_circle() -> None:
         ends = {name for name, below in left.items() if not below & set(left)}
         assert ends, f"a circle among {sorted(left)}"
         left = {name: below for name, below in left.items() if name not in ends}
+
+
+def test_the_documented_rooms_are_the_rooms() -> None:
+    """The table in docs/how-it-works.md names every room and its arrows."""
+    table = (ROOT / "docs" / "how-it-works.md").read_text(encoding="utf-8").split("| room | owns | imports |")[1].split("\n\n")[0]
+    cells = [line.split("|")[1:4] for line in table.splitlines()[2:]]
+    found = {name.strip(" `"): set(re.findall(r"`(\w+)`", below)) for name, _, below in cells}
+    drawn = {name: below for name, below in ARROWS.items() if name != "public"}
+    assert {name: below for name, below in found.items() if name not in ON_TOP} == drawn
+    assert {name: found[name] for name in ON_TOP} == ON_TOP
+    folders = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()}
+    assert found.keys() >= folders
+
+
+def rooms() -> list[Path]:
+    return sorted(path.parent for path in PACKAGE.rglob("__init__.py"))
+
+
+@pytest.mark.parametrize("folder", rooms(), ids=lambda folder: str(folder.relative_to(ROOT)))
+def test_a_room_is_small_and_says_what_it_is(folder: Path) -> None:
+    """At most a dozen modules; the docstring says in a few lines what the room does, what enters and what leaves."""
+    modules = sorted(folder.glob("*.py"))
+    if folder == PACKAGE:
+        assert len(modules) <= 7, "at most six modules beside the package's own"
+        return
+    assert len(modules) <= 12
+    said = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8")))
+    assert said, f"{folder} has no docstring"
+    assert re.search(r"^In: ", said, re.M), f"{folder}: say what enters, in a line `In: ...`"
+    assert re.search(r"\bOut: ", said), f"{folder}: say what leaves, as `Out: ...`"
+    assert len(said.splitlines()) <= 20
+
+
+TABLES = {"testing/trajectories/cases.py"}  # rows, no code
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_files_and_functions_fit_on_a_screen(file: Path) -> None:
+    text = file.read_text(encoding="utf-8")
+    if str(file.relative_to(PACKAGE)) not in TABLES:
+        assert text.count("\n") <= 350, "cut the file along an idea"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            first = node.body[1] if len(node.body) > 1 and ast.get_docstring(node) else node.body[0]
+            length = (node.end_lineno or 0) - first.lineno + 1
+            assert length <= 40, f"{node.name} has {length} lines"
+
+
+def test_one_file_knows_torch_distributed() -> None:
+    """Of all files that take part in a step. Snapshots and certificates have groups of ranks of their own."""
+    found = set()
+    for file in FILES:
+        room = file.relative_to(PACKAGE).parts[0]
+        if room not in ("snapshots", "lab", "cli", "testing") and "torch.distributed" in imported_outside(file):
+            found.add(str(file.relative_to(PACKAGE)))
+    assert found == {"distributed/exchange.py"}
+
+
+def imported_outside(file: Path) -> str:
+    """The names of other packages' modules that a file imports when it runs."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
+            node.body = [ast.Pass()]
+    names = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and not node.level]
+    return " ".join(names)
 
 
 def test_frame_knows_no_concrete_kind() -> None:

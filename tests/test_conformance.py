@@ -508,7 +508,7 @@ class Halved(Rule):
         ("svdd", "no rule, selector or module 'svdd'; did you mean 'svd'?"),
         ("no.such.module:Thing", "module 'no.such.module' cannot be imported"),
         ("subspace_opt.selectors.svd:Thing", "'Thing' of 'subspace_opt.selectors.svd' is no rule or selector; it has LowRank, Svd"),
-        ("subspace_opt.algebra.linalg", "'subspace_opt.algebra.linalg' defines no rule or selector; it has none at all"),
+        ("subspace_opt.linalg", "'subspace_opt.linalg' defines no rule or selector; it has none at all"),
         ("no_such_file.py", "plugin file 'no_such_file.py' does not exist"),
         ("svd={rank: 3}", "the options are not JSON"),
         ("svd=3", "the options are not a mapping"),
@@ -530,6 +530,7 @@ def _pytest(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_the_command_tests_a_file_and_says_what_is_broken(tmp_path: Path) -> None:
     (tmp_path / "halved.py").write_text(PLUGIN)
     (tmp_path / "halved.yaml").write_text("name: h\npipelines: {all: {complement: sgd}}\nroutes: [{use: all}]\n")
@@ -539,6 +540,7 @@ def test_the_command_tests_a_file_and_says_what_is_broken(tmp_path: Path) -> Non
     assert "test_conformance[halved.yaml-loss_falls]" not in done.stdout  # what passes is not listed
 
 
+@pytest.mark.slow
 def test_the_command_says_what_it_needs(tmp_path: Path) -> None:
     silent = _pytest("--pyargs", "subspace_opt.testing", "-rs", cwd=tmp_path)
     assert silent.returncode == 0

@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from subspace_opt import build
-from subspace_opt.algebra import linalg
+from subspace_opt import build, linalg
 from subspace_opt.lab.run.measure import peak_temporaries
 from tests.common import copied, gradient, optimizer, parameters, small
 
@@ -35,7 +34,7 @@ def test_a_device_computes_what_a_cpu_does(preset: str, device: str, monkeypatch
             for name, p in own.items():
                 p.grad = gradient(name, tuple(p.shape), step, p.dtype).to(p.device)
             opt.step()
-        monkeypatch.setattr("subspace_opt.algebra.linalg.orthonormal", linalg.cholesky_qr)
+        monkeypatch.setattr("subspace_opt.linalg.orthonormal", linalg.cholesky_qr)
     for name, p in params.items():
         torch.testing.assert_close(there[name].cpu(), p, rtol=0, atol=1e-8)
 

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 import subspace_opt
-from subspace_opt import Change, Dim, Rule, Slot, State, Step, SubspaceOptimizer
-from subspace_opt.algebra import Order, linalg
+from subspace_opt import Change, Dim, Rule, Slot, State, Step, SubspaceOptimizer, linalg
+from subspace_opt.algebra import Order
 from subspace_opt.registry import Component, unregister
 from subspace_opt.rules.adaptive import Adam
 from subspace_opt.selectors.kron_eigen import KronEigen
-from subspace_opt.testing.cases import CASES, DISCARDED, GAIN, ONE_SHOT, STALE, UNSORTED
-from subspace_opt.testing.golden import Golden, replay
+from subspace_opt.testing.trajectories.cases import CASES, DISCARDED, GAIN, ONE_SHOT, STALE, UNSORTED
+from subspace_opt.testing.trajectories.golden import Golden, replay
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from subspace_opt import SubspaceOptimizer, build, load_spec
-from subspace_opt.algebra import linalg, polar
-from subspace_opt.algebra.dct import dct_table
+from subspace_opt import SubspaceOptimizer, build, linalg, load_spec
 from subspace_opt.engine import homes, strategies, weights
 from subspace_opt.engine import stacking as stacks
 from subspace_opt.lab.run.measure import peak_temporaries
+from subspace_opt.linalg import polar, products
+from subspace_opt.linalg.dct import dct_table
 from subspace_opt.selectors.fft import Fft
 from subspace_opt.spec import preset_names
 from tests.common import PRESETS, copied, differences, give, optimizer, parameters, same, small, snapshot, train
@@ -48,7 +48,7 @@ def far(a: Tensor, b: Tensor) -> float:
 @shapes
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_a_symmetric_product_in_panels_is_the_product(shape: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linalg, "TILED_PANEL", linalg.PANEL)
+    monkeypatch.setattr(products, "TILED_PANEL", products.PANEL)
     x = random(1, *shape, dtype=dtype)
     c = linalg.mm(x, x.mT)
     for weight in (None, c):
@@ -258,7 +258,7 @@ def test_presets_run_the_same_on_cholesky_factors(preset: str, monkeypatch: pyte
     params = parameters({"tall": (12, 7), "wide": (7, 12)}, torch.float64)
     twins = copied(params)
     train(optimizer(small(preset, 3), params), params, range(6))
-    monkeypatch.setattr("subspace_opt.algebra.linalg.orthonormal", linalg.cholesky_qr)
+    monkeypatch.setattr("subspace_opt.linalg.orthonormal", linalg.cholesky_qr)
     train(optimizer(small(preset, 3), twins), twins, range(6))
     for name in params:
         torch.testing.assert_close(params[name], twins[name], rtol=0, atol=1e-9)

@@ -10,8 +10,8 @@ import torch
 
 import subspace_opt
 from subspace_opt import SubspaceOptimizer
-from subspace_opt.testing.cases import CASES
-from subspace_opt.testing.golden import Golden, replay
+from subspace_opt.testing.trajectories.cases import CASES
+from subspace_opt.testing.trajectories.golden import Golden, replay
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..algebra import linalg
+from .. import linalg
 from ..algebra.linear import Lift, Linear
 from ..algebra.projection import one_sided, picks
 from .rounding import Rounding, rounding_draw, stochastic

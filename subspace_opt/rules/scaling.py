@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 from pydantic import Field, model_validator
 
-from ..algebra import Dim, Rule, RuleTraits, Slot, State, Step, linalg, linear
+from .. import linalg
+from ..algebra import Dim, Rule, RuleTraits, Slot, State, Step, linear
 from ..algebra.linear import S
 from ..registry import register
 

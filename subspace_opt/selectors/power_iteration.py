@@ -7,7 +7,8 @@ from typing import Literal
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from ..algebra import Basis, Dim, LowRank, Order, SelectorFlops, SelectorTraits, Slot, State, Step, lift, linalg
+from .. import linalg
+from ..algebra import Basis, Dim, LowRank, Order, SelectorFlops, SelectorTraits, Slot, State, Step, lift
 from ..registry import register
 
 

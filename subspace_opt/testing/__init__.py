@@ -1,4 +1,7 @@
-"""For those who write components and specs: a conformance kit. (Golden trajectories are in `golden` and `cases`, and need numpy.)
+"""A conformance kit for authors of components and specs.
+
+In: a rule, a selector or a spec. Out: checks, each of which passes or raises a `ConformanceError` that says what to do. The trajectories of
+authors' code are in `trajectories`, which needs numpy.
 
     pytest --pyargs subspace_opt.testing --component my_pkg:MySelector --spec my.yaml
 

@@ -1,5 +1,6 @@
 """The presets: YAML files in this folder, and in installed packages with an entry point of group `subspace_opt.presets`.
 
+In: the name of a preset. Out: its file, or a `PresetError`.
 An entry point names a package that holds YAML files. Each file is a preset, named like the file. Packages are searched only for a name that
 is not built in, and when all presets are listed. A package that cannot be imported is left out with a warning.
 """

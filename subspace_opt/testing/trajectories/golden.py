@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..algebra import Order, State, Step, linalg
-from ..engine import moment as draws
-from ..engine.work import Piece
-from ..selectors.fft import Fft
+from ...linalg import bases
+from ...algebra import Order, State, Step
+from ...engine import moment as draws
+from ...engine.work import Piece
+from ...selectors.fft import Fft
 
 
 @dataclass
@@ -99,7 +100,7 @@ def signs_of(golden: Golden, moment: dict[str, int]) -> Iterator[None]:
     A singular vector's sign is arbitrary: the library fixes it by a rule of its own, the authors take what LAPACK returns. Where moments
     stay in old coordinates at a refresh the trajectory depends on it, so parity is compared under the same choice.
     """
-    own = linalg.fix_signs
+    own = bases.fix_signs
 
     def like_the_file(u: torch.Tensor) -> torch.Tensor:
         vectors = []
@@ -115,11 +116,11 @@ def signs_of(golden: Golden, moment: dict[str, int]) -> Iterator[None]:
         sure = best.abs() > 1 - 1e-6
         return torch.where(sure, u * best.sign(), own(u))
 
-    linalg.fix_signs = like_the_file
+    bases.fix_signs = like_the_file
     try:
         yield
     finally:
-        linalg.fix_signs = own
+        bases.fix_signs = own
 
 
 @contextlib.contextmanager

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from ..optimizer import SubspaceOptimizer
-from ..spec import load_spec
+from ...optimizer import SubspaceOptimizer
+from ...spec import load_spec
 from .golden import Golden
 
 Make = Callable[[Golden, dict[str, torch.nn.Parameter]], SubspaceOptimizer]

@@ -9,7 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .linalg import SAFE, addmm, divisor, eigh, mm, norm, svd, symmetric, unit
+from .bases import eigh, svd
+from .products import addmm, mm, symmetric
+from .sizes import SAFE, divisor, norm, unit
 
 Polynomial = tuple[float, float, float]
 
