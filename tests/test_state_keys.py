@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from common import LINEAR, copied, gradient
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
-from subspace_opt import CheckpointError, Entry, SubspaceOptimizer, load_spec, make_plan
+from subspace_opt import CheckpointError, Entry, SubspaceOptimizer, load_spec, make_plan, snapshots
 from subspace_opt.checkpoint import STATE_VERSION, keys_in
 
 pytestmark = pytest.mark.filterwarnings("ignore:spec .* routes embeddings and output heads by their module")
@@ -336,3 +337,38 @@ def test_state_and_weights_are_plain() -> None:
         return isinstance(value, str | int | float | bool | list | Tensor | None)
 
     assert plain(saved)
+
+
+# ------------------------------------------------------------------------------------------------------------------------ snapshots
+
+
+@pytest.mark.parametrize("case", PASSED)
+def test_a_snapshot_keeps_keys(case: str, tmp_path: Path) -> None:
+    groups, called, groups_then, called_then = PASSED[case]
+    params = some("random")
+    opt = made("random", params, groups, called)
+    train(opt, params, 0, CUT)
+    snapshots.save(tmp_path, model_of(params), opt, step=CUT)
+    twins = some("random")
+    twin = made("random", twins, groups_then, called_then)
+    snapshots.load(tmp_path, model_of(twins), twin)
+    train(opt, params, CUT, END)
+    train(twin, twins, CUT, END)
+    assert equal(params, twins)
+
+
+def test_loaded_keys_pass_through_a_snapshot(tmp_path: Path) -> None:
+    params = some("random")
+    opt = made("random", params, TWO, None)
+    train(opt, params, 0, 3)
+    twins = copied(params)
+    named = made("random", twins, TWO, same)
+    named.load_state_dict(opt.state_dict())
+    train(named, twins, 3, 6)
+    snapshots.save(tmp_path, model_of(twins), named, step=6)
+    thirds = some("random")
+    last = made("random", thirds, ALL, same)  # keys are no reason to refuse other groups
+    snapshots.load(tmp_path, model_of(thirds), last)
+    train(opt, params, 3, END)
+    train(last, thirds, 6, END)
+    assert equal(params, thirds)

@@ -232,7 +232,7 @@ class Layout:
         Parameters that were added before keep their owners.
         """
         found: dict[int, Sharding] = {}
-        for i in sorted(range(len(rows)), key=lambda i: (-_state_bytes(rows[i]), rows[i].entry.name)):
+        for i in sorted(range(len(rows)), key=lambda i: (-_state_bytes(rows[i]), rows[i].key)):
             sharding = Sharding(rows[i], boxes[i], tuple(self._parts(rows[i], boxes[i])), cuts[i])
             sharding = found[i] = replace(sharding, basis_dim=_find_basis_dim(sharding))
             add_state_bytes(self.loads, sharding)

@@ -161,7 +161,7 @@ def take_step(params: list[ShardedParam], state: Any, options: Options, memory: 
 
 
 def _step(group: RankGroup, params: list[ShardedParam], options: Options, memory: Memory, failures: dict[str, int]) -> None:
-    params = sorted(params, key=lambda param: param.name)
+    params = sorted(params, key=lambda param: param.sharding.row.key)
     for param in params:
         _allocate(group, param)
     errors: dict[str, Exception] = {}
