@@ -14,7 +14,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from ..algebra import Basis, Change, Order, Rule, Selector, Slot, State, Step
+from ..algebra import Basis, Change, Refreshed, Rule, Selector, Slot, State, Step, project
 
 P = TypeVar("P", bound=Rule | Selector)
 Declared = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # of one matrix
@@ -74,11 +74,17 @@ def _selector_methods(cls: type[Any], notes: Notes) -> dict[str, Callable[..., A
     def declared(self: Selector, step: Step, x: Tensor) -> Declared:
         return _declared(self.slots(step.rows, step.cols), x.dtype)
 
-    def refresh(self: Selector, x: Tensor, state: State, step: Step) -> tuple[State, Order | None]:
+    def refresh(self: Selector, x: Tensor, state: State, step: Step) -> Refreshed:
         with _watched(notes, "refresh", x=x, state=state, step=step):
-            new, order = _pair(cls.refresh(self, x, state, step), "refresh", "(state, order or None)")
-        _check_state(notes, "refresh", new, declared(self, step, x), x, whole=True, extras=True)
-        return new, order
+            made = cls.refresh(self, x, state, step)
+        found = made if isinstance(made, Refreshed) else Refreshed(*_pair(made, "refresh", "(state, order or None), or a Refreshed"))
+        _check_state(notes, "refresh", found.state, declared(self, step, x), x, whole=True, extras=True)
+        if found.coords is not None:
+            shape = tuple(dim.size for dim in self.coords(step.rows, step.cols))
+            _check_tensor(notes, "basis", "`coords` of the refresh", found.coords, (x.size(0), *shape), x.dtype, x.device)
+            if not is_fake(x) and not found.state.keys() - declared(self, step, x).keys():
+                _check_coords(notes, found.coords, project(x, cls.basis(self, found.state, step)))
+        return found
 
     def observe(self: Selector, x: Tensor, c: Tensor, state: State, step: Step) -> State:
         with _watched(notes, "observe", x=x, c=c, state=state, step=step):
@@ -241,6 +247,13 @@ def _check_side(notes: Notes, selector: Selector, name: str, u: Tensor, shape: t
                 f"the columns of the {name} side are not orthonormal: |U'U - I| is {error:.1e}. Orthonormalise them (linalg.orthonormal), "
                 "or let `traits` declare `orthonormal=False`",
             )
+
+
+def _check_coords(notes: Notes, handed: Tensor, computed: Tensor) -> None:
+    """Coordinates that a refresh returns are those of its source in the new basis."""
+    far = float((handed - computed).norm() / computed.norm().clamp_min(1e-30))
+    if not far <= (1e-9 if handed.dtype == torch.float64 else 1e-3):
+        notes.add("basis", f"`coords` of the refresh are not the source's coordinates in the new basis: they are off by {far:.1e}")
 
 
 def is_fake(value: Tensor) -> bool:

@@ -7,6 +7,7 @@ is not built in, and when all presets are listed. A package that cannot be impor
 
 from __future__ import annotations
 
+import functools
 import importlib.resources
 import os
 import warnings
@@ -35,12 +36,20 @@ class Preset:
 
     def read(self) -> Document:
         """Read the file as a document."""
+        if not self.package:
+            return _read_built_in(self.name)
         with importlib.resources.as_file(self.file) as path:
             return read_document(path)
 
 
 _failures: dict[str, str] = {}
 _searched: dict[str, tuple[Preset, ...]] = {}  # by entry point
+
+
+@functools.cache
+def _read_built_in(name: str) -> Document:
+    """A built-in preset, parsed once. Readers copy its data before they change it."""
+    return read_document(BUILT_IN / f"{name}.yaml")
 
 
 def built_in() -> dict[str, Preset]:

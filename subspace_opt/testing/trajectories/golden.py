@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...linalg import bases
 from ...algebra import Order, State, Step
 from ...engine import moment as draws
 from ...engine.work import Piece
+from ...linalg import bases
 from ...selectors.fft import Fft
 
 
