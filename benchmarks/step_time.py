@@ -150,8 +150,8 @@ def period(optimizer: Optimizer) -> int | None:
     """The number of steps between two refreshes of the basis, or None if there is none or one at every step."""
     if not isinstance(optimizer, SubspaceOptimizer):
         return None
-    split = optimizer.plan.rows[0].splits[0][1]
-    every = split.pipeline.selector.every if split.opens else None
+    frame = optimizer.plan.rows[0].splits[0][1]
+    every = frame.pipeline.selector.every if frame.opens else None
     return every if every is not None and every > 1 else None
 
 

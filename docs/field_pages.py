@@ -67,10 +67,10 @@ def matrix_pipeline(spec: Spec) -> Pipeline:
 def field_row(name: str, spec: Spec) -> str:
     """The row of one preset."""
     pipeline = matrix_pipeline(spec)
-    split, selector = Frame.of(pipeline, *SHAPE), pipeline.selector
-    update, refresh = flops(split)
-    state = sum(prod(slot.shape) * (slot.dtype.itemsize / 4 if slot.dtype else 1) for slot in split.slots.values())
-    opens = split.opens
+    frame, selector = Frame.of(pipeline, *SHAPE), pipeline.selector
+    update, refresh = flops(frame)
+    state = sum(prod(slot.shape) * (slot.dtype.itemsize / 4 if slot.dtype else 1) for slot in frame.slots.values())
+    opens = frame.opens
     kept = {getattr(rule, "on_refresh", None) for rule in pipeline.inside} - {None}
     cells = [
         f"[{name}](presets/{name}.md)",

@@ -29,13 +29,13 @@ def make_plan(spec: Spec | Sequence[Spec], entries: Sequence[Entry], *, strict: 
         SpecError: No route accepts a parameter, or its shape does not fit its route. With `strict`, also: a route matches no parameter.
     """
     specs = [spec] * len(entries) if isinstance(spec, Spec) else list(spec)
-    splits: dict[Any, Frame] = {}
+    frames: dict[Any, Frame] = {}
     taken: dict[int, set[int]] = {}
     rows = []
     for own, entry in zip(specs, entries, strict=True):
         index, route = _route(own, entry)
         taken.setdefault(id(own), set()).add(index)
-        rows.append(_row(own, entry, index, route, splits, compensated))
+        rows.append(_row(own, entry, index, route, frames, compensated))
     if strict:
         for own in {id(s): s for s in specs}.values():
             for i, route in enumerate(own.routes):
@@ -75,7 +75,7 @@ def _route(spec: Spec, entry: Entry) -> tuple[int, Route]:
     )
 
 
-def _row(spec: Spec, entry: Entry, index: int, route: Route, splits: dict[Any, Frame], compensated: bool) -> Row:
+def _row(spec: Spec, entry: Entry, index: int, route: Route, frames: dict[Any, Frame], compensated: bool) -> Row:
     try:
         view = make_view(
             entry.shape,
@@ -91,9 +91,9 @@ def _row(spec: Spec, entry: Entry, index: int, route: Route, splits: dict[Any, F
     pairs = []
     for block in view.blocks:
         key = (id(pipeline), block.rows, block.cols, view.modes)
-        if key not in splits:
-            splits[key] = Frame.of(pipeline, block.rows, block.cols, view.modes)
-        pairs.append((block, splits[key]))
+        if key not in frames:
+            frames[key] = Frame.of(pipeline, block.rows, block.cols, view.modes)
+        pairs.append((block, frames[key]))
     return Row(
         entry=entry,
         view=view,

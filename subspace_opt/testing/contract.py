@@ -71,7 +71,7 @@ class Examination:
         shape = grads[0].shape[1:]
         return {place: drive(Frame.of(pipeline, *shape), grads, Notes(), **options) for place, pipeline in self.places.items()}
 
-    def splits(self) -> list[tuple[str, Frame]]:
+    def frames(self) -> list[tuple[str, Frame]]:
         return [(place, Frame.of(p, *shape)) for place, p in self.places.items() for shape in SHAPES]
 
 
@@ -249,9 +249,9 @@ def _ranked(selector: Selector) -> list[Selector]:
 def planned(exam: Examination) -> None:
     """Planned from shapes alone, on the meta device, to the byte that is then allocated; costs are finite numbers."""
     exam.expect("slots")
-    for place, split in exam.splits():
-        if not all(math.isfinite(cost) and cost >= 0 for cost in flops(split)):
-            raise ConformanceError(f"as {place} the costs in operations are {flops(split)}; `flops` should give numbers, 0 or more")
+    for place, frame in exam.frames():
+        if not all(math.isfinite(cost) and cost >= 0 for cost in flops(frame)):
+            raise ConformanceError(f"as {place} the costs in operations are {flops(frame)}; `flops` should give numbers, 0 or more")
     _each(exam, trial.check_plan)
 
 
