@@ -127,7 +127,7 @@ def periodic(plan: Plan) -> list[str]:
 
 
 def has_rank(preset: str) -> bool:
-    """Whether the pipeline `matrix` has a selector with a rank."""
+    """True if the pipeline `matrix` has a selector with a rank."""
     pipeline = load_spec(preset).pipelines.get("matrix")
     return pipeline is not None and getattr(pipeline.selector, "rank", None) is not None
 

@@ -46,7 +46,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def is_quick(item: pytest.Item) -> bool:
-    """Whether a test is in the selection: not slow, and about one of few presets if it is there for every preset."""
+    """True if a test is in the selection: not slow, and about one of few presets if it is there for every preset."""
     given = item.callspec.params if hasattr(item, "callspec") else {}
     if item.get_closest_marker("slow") or given.get("preset", "cosmos") not in QUICK_PRESETS:
         return False

@@ -132,7 +132,7 @@ def _serve(rank: int, size: int, folder: Path, pipe: Connection) -> None:
 
 
 def _answer(rank: int, task: bytes) -> bytes:
-    """Whether the task failed, and its result or its traceback."""
+    """True if the task failed, and its result or its traceback."""
     torch.manual_seed(1000 + rank)  # nothing may depend on the global generator
     try:
         function, arguments = pickle.loads(task)

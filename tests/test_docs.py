@@ -44,8 +44,7 @@ def test_sessions_run_as_written(page: str) -> None:
 
 def test_docstrings_run_as_written() -> None:
     results = [
-        doctest.testmod(module)
-        for module in (subspace_opt.optimizer, subspace_opt.in_backward, subspace_opt.linalg, subspace_opt.spec)
+        doctest.testmod(module) for module in (subspace_opt.optimizer, subspace_opt.in_backward, subspace_opt.linalg, subspace_opt.spec)
     ]
     assert sum(r.attempted for r in results) > 0
     assert sum(r.failed for r in results) == 0

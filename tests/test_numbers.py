@@ -292,7 +292,7 @@ def failing(how: str) -> Iterator[list[str]]:
 
 
 def decomposes(preset: str) -> bool:
-    """Whether the preset calls a decomposition after the first update."""
+    """True if the preset calls a decomposition after the first update."""
     params = parameters({"tall": (7, 4)})
     opt = optimizer(preset, params)
     train(opt, params, range(1))

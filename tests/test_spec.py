@@ -312,7 +312,7 @@ BOUNDS: dict[str, tuple[Any, Callable[[Any, Any], bool]]] = {  # what a keyword 
 
 
 def fits(value: Any, schema: Any, top: dict[str, Any]) -> bool:
-    """Whether plain data fits a schema of the keywords that ours uses; any other keyword is an error."""
+    """True if plain data fits a schema of the keywords that ours uses; any other keyword is an error."""
     if isinstance(schema, bool):
         return schema
     for keyword, demand in schema.items():

@@ -231,7 +231,7 @@ def total_bytes_sent(shardings: Sequence[Sharding], ranks: int, *, refresh: bool
 
 
 def _is_computed_by_holders(sharding: Sharding) -> bool:
-    """Whether the parts are the shards and every holder of a shard computes it, so that nothing is sent."""
+    """True if the parts are the shards and every holder of a shard computes it, so that nothing is sent."""
     return tuple((part.box, part.owners) for part in sharding.parts) == box_holders(sharding.boxes)
 
 

@@ -50,7 +50,7 @@ class Part:
 
 
 def is_elementwise(row: Row) -> bool:
-    """Whether the update of every entry depends on that entry alone, so that the parameter may be cut anywhere."""
+    """True if the update of every entry depends on that entry alone, so that the parameter may be cut anywhere."""
     if len(row.splits) != 1:
         return False
     block, frame = row.splits[0]

@@ -49,12 +49,12 @@ class Sharding:
 
     @cached_property
     def updates_in_place(self) -> bool:
-        """Whether every owner holds the weights of its part: it then updates them in place and sends new weights instead of updates."""
+        """True if every owner holds the weights of its part: it then updates them in place and sends new weights instead of updates."""
         return all(self.boxes[owner].contains(part.box) for part in self.parts for owner in part.owners)
 
     @cached_property
     def is_local(self) -> bool:
-        """Whether every rank updates its own shard and no rank sends anything."""
+        """True if every rank updates its own shard and no rank sends anything."""
         return self.updates_in_place and not any(True for _ in self.update_messages())
 
     @cached_property

@@ -48,7 +48,7 @@ class ShardedParam:
 
     @property
     def needs_status(self) -> bool:
-        """Whether an owner must report the outcome to all ranks, because a decomposition may fail."""
+        """True if an owner must report the outcome to all ranks, because a decomposition may fail."""
         return any(frame.opens or strategies.decomposes(frame) for _, frame in self.sharding.row.splits)
 
     @property

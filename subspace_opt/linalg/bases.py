@@ -34,20 +34,20 @@ def eigh(a: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def fix_signs(u: Tensor) -> Tensor:
-    """Columns `(B, n, r)` with the sign that makes their entry of largest magnitude positive."""
+    """Give every column `(B, n, r)` the sign that makes its entry of largest magnitude positive."""
     return u * _signs(u)
 
 
 def _signs(u: Tensor) -> Tensor:
-    # By both ends: finding the place of the largest magnitude takes eight times as long.
+    # `amax` and `amin`: an argmax of magnitudes is 8x slower.
     return torch.where(u.amax(dim=-2, keepdim=True) < -u.amin(dim=-2, keepdim=True), -1.0, 1.0).to(u.dtype)
 
 
 def orthonormal(y: Tensor) -> Tensor:
     """Orthonormal columns with the span of `Y` `(B, n, r)`, n >= r: Q of `Y = Q R` with a diagonal of R >= 0.
 
-    That sign makes Q continuous in Y: a basis that is warm-started moves little. On a CPU by Householder reflections, the faster there; a
-    GPU takes them one column at a time, and multiplies instead.
+    That sign makes Q continuous in Y, so a warm-started basis moves little. A CPU computes it by Householder reflections. A GPU would take
+    these one column at a time, and uses `cholesky_qr`, which is products.
     """
     return _signed(*_reflected(y)) if y.device.type == "cpu" else cholesky_qr(y)
 
@@ -55,15 +55,15 @@ def orthonormal(y: Tensor) -> Tensor:
 def cholesky_qr(y: Tensor) -> Tensor:
     """`orthonormal` by `Q <- Q C^-1`, `C'C = Q'Q`, Q with columns of norm 1, four times, shifted if that is singular (arXiv:1809.11085).
 
-    Nothing but products and what is done to r x r matrices, and no host waits. All factors are upper triangular, so the Q is that of QR.
-    Columns that depend on those before them come out as round-off has it, columns of 0 as unit vectors orthogonal to the others.
+    It uses products and r x r factorisations only, and no host waits. All factors are upper triangular, so Q is that of a QR. A column
+    that depends on the earlier ones becomes a direction of round-off; a column of 0 becomes a unit vector orthogonal to the others.
     """
     n, r = y.shape[-2:]
     eps = torch.finfo(y.dtype).eps
     unit = torch.eye(n, r, dtype=y.dtype, device=y.device)
     identity = torch.eye(r, dtype=y.dtype, device=y.device)
-    # The second pass repairs what the first leaves of a matrix that is well-conditioned but for the size of its columns. One that is
-    # singular to round-off takes one pass more to come within reach of the last two.
+    # If only the sizes of columns make a matrix ill-conditioned, the second pass removes the error of the first. A matrix that is singular
+    # to round-off needs one more pass before the last two converge.
     for _ in range(4):
         size: Tensor = torch.linalg.vector_norm(y, dim=-2, keepdim=True)
         y = torch.where(size == 0, unit, y / divisor(size))
@@ -76,7 +76,7 @@ def cholesky_qr(y: Tensor) -> Tensor:
 
 
 def complete(y: Tensor) -> Tensor:
-    """`orthonormal` of a square `Y`, where columns that depend on those before them are completed from these and not from round-off."""
+    """`orthonormal` of a square `Y`. A column that depends on the earlier ones is replaced by a completion of these, not by round-off."""
     q, pivots = _reflected(y)
     size = pivots.abs()
     held = size > 32 * y.size(-1) * torch.finfo(y.dtype).eps * size.amax(-1, keepdim=True)
@@ -88,7 +88,7 @@ def complete(y: Tensor) -> Tensor:
 def _reflected(y: Tensor) -> tuple[Tensor, Tensor]:
     """Q of `Y = QR` by Householder reflections, and the diagonal of R.
 
-    Of R no more is made than that, where there are numbers: masking it takes up to a fourth of a QR.
+    On a CPU only the diagonal of R is computed: forming R takes up to a fourth of a QR.
     """
     if y.device.type != "cpu" or type(y) is not Tensor:
         q, r = torch.linalg.qr(y)
@@ -110,9 +110,9 @@ Method = Literal["exact", "gram", "randomized"]
 def leading_right(x: Tensor, rank: int, method: Method = "exact", start: Tensor | None = None, iterations: int = 1) -> Tensor:
     """The leading right singular vectors of `X` `(B, m, n)` as columns `(B, n, rank)`, in descending order.
 
-    `exact` by a thin SVD; `gram` by eigh of the smaller of XX' and X'X, several times cheaper, exact for directions above
-    sqrt(round-off) of the largest; `randomized` by power iterations from `start` `(B, n, rank + p)`: draws, or a basis and draws.
-    One iteration from draws captures 0.99 of the most energy of a gradient with a decaying spectrum, and 0.8 of that of pure noise.
+    `exact`: a thin SVD. `gram`: eigh of the smaller of XX' and X'X; several times cheaper, and exact for singular values above
+    sqrt(round-off) of the largest. `randomized`: power iterations from `start` `(B, n, rank + p)`, which holds draws, or a basis and draws.
+    One iteration from draws captures 0.99 of the possible energy of a gradient with a decaying spectrum, and 0.8 of pure noise's.
     """
     if method == "exact":
         u = svd(unit(x))[2][..., :rank, :].mT
@@ -128,8 +128,8 @@ def leading_right(x: Tensor, rank: int, method: Method = "exact", start: Tensor 
 def singular_bases(x: Tensor) -> tuple[Tensor, Tensor]:
     """All left and all right singular vectors of `X` `(B, m, n)`, in descending order, as `(B, m, m)` and `(B, n, n)`.
 
-    By eigh of the smaller Gram matrix. Directions in which X is only round-off are replaced by those to which the Householder reflections
-    of the others take the last unit vectors: they depend on what X holds and on nothing else.
+    Uses eigh of the smaller Gram matrix. Directions in which X is only round-off are replaced by a completion of the others by Householder
+    reflections, which depends on X and not on round-off.
     """
     if x.size(-2) > x.size(-1):
         right, left = singular_bases(x.mT)
@@ -145,7 +145,7 @@ def singular_bases(x: Tensor) -> tuple[Tensor, Tensor]:
 def eigenbasis(a: Tensor) -> Tensor:
     """All eigenvectors of a positive semi-definite `A` `(B, n, n)`, in descending order.
 
-    Those of round-off are completed from the others, as in `singular_bases`.
+    Eigenvectors of round-off are replaced by a completion of the others, as in `singular_bases`.
     """
     values, vectors = eigh(a)
     held = values > a.size(-1) * torch.finfo(a.dtype).eps * values[..., :1]
@@ -153,7 +153,7 @@ def eigenbasis(a: Tensor) -> Tensor:
 
 
 def _completed(y: Tensor) -> Tensor:
-    """A square orthonormal basis whose first columns have the span and the directions of the orthogonal columns of `Y` `(B, n, k)`."""
+    """A square orthonormal basis that starts with the normalised orthogonal columns of `Y` `(B, n, k)`."""
     q, r = torch.linalg.qr(y, mode="complete")
     signs = torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(q.dtype)
     k: int = y.size(-1)

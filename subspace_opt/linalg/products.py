@@ -36,7 +36,7 @@ def _panels(a: Tensor) -> int:
 
 
 def mm(a: Tensor, b: Tensor) -> Tensor:
-    """`A B` of two matrices or stacks; a stack of one takes the unbatched product, which a CPU runs faster."""
+    """`A B` of two matrices or stacks. A stack of one takes the unbatched product, which is faster on a CPU."""
     if a.dim() == 2:
         return a.mm(b)
     if a.size(0) == 1 and b.size(0) == 1:
@@ -45,7 +45,7 @@ def mm(a: Tensor, b: Tensor) -> Tensor:
 
 
 def addmm(c: Tensor, a: Tensor, b: Tensor, *, beta: float = 1.0, alpha: float = 1.0, in_place: bool = False) -> Tensor:
-    """`beta C + alpha A B` of matrices or stacks in one pass, laid out as C is; `in_place`, in the place of C, which is not copied then."""
+    """`beta C + alpha A B` of matrices or stacks in one pass, in the memory layout of C; `in_place`: written over C."""
     if c.stride(-2) == 1 and not c.is_contiguous():
         out = addmm(c.mT, b.mT, a.mT, beta=beta, alpha=alpha, in_place=in_place).mT
         return c if in_place else out
@@ -58,9 +58,10 @@ def addmm(c: Tensor, a: Tensor, b: Tensor, *, beta: float = 1.0, alpha: float = 
 
 
 def symmetric(a: Tensor, b: Tensor, c: Tensor | None = None, *, beta: float = 1.0, alpha: float = 1.0, in_place: bool = False) -> Tensor:
-    """`beta C + alpha A B` `(k, k)` or `(B, k, k)`, where that is known to be symmetric, as C is (None for 0); `in_place`, where C was.
+    """`beta C + alpha A B` `(k, k)` or `(B, k, k)` for a symmetric C (None: 0) and a product A B known to be symmetric.
 
-    One large matrix on a CPU is made in panels of rows from the diagonal on, and mirrored: with p panels (p + 1) / 2p of the operations.
+    `in_place`: written over C. On a CPU, one large matrix is computed in panels of rows from the diagonal on and mirrored: p panels take
+    (p + 1) / 2p of the operations.
     """
     if a.dim() == 3 and a.size(0) == 1:
         out = symmetric(a[0], b[0], None if c is None else c[0], beta=beta, alpha=alpha, in_place=in_place)
@@ -86,5 +87,5 @@ def symmetric(a: Tensor, b: Tensor, c: Tensor | None = None, *, beta: float = 1.
 
 
 def _turned(block: Tensor) -> Tensor:
-    """The transpose of a part of a matrix. Rows a multiple of 2 KiB apart share few lines of the cache: they are brought together first."""
+    """The transpose of a block. Rows a multiple of 2 KiB apart compete for few cache lines, so such a block is copied together first."""
     return block.contiguous().mT.contiguous() if block.stride(0) * block.itemsize % 2048 == 0 else block.mT

@@ -107,7 +107,7 @@ class Row:
 
     @property
     def converts(self) -> bool:
-        """Whether a slot is stored in another dtype than it is computed in. Fused kernels, which work in place, then cannot be used."""
+        """True if a slot is stored in another dtype than it is computed in. Fused kernels, which work in place, then cannot be used."""
         slots = {state_key(block, key): slot for block, frame in self.splits for key, slot in frame.slots.items()}
         return bool(self.codes) or any(self.state[key][1] != (slot.dtype or self.compute_dtype) for key, slot in slots.items())
 

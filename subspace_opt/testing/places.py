@@ -49,7 +49,7 @@ def _transported(rule: Rule) -> dict[str, Rule]:
 
 
 def _needs_subspace(rule: Rule) -> bool:
-    """Whether the rule works beside a subspace and not without."""
+    """True if the rule works beside a subspace and not without."""
     return not _applies(rule, beside=False) and _applies(rule, beside=True)
 
 

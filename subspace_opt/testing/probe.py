@@ -257,5 +257,5 @@ def _check_coords(notes: Notes, handed: Tensor, computed: Tensor) -> None:
 
 
 def is_fake(value: Tensor) -> bool:
-    """Whether a tensor has a shape and a device, and no values."""
+    """True if a tensor has a shape and a device, and no values."""
     return type(value) is not Tensor and type(value).__name__ == "FakeTensor"
