@@ -100,6 +100,9 @@ def rooms() -> list[Path]:
     return sorted(path.parent for path in PACKAGE.rglob("__init__.py"))
 
 
+CATALOGUES = {"rules", "selectors"}  # one idea a file: they grow with the field
+
+
 @pytest.mark.parametrize("folder", rooms(), ids=lambda folder: str(folder.relative_to(ROOT)))
 def test_a_room_is_small_and_says_what_it_is(folder: Path) -> None:
     """At most a dozen modules; the docstring says in a few lines what the room does, what enters and what leaves."""
@@ -107,7 +110,8 @@ def test_a_room_is_small_and_says_what_it_is(folder: Path) -> None:
     if folder == PACKAGE:
         assert len(modules) <= 7, "at most six modules beside the package's own"
         return
-    assert len(modules) <= 12
+    if folder.name not in CATALOGUES:
+        assert len(modules) <= 12
     said = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8")))
     assert said, f"{folder} has no docstring"
     assert re.search(r"^In: ", said, re.M), f"{folder}: say what enters, in a line `In: ...`"

@@ -65,3 +65,7 @@ def test_specs_in_pages_parse_and_plan(page: str) -> None:
     for text in found:
         spec = parse_spec(text)
         assert subspace_opt.make_plan(spec, [subspace_opt.Entry("w", (16, 8)), subspace_opt.Entry("b", (8,))]).total_bytes > 0
+
+
+def test_the_citation_names_this_version() -> None:
+    assert f"\nversion: {subspace_opt.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
