@@ -1,4 +1,4 @@
-"""Limits in which an algorithm is another one, in float64 and up to round-off."""
+"""Options with which one algorithm becomes another: both give the same numbers in float64, up to round-off."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run stacks of gradients through the pure mathematics of a pipeline, as the optimizer would."""
+"""Run stacks of gradients through the mathematics of a pipeline, without an optimizer."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ DTYPES = (torch.float64, torch.float32)
 
 @dataclass(frozen=True)
 class Trace:
-    """What a run made: the update of every step (None where the first gradient only primes), the state after it."""
+    """The update and the state of every step. An update is None if the first gradient only sets the basis."""
 
     updates: list[Tensor | None]
     states: list[State]
 
 
 def drive(frame: Frame, grads: list[Tensor], notes: Notes, *, where: str = "", twins: bool = False) -> Trace:
-    """Run gradients `(B, m, n)` through a pipeline as the optimizer would, with state of its own.
+    """Run gradients `(B, m, n)` through a pipeline, from a state of zeros.
 
     Args:
-        twins: The stack's matrices 0 and 2 are copies, and so are their draws and places.
+        twins: Matrices 0 and 2 of the stack are copies and get the same draws and the same position.
     """
     first = grads[0]
     state = {k: first.new_zeros(first.size(0), *s.shape, dtype=s.dtype or first.dtype) for k, s in frame.slots.items()}
@@ -56,7 +56,7 @@ def _weights(like: Tensor, twins: bool) -> Tensor:
 
 
 def moment(frame: Frame, call: int, grad: Tensor, twins: bool) -> Step:
-    """The step as the engine hands it to a stack at its `call`-th gradient."""
+    """The `Step` that the engine would pass to a stack with its gradient number `call`."""
     selector, one = frame.pipeline.selector, torch.ones((), dtype=torch.float64)
     t = call - 1 if frame.primes else call
     places = torch.arange(grad.size(0))
