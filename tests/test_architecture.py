@@ -1,4 +1,4 @@
-"""Imports point one way, heavy packages wait until they are needed, and no file knows the machine it was written on."""
+"""Imports point one way, heavy packages are imported when needed, and no file has a path of one machine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "subspace_opt"
 
-# What each room (a folder, or a module beside them) may import of the others; `public` is `subspace_opt` itself, the names that users have.
+# The rooms that each room (a folder, or a module beside them) may import. `public` is `subspace_opt` itself, the public names.
 ARROWS: dict[str, set[str]] = {
     "registry": set(),
     "linalg": set(),
@@ -34,7 +34,7 @@ ARROWS: dict[str, set[str]] = {
     "snapshots": {"checkpoint", "optimizer", "public"},
     "lab": {"checkpoint", "distributed", "public"},
 }
-ON_TOP = {"testing": set(), "cli": {"testing"}}  # may import whatever they test or show; nothing else imports them
+ON_TOP = {"testing": set(), "cli": {"testing"}}  # may import everything; no other room imports them
 
 
 def part(module: str) -> str:
@@ -44,7 +44,7 @@ def part(module: str) -> str:
 
 
 def imported(file: Path) -> Iterator[str]:
-    """Modules of ours that a file imports, at its top or inside a function."""
+    """Modules of this package that a file imports, at its top or inside a function."""
     module = list(file.relative_to(ROOT).with_suffix("").parts)
     package = module[:-1]
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
@@ -100,12 +100,12 @@ def rooms() -> list[Path]:
     return sorted(path.parent for path in PACKAGE.rglob("__init__.py"))
 
 
-CATALOGUES = {"rules", "selectors"}  # one idea a file: they grow with the field
+CATALOGUES = {"rules", "selectors"}  # one idea a file: these rooms have no limit on the number of files
 
 
 @pytest.mark.parametrize("folder", rooms(), ids=lambda folder: str(folder.relative_to(ROOT)))
 def test_a_room_is_small_and_says_what_it_is(folder: Path) -> None:
-    """At most a dozen modules; the docstring says in a few lines what the room does, what enters and what leaves."""
+    """A room has at most a dozen modules. Its docstring says in a few lines what the room does, and its input and output."""
     modules = sorted(folder.glob("*.py"))
     if folder == PACKAGE:
         assert len(modules) <= 7, "at most six modules beside the package's own"
@@ -135,7 +135,7 @@ def test_files_and_functions_fit_on_a_screen(file: Path) -> None:
 
 
 def test_one_file_knows_torch_distributed() -> None:
-    """Of all files that take part in a step. Snapshots and certificates have groups of ranks of their own."""
+    """Among files that take part in a step. Snapshots and certificates make their own process groups."""
     found = set()
     for file in FILES:
         room = file.relative_to(PACKAGE).parts[0]
@@ -145,7 +145,7 @@ def test_one_file_knows_torch_distributed() -> None:
 
 
 def imported_outside(file: Path) -> str:
-    """The names of other packages' modules that a file imports when it runs."""
+    """Names of other packages' modules that importing the file imports."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
@@ -156,7 +156,7 @@ def imported_outside(file: Path) -> str:
 
 
 def test_frame_knows_no_concrete_kind() -> None:
-    """The frame asks rules and selectors what they are; a name of a kind in it would be a special case."""
+    """The frame reads traits of rules and selectors; a kind's name in it would be a special case."""
     from subspace_opt.registry import kinds
 
     tree = ast.parse((PACKAGE / "algebra" / "frame.py").read_text(encoding="utf-8"))
@@ -190,15 +190,15 @@ def test_frame_knows_no_concrete_kind() -> None:
     ],
 )
 def test_import_is_light(module: str, heavy: list[str]) -> None:
-    """torch is what an import costs; whatever else takes a second is imported when it is used."""
+    """Importing the package imports torch; other heavy packages are imported when they are used."""
     code = f"import sys, {module}; print(*sys.modules, sep='\\n')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert not set(heavy) & set(done.stdout.split())
 
 
 def test_no_file_knows_the_machine() -> None:
-    """A path that exists on one machine only works on one machine."""
-    own = (".ci", "benchmarks", "docs", "plugins", "subspace_opt", "tests")  # caches and environments lie beside them
+    """No file contains a path that exists on one machine only."""
+    own = (".ci", "benchmarks", "docs", "plugins", "subspace_opt", "tests")  # caches and virtual environments are in the same folder
     files = [file for top in own for file in (ROOT / top).rglob("*")] + list(ROOT.glob("*"))
     suspicious = re.compile(r"(?<![\w.:/-])(?:/(?:home|Users|root|work|mnt|srv)/[\w.]|[A-Z]:\\\\?Users)")
     found = []

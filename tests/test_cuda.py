@@ -1,4 +1,4 @@
-"""What only a GPU can show; and, run on a CPU as well, that both compute the same."""
+"""Tests that need a GPU. Some of them also compare its results with those of a CPU."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def moved(params: dict[str, nn.Parameter], device: str) -> dict[str, nn.Paramete
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
 @pytest.mark.parametrize("preset", ["adamw", "muon", "cosmos", "galore", "adam-snsm", "soap", "trion", "dion", "sumo"])
 def test_a_device_computes_what_a_cpu_does(preset: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In stacks, and with bases by Cholesky factors, as a GPU has them."""
+    """With stacks and with bases from Cholesky factors, which a GPU uses by default."""
     params = parameters(SHAPES, torch.float64)
     there = moved(params, device)
     for own, stacking in ((params, "never"), (there, "always")):
@@ -53,7 +53,7 @@ def nobody_waits() -> Iterator[None]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("preset", ["adamw", "muon", "cosmos", "galore", "adam-snsm", "trion", "soap", "apollo"])
 def test_no_host_waits_between_refreshes(preset: str, dtype: torch.dtype) -> None:
-    """COSMOS refreshes its basis at every step, and Trion too. `propagate`, as to be told of NaN somebody has to wait."""
+    """COSMOS and Trion refresh at every step, and must not wait either. `propagate`: a check for NaN would wait for the device."""
     params = moved(parameters(SHAPES, dtype), "cuda")
     opt = optimizer(small(preset, 4, every=1000), params, nonfinite="propagate")
     grads: dict[str, Tensor] = {name: torch.randn_like(p) for name, p in params.items()}
@@ -71,7 +71,7 @@ def test_no_host_waits_between_refreshes(preset: str, dtype: torch.dtype) -> Non
 @needs_gpu
 @pytest.mark.parametrize("preset", ["muon", "cosmos", "galore", "adam-snsm"])
 def test_temporaries_stay_within_a_few_stacks(preset: str) -> None:
-    """`batch_bytes` bounds one temporary of a stack; a step holds a few of them."""
+    """`batch_bytes` bounds one temporary of a stack; a step has a few of them."""
     device, bound = torch.device("cuda"), 8 * 2**20
     model = nn.ModuleList(nn.Linear(512, 512, bias=False, device=device) for _ in range(64))
     opt = build(preset, model, batch_bytes=bound)

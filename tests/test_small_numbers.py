@@ -1,4 +1,6 @@
-"""Subnormal sizes, divisors of 0, another default dtype: a finite gradient leaves finite weights, and nothing depends on a default."""
+"""Subnormal gradients, divisors of 0 and another default dtype: finite gradients give finite weights, and no result depends on the
+default.
+"""
 
 from __future__ import annotations
 
@@ -77,7 +79,9 @@ def test_the_default_dtype_changes_no_bit(preset: str) -> None:
 
 @pytest.mark.parametrize("restart", [None, 0.0])
 def test_a_norm_limiter_comes_back_after_gradients_of_nearly_0(restart: float | None) -> None:
-    """apollo-mini after three gradients of 1e-10: with a restart the weight moves at once, without one it does not within 60 steps."""
+    """apollo-mini after three gradients of 1e-10: with a restart the weight moves at once, and without one it does not move within 60
+    steps.
+    """
     spec = small("apollo-mini", 1)
     spec = spec if restart is None else load_spec(spec, {"matrix.complement.3.restart": restart})
     params = parameters({"w": (8, 6)})
