@@ -1,7 +1,7 @@
-"""The gain of every optional hint of a rule or a selector: steps with the hint and without it, in turns, in one run.
+"""Measure the gain of every optional hint of a rule or a selector: steps with and without the hint alternate in one run.
 
-A hint is an optional declaration of a plugin that makes a step faster without changing its result. Each row trains one preset twice on
-the same gradients, once as it is and once with the hint replaced by its safe default. A ratio is taken within a round; the table gives
+A hint is an optional declaration of a plugin that makes a step faster without changing its result. Each row trains one preset twice on the
+same gradients, once with the hint and once with its safe default. A ratio is taken within a round; the table gives
 its median and quartiles. A hint that gains less than 5 % everywhere does not pay for its place in the contract.
 
 Example: python benchmarks/hints.py --steps 15
@@ -58,7 +58,7 @@ class Gain:
 
 @contextlib.contextmanager
 def trait(family: type[Rule] | type[Selector], **safe: Any) -> Iterator[None]:
-    """Every kind of a family with some traits at their safe defaults."""
+    """Give all kinds of a family the safe defaults of some traits."""
     with contextlib.ExitStack() as stack:
         for cls in {owner for kind in kinds(family.family).values() for owner in kind.__mro__ if "traits" in vars(owner)}:
             own = vars(cls)["traits"]
@@ -135,7 +135,7 @@ def make_model(width: int, layers: int, head: bool) -> nn.ModuleDict:
 
 
 def measure(hint: Hint, width: int, layers: int, steps: int) -> Gain:
-    """Steps with and without a hint, in turns, in the CPU time of this thread."""
+    """Measure steps with and without a hint in turns, in CPU time of this thread."""
     contexts: dict[bool, Without] = {True: contextlib.nullcontext, False: hint.without}
     runs: dict[bool, tuple[list[Tensor], SubspaceOptimizer]] = {}
     for has_hint, context in contexts.items():

@@ -1,4 +1,4 @@
-"""Two versions of this package in one run: the time of a step, the dispatched operations, and the largest difference of a weight.
+"""Compare two versions of this package in one run: the time of a step, the dispatched operations, and the largest difference of a weight.
 
 The other version is a checkout in a folder. Both train the same weights on the same gradients, and they take turns in random order. A
 ratio is taken within a round; the table gives the ratio of medians, and the quartiles of the rounds' ratios. Operations are counted in the
@@ -48,7 +48,7 @@ class Version:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Imports find this version."""
+        """Within the context, imports find this version."""
         outside = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == PACKAGE}
         sys.modules.update(self.modules)
         try:
@@ -162,7 +162,7 @@ def main(
 ) -> None:
     """Compare this version with another one, preset by preset."""
     torch.set_num_threads(1)
-    torch.empty(31 * 2**20, dtype=torch.uint8).fill_(1)  # from now on the allocator keeps freed memory, as in a training run
+    torch.empty(31 * 2**20, dtype=torch.uint8).fill_(1)  # the allocator now keeps freed memory, as in a training run
     old, new = Version(before), Version(Path(__file__).parents[1])
     names = [name.strip() for name in presets.split(",")] if presets else new.presets
     found = [compare(name, old, new, width, layers, steps, stacking) for name in names]

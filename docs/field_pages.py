@@ -129,9 +129,9 @@ INTRODUCTION = """
 A preset claims to be the method of its paper, so tests compare it with the authors' own code. Both start from the same weights and get
 the same gradients for 8 to 14 steps in float64, and the parameters must agree at every step. The error is |p - reference| /
 |reference - start|, the largest over all steps and parameters; the denominator is the distance that the reference has moved. A tolerance
-is fifty times the effect of a change of two units in the last place of a gradient. Of {count} trajectories, {held} stay within their
-tolerance, and the largest error is {worst:.1e} of its tolerance. Random draws, and the arbitrary signs of singular vectors, are read
-from the file.
+is fifty times the effect of a change of two units in the last place of a gradient. {held} of {count} trajectories stay within their
+tolerance, and the largest error is {worst:.1e} of its tolerance. The replay reads random draws, and the arbitrary signs of singular
+vectors, from the file.
 
 `subspace-opt parity` measures this table again. Tests show that deliberate mistakes exceed the tolerances, such as eps in another place,
 a refresh off by one, or weight decay after the update instead of before.

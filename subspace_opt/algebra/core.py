@@ -1,4 +1,4 @@
-"""What a plugin author meets: dimensions, slots, bases, steps, and the two families `Rule` and `Selector`.
+"""The interface for plugin authors: dimensions, slots, bases, steps, and the two families `Rule` and `Selector`.
 
 Everything works on stacks of matrices `(B, rows, cols)`. The matrices of a stack are independent: row `b` of a result depends on row `b`
 of the inputs alone. Rules and selectors see a right-hand (column) basis only; a pipeline with `orient: left` gives them transposes.
@@ -81,7 +81,7 @@ class Coords(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What a rule or a selector may know of the present update."""
+    """The context of an update that rules and selectors may use."""
 
     t: Tensor  # 0-d float64, 1-based count of applied updates
     age: Tensor  # 0-d float64, 1-based count of updates since the last refresh
@@ -105,13 +105,13 @@ class Step(NamedTuple):
 
 
 class RuleTraits(NamedTuple):
-    """What a rule declares about its `apply`. Every default is safe: a rule that declares nothing is correct.
+    """The declarations of a rule about its `apply`. Every default is safe: a rule that declares nothing is correct.
 
-    The first three change what is computed, the others only how fast.
+    The first three change the result, the others only the speed.
     """
 
     scale_free: bool = False  # the size of the output does not depend on the size of the input
-    takes_whole: bool = False  # as the first rule of a complement, it starts from `step.whole` and not from the residual
+    takes_whole: bool = False  # as the first rule of a complement, it starts from `step.whole`, not from the residual
     decomposes: bool = False  # `apply` takes a decomposition, which may fail: NaN in its result is then an error
     reads_grad: bool = True  # `apply` reads `grad`
     elementwise: bool = False  # an entry depends on the same entry of signal, gradient and state, which have one shape
@@ -165,7 +165,7 @@ class Rule(Component, family="rule"):
         """
 
     def traits(self, rows: Dim, cols: Dim) -> RuleTraits:
-        """What holds of `apply` for matrices of `rows` x `cols`."""
+        """The traits of `apply` for matrices of `rows` x `cols`."""
         return RuleTraits()
 
     def flops(self, rows: Dim, cols: Dim) -> float:
@@ -198,7 +198,7 @@ Kernel = Callable[[list[Tensor], list[Tensor], dict[str, list[Tensor]], int, flo
 
 
 class SelectorTraits(NamedTuple):
-    """What a selector declares about itself. The defaults fit a selector that keeps an orthonormal basis in its state."""
+    """The declarations of a selector. The defaults fit a selector that keeps an orthonormal basis in its state."""
 
     decomposes: bool = True  # a refresh takes a decomposition, which may fail; False: it cannot fail
     orthonormal: bool = True  # the basis has orthonormal columns, so the residual is orthogonal to the subspace
@@ -216,7 +216,7 @@ class SelectorFlops(NamedTuple):
 
 
 class Refreshed(NamedTuple):
-    """The result of a refresh. A pair `(state, order)` will do as well."""
+    """The result of a refresh. `refresh` may also return a pair `(state, order)`."""
 
     state: State
     order: Order | None = None  # the places of kept coordinates in the new basis; None: unchanged
@@ -275,7 +275,7 @@ class Selector(Component, family="selector"):
         """A new basis from the source `x` `(B, rows, cols)`; pure."""
 
     def traits(self) -> SelectorTraits:
-        """What holds of this selector."""
+        """The traits of this selector."""
         return SelectorTraits()
 
     def observe(self, x: Tensor, c: Tensor, state: State, step: Step) -> State:

@@ -25,7 +25,7 @@ class LowRank(Selector):
     """A selector with a column basis of a given rank. Its subclasses need `refresh` alone, if they keep the basis in slot `basis`."""
 
     rank: Rank = Field(
-        128, description="Number of columns of the basis, at most the short side; a number below 1 is that part of the most there can be."
+        128, description="Number of columns of the basis, at most the short side; a number below 1 is that part of the largest rank."
     )
 
     def limit(self, rows: Dim, cols: Dim) -> int:

@@ -20,7 +20,7 @@ from .work import Options, Piece, Stack
 
 
 class Rates(NamedTuple):
-    """How a weight meets its update: learning rate, decay, and a number by which the update is multiplied."""
+    """The numbers for updating a weight: learning rate, decay, and a factor for the update."""
 
     lr: float | Tensor
     decay: float

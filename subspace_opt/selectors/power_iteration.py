@@ -55,7 +55,7 @@ class PowerIteration(LowRank):
 class Dion(LowRank):
     """`P = qr(B'Q)`, the basis; `Q <- R / |R|` column by column, `R = B P` its coordinates (arXiv:2504.05295).
 
-    The state is Q, the warm start, from which every update finds P anew. The first Q is drawn from N(0, 1).
+    The state is the warm start Q. Every update computes P from it. The first Q is drawn from N(0, 1).
     """
 
     kind: Literal["dion"] = "dion"
