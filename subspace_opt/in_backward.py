@@ -76,7 +76,7 @@ class BackwardOptimizer(SubspaceOptimizer):
             except NonFiniteGradient as error:
                 raise NonFiniteGradient(
                     f"the gradient of {name} holds NaN or infinity and was not used, but {len(self._updated)} parameters whose gradients "
-                    "came before it in this backward() have been updated. Go on from a checkpoint, or build with nonfinite='skip', which "
+                    "came before it in this backward() have been updated. Resume from a checkpoint, or build with nonfinite='skip', which "
                     "leaves such parameters out of the step"
                 ) from error
             self._updated.add(id(p))

@@ -1,4 +1,4 @@
-"""An optimizer's parameter groups and the plan made from them: what is checked when a group is added, and how both are shown."""
+"""An optimizer's parameter groups and the plan made from them: the checks of a new group, and the tables that show both."""
 
 from __future__ import annotations
 

@@ -171,8 +171,8 @@ class Linear:
     def is_finite(self, known: Tensor) -> bool:
         """True if every tensor of the expression is finite. Waits for the device.
 
-        Two searches are left out: of a dense matrix with the storage of `known`, which is finite, and of bases on a CPU, which are searched
-        when they are made.
+        It skips a dense matrix with the storage of `known`, which is finite. On a CPU it skips bases, which are searched when they are
+        made.
         """
         s, numbers = self.sum, [] if self.number is None else [self.number]
         dense = [] if s.dense is None or same_storage(s.dense, known) else [s.dense]

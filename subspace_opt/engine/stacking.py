@@ -56,7 +56,7 @@ def _grouped(work: list[Work], options: Options, memory: Memory) -> Iterator[Sta
 def _in_passes(stack: Stack, options: Options) -> Iterator[Stack]:
     """Cut a large matrix whose entries or rows are updated independently, such as an embedding, into runs of rows: temporaries stay small.
 
-    Not on a GPU, where launches cost more than bytes, and not with stochastic rounding, which draws a whole matrix at once.
+    A GPU does not do this, because launches cost more than bytes. Stochastic rounding excludes it, because it draws a whole matrix at once.
     """
     piece = stack.pieces[0]
     rows, cols = piece.block.rows, piece.block.cols

@@ -98,7 +98,7 @@ class Piece:
     index: int
     start: int
     stop: int
-    rows: tuple[int, int] | None = None  # first row, and first row beyond
+    rows: tuple[int, int] | None = None  # the first row, and the first row after the piece
 
     @property
     def block(self) -> Block:
@@ -151,7 +151,7 @@ class Piece:
             self.slot(key).copy_(value)
 
     def _entries(self, shape: tuple[int, ...]) -> tuple[int, int]:
-        """First entry of the piece in the block's flat state tensor, and first entry beyond."""
+        """Indices of the piece's first entry in the block's flat state tensor, and of the first entry after the piece."""
         each = prod(shape)
         if self.rows is None:
             return self.start * each, self.stop * each
