@@ -12,7 +12,7 @@ from .core import State
 
 
 def silence_round_off(residual: Tensor, coords: Tensor) -> Tensor:
-    """The residual `X - P X`, set to 0 for matrices in which it is only round-off: a scale-free rule would blow it up to full size.
+    """The residual `X - P X`, set to 0 for matrices in which it is only round-off: a scale-free rule would amplify it to full size.
 
     Coordinates in an orthonormal basis have the norm of `P X`, which is that of X if the residual is small.
     """

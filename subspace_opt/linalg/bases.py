@@ -168,7 +168,7 @@ def _by_gram(x: Tensor, rank: int) -> Tensor:
 
 
 def sketched_right(x: Tensor, rank: int, start: Tensor, iterations: int = 1) -> tuple[Tensor, Tensor]:
-    """Nearly `leading_right`, by power iterations from `start` `(B, n, rank + p)`, and the coordinates `X U` `(B, m, rank)`."""
+    """An approximation of `leading_right` by power iterations from `start` `(B, n, rank + p)`, and the coordinates `X U` `(B, m, rank)`."""
     size = magnitude(x)
     if size.numel() == 1 and size.device.type == "cpu" and 1e-6 < size.item() < 1e6:
         scale = None  # the fourth power stays in range

@@ -58,7 +58,7 @@ def quotient(x: Tensor, size: Tensor) -> Tensor:
 
 
 def unit(x: Tensor) -> Tensor:
-    """Every matrix divided by its size, so that products of entries neither overflow nor vanish; 0 stays 0."""
+    """Every matrix divided by its size, so that products of entries neither overflow nor underflow; 0 stays 0."""
     return x / divisor(magnitude(x))
 
 
