@@ -94,7 +94,7 @@ class BackwardOptimizer(SubspaceOptimizer):
 
     @torch._disable_dynamo
     def _advance(self) -> None:
-        """End the iteration. Parameters that still have a gradient, which somebody set by hand, are updated now."""
+        """End the iteration. Parameters that still have a gradient, because it was set by hand, are updated now."""
         places = self._iteration()
         for key in self._updated & places.keys():
             if places[key][1].grad is not None:

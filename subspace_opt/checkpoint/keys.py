@@ -1,7 +1,7 @@
 """Keys of parameters: the words that seed their random draws and spread their refreshes.
 
 A parameter's key is its canonical name when the optimizer is built, or `group0.param1` if it has no name. Loading a checkpoint gives it the
-key under which its state was made, and it keeps that key for the rest of the run, whatever its name is. Groups and checkpoints carry
+key under which its state was made, and it keeps that key for the rest of the run, under any name. Groups and checkpoints carry
 `keys`, a mapping from name to key, for the parameters whose key is not their name.
 """
 

@@ -76,8 +76,7 @@ def decomposes(frame: Frame) -> bool:
 
 
 def fails_first(frame: Frame, *, refresh: bool) -> bool:
-    """True if decompositions of this update run before anything else is computed, so a failure leaves the state intact and it may be
-    written in place.
+    """True if decompositions run before the rest of the update. The rest may then write over the state.
     """
     return not decomposes(frame) and (not refresh or frame.refreshes_first)
 

@@ -118,7 +118,7 @@ class Piece:
         return self.size == self.block.count
 
     def of(self, blocks: list[Tensor]) -> Tensor:
-        """Its part of the parameter's weights, gradients or compensations, `(count, rows, cols)`."""
+        """This piece of the parameter's weights, gradients or compensations, `(count, rows, cols)`."""
         part = blocks[self.index][self.start : self.stop]
         return part if self.rows is None else part[:, slice(*self.rows)]
 
