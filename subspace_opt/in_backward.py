@@ -166,7 +166,7 @@ def step_in_backward(
     """
     if isinstance(model, nn.Module) and any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()):
         raise ValueError(
-            "the gradients of a model in DistributedDataParallel are averaged after they would have been used here; use the ordinary "
+            "DistributedDataParallel averages gradients after this optimizer would use them; use the ordinary "
             "optimizer (subspace_opt.build)"
         )
     params, known = named_parameters(model)

@@ -30,7 +30,7 @@ SCHEDULES: dict[str, tuple[tuple[Polynomial, ...], Literal["cycle", "repeat"]]] 
         ),
         "cycle",
     ),
-    # Cubic by step: two products instead of three, a wider output range.
+    # A cubic polynomial for each step takes two products instead of three, and has a wider output range.
     "cubic": (
         (
             (3.3657, -3.3421, 0.0),
