@@ -60,8 +60,8 @@ def _route(spec: Spec, entry: Entry) -> tuple[int, Route]:
     if entry.use is not None:
         if entry.use not in spec.pipelines:
             raise SpecError(
-                f"parameter group of '{entry.name}': use '{entry.use}' is not a pipeline of
-                '{spec.name}'; known: {', '.join(spec.pipelines)}"
+                f"parameter group of '{entry.name}': use '{entry.use}' is not a pipeline of '{spec.name}'; known: "
+                f"{', '.join(spec.pipelines)}"
             )
         return -1, Route(use=entry.use)
     dims = len(entry.shape)
