@@ -96,7 +96,7 @@ def test_a_norm_limiter_comes_back_after_gradients_of_nearly_0(restart: float | 
 
 
 def test_a_norm_limiter_stops_a_spike() -> None:
-    """A signal a hundred million times the previous one grows by gamma, whatever its ratio says."""
+    """A signal 1e8 times the previous one passes with a growth of gamma only."""
     params = parameters({"w": (8, 6)})
     spec = {"pipelines": {"all": {"complement": [{"kind": "norm_growth", "gamma": 1.5}]}}, "routes": [{"use": "all"}]}
     opt = SubspaceOptimizer(params.items(), spec, lr=1.0, weight_decay=0.0)

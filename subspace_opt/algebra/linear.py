@@ -101,7 +101,7 @@ class Linear:
         return Linear(Sum(rows, cols, None, 1.0, (Lift(coords, basis),)))
 
     def unless_shared(self, *others: Tensor) -> Linear:
-        """The same expression, computed over its dense matrix unless that shares its storage with one of `others`."""
+        """The same expression, whose value may be written over its dense matrix unless that shares its storage with one of `others`."""
         s = self.sum
         if s.dense is None or any(same_storage(s.dense, other) for other in others):
             return self

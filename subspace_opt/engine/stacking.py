@@ -129,7 +129,7 @@ def _runs(phases: list[Phase], most: int) -> Iterator[tuple[Phase, int, int]]:
 
 
 def matrices_at_once(item: Work, block: Block, options: Options) -> int:
-    """The most matrices of a stack: as `batch_bytes` allows and, on a CPU, as the cache holds."""
+    """The largest number of matrices in a stack. `batch_bytes` limits it and, on a CPU, the cache."""
     if options.stacking == "never":
         return 1
     entries = block.rows * block.cols

@@ -64,16 +64,19 @@ class Scale(Rule):
 class NormGrowth(Rule):
     """`X` limited to `gamma` times the norm of the previous result (the limiter of Fira, arXiv:2410.01623, there gamma 1.01).
 
-    The first update passes as it is, and so does one after an update of norm 0. If the previous norm is below `restart` times the present
-    one, the limit is at least the norm of an update with root mean square 1: after gradients of practically 0, a limit that grows by
-    `gamma` would hold the weight for thousands of updates. The authors' code has no restart.
+    The first update passes unchanged, and so does an update after one of norm 0. If the previous norm is below `restart` times the present
+    one, the limit is at least the norm of an update with root mean square 1. Otherwise gradients of practically 0 would hold the weight for
+    thousands of updates, because the limit grows only by `gamma`. The authors' code has no restart.
     """
 
     kind: Literal["norm_growth"] = "norm_growth"
     gamma: float = Field(1.01, gt=1.0, description="The largest growth of the norm from one update to the next.")
     eps: float = Field(1e-8, ge=0.0, description="Added to the norm of the previous update.")
     restart: float = Field(
-        1e-3, ge=0.0, lt=1.0, description="Begin anew if the previous norm is below this share of the present one; 0 never does."
+        1e-3,
+        ge=0.0,
+        lt=1.0,
+        description="Restart the limit if the previous norm is below this share of the present one; 0 never restarts it.",
     )
 
     def slots(self, rows: Dim, cols: Dim) -> dict[str, Slot]:

@@ -52,7 +52,7 @@ def probed(component: P, notes: Notes) -> P:
 
 def _rule_methods(cls: type[Any], notes: Notes) -> dict[str, Callable[..., Any]]:
     def apply(self: Rule, x: Tensor | Linear, grad: Tensor, state: State, step: Step) -> tuple[Tensor | Linear, State]:
-        if isinstance(x, Linear):  # the rule is lazy: its checks run on the matrix, and the expression must give the same
+        if isinstance(x, Linear):  # a lazy rule: check it on the matrix, then compare its result for the expression
             entries = x.dense()
             out, new = apply(self, entries, entries, state, step)
             lazily, kept = cls.apply(self, x, x, state, step)
@@ -144,12 +144,12 @@ def _check_in_place(
 
 
 def _check_lazy(notes: Notes, lazily: Tensor, out: Tensor | Linear, kept: State, new: State) -> None:
-    """A lazy rule gives the same result and state for an expression as for its matrix."""
+    """Note a lazy rule whose result or state for an expression differs from that for its matrix."""
     pairs = [(lazily, out), *((value, new[name]) for name, value in kept.items())]
     for a, b in pairs:
         assert isinstance(b, Tensor)  # a matrix was given
         if not is_fake(a) and not torch.allclose(a, b, rtol=1e-4, atol=1e-30, equal_nan=True):
-            notes.add("pure", "`apply` of a lazy rule gives another result for an expression than for its matrix")
+            notes.add("pure", "`apply` of a lazy rule returns a different result for an expression than for its matrix")
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
