@@ -234,7 +234,9 @@ class SubspaceOptimizer(PlannedOptimizer):
         )
 
     def refresh_bases(self) -> None:
-        """Make every selector take a new basis at the next step, whatever its schedule, as when a new task begins (arXiv:2504.07097)."""
+        """Make every selector take a new basis at the next step, outside its schedule, for example when a new task begins
+        (arXiv:2504.07097).
+        """
         for group in self.param_groups:
             group["refresh"] = True
 
@@ -284,7 +286,7 @@ class SubspaceOptimizer(PlannedOptimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.defaults.pop("differentiable", None)  # torch's class adds it; it is no option here and would enter later groups
+        self.defaults.pop("differentiable", None)  # torch's class adds it; it is not an option here, and later groups would get it
         self._planned = self._placed = None
         self._memory = Memory()
         if any(lowbit.found(value) for slots in self.state.values() for value in slots.values()):

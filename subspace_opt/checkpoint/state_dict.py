@@ -180,7 +180,7 @@ def _check_spec(saved: str, own: str) -> None:
 
 
 def _filled(text: str) -> str:
-    """A saved spec with the fields that specs have gained since. Their default values mean what the code did before."""
+    """A saved spec with the fields that specs have gained since. With their default values the code behaves as before."""
     try:
         return Spec.model_validate_json(text).to_json()
     except ValidationError:
