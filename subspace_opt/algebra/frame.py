@@ -122,7 +122,7 @@ class Frame(Shaped):
 
     def _with_feedback(self, grad: Tensor, error: Tensor, step: Step) -> Tensor:
         # A refresh that may fail needs the error unchanged.
-        overwrites = step.in_place and not (step.refresh and self.pipeline.selector.traits().decomposes)
+        overwrites = step.in_place and not (step.refresh and self.selector_traits.decomposes)
         return error.add_(grad) if overwrites else grad + error
 
     def _remember(self, g: Tensor, cg: Tensor, basis: Basis, lost: Linear | None, update: Linear, new: State, step: Step) -> None:
@@ -170,7 +170,7 @@ class Frame(Shaped):
         if not stateful:
             return None
         # Without the old basis nothing is rotated, and the pipeline's validator refuses slots that would need it.
-        old = selector.basis(before, step) if selector.traits().keeps_basis else Basis()
+        old = selector.basis(before, step) if self.selector_traits.keeps_basis else Basis()
         change = Change(old, basis, *self.inner, order, shared_atoms(old, basis))
         for key, rule, slots in stateful:
             state = part(key, new)

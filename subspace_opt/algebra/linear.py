@@ -109,11 +109,11 @@ class Linear:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        first = next(self.sum.tensors())
-        return first.size(0), self.sum.rows, self.sum.cols
+        s = self.sum
+        return (s.lifts[0].coords if s.dense is None else s.dense).size(0), s.rows, s.cols
 
     def size(self, dim: int) -> int:
-        return self.shape[dim]
+        return self.sum.cols if dim == -1 else self.sum.rows if dim == -2 else self.shape[dim]
 
     @property
     def mT(self) -> Linear:  # noqa: N802 -- torch's name

@@ -9,7 +9,7 @@ from math import prod
 from typing import Any, Self
 
 from . import storage
-from .core import Dim, Rule, Slot, State
+from .core import Dim, Rule, SelectorTraits, Slot, State
 from .pipeline import Pipeline
 from .storage import Codes, StateDtype
 
@@ -72,9 +72,14 @@ class Shaped:
         return self.pipeline.decay == "coupled" or (self.opens and self.pipeline.selector.source == "weight")
 
     @cached_property
+    def selector_traits(self) -> SelectorTraits:
+        """The traits of the selector."""
+        return self.pipeline.selector.traits()
+
+    @cached_property
     def primes(self) -> bool:
         """True if the first gradient only sets the basis."""
-        return self.opens and self.pipeline.selector.traits().primes
+        return self.opens and self.selector_traits.primes
 
     @cached_property
     def refreshes_first(self) -> bool:

@@ -181,7 +181,7 @@ def _computed(frame: Frame, given: _Inputs) -> tuple[Linear | None, State]:
 def _after_failure(stack: Stack, given: _Inputs, error: Exception, errors: dict[str, Exception]) -> tuple[Linear | None, State] | None:
     """Update and new state of one matrix with the basis it has; None if the matrix gets no update in this step."""
     (piece,), frame, step = stack.pieces, stack.frame, given.step
-    keeps = frame.pipeline.selector.traits()
+    keeps = frame.selector_traits
     if step.in_place and step.refresh and not keeps.decomposes:  # its state has been overwritten
         kind = kind_of(type(frame.pipeline.selector))
         raise RuntimeError(

@@ -40,7 +40,8 @@ def update_stack(stack: Stack, update: Linear | None, options: Options) -> None:
     entries, factor = _settled(update)
     if _update_together(stack, entries, factor, options):
         return
-    for piece, part in zip(stack.pieces, entries.split(stack.sizes), strict=True):
+    parts = [entries] if len(stack.pieces) == 1 else entries.split(stack.sizes)
+    for piece, part in zip(stack.pieces, parts, strict=True):
         _update_piece(piece, part, factor, options)
 
 
@@ -161,8 +162,10 @@ def has_kernel(w: Tensor, update: Tensor) -> bool:
 def _update_together(stack: Stack, update: Tensor, factor: float, options: Options) -> bool:
     """Update all weights of a stack in one operation if they are whole parameters with one dtype, lr and decay; else return False."""
     pieces = stack.pieces
+    if len(pieces) < 2:
+        return False
     first, rates = pieces[0].work, _rates(pieces[0], factor)
-    if len(pieces) < 2 or isinstance(rates.lr, Tensor) or any(p.work.outbox is not None for p in pieces):
+    if isinstance(rates.lr, Tensor) or any(p.work.outbox is not None for p in pieces):
         return False
     if not all(p.work.is_matrix and _rates(p, factor) == rates and p.work.param.dtype == first.param.dtype for p in pieces):
         return False

@@ -46,9 +46,12 @@ SAFE = 1e-20  # an eps from which a quotient cannot overflow
 
 
 def ratio(a: Tensor | float, size: Tensor, eps: float) -> Tensor:
-    """`a / (size + eps)`; if the quotient overflows, the result is 0. A size of 0, or a subnormal size, therefore gives no infinity."""
-    found: Tensor = a / (size + eps)
-    return found if eps >= SAFE else found.masked_fill(found.isinf() | (size == 0), 0.0)
+    """`a / (size + eps)`. With an eps near 0, it is 0 where it would overflow: a size of 0 or a subnormal size gives no infinite number."""
+    if eps >= SAFE:
+        return a / (size + eps)
+    size = size + eps if eps else size
+    largest = a.clamp_min(1.0) if isinstance(a, Tensor) else max(a, 1.0)  # torch divides a number by a tensor as `a * (1 / size)`
+    return torch.where(size > largest * (2.0 / torch.finfo(size.dtype).max), a / size, 0.0)
 
 
 def quotient(x: Tensor, size: Tensor) -> Tensor:
