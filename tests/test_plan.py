@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from subspace_opt import Entry, Spec, SpecError, SubspaceOptimizer, build, load_spec, make_plan
 from subspace_opt.engine.work import Piece
 from subspace_opt.plan import COUNTERS
-from subspace_opt.plan.modules import canonical_name, module_kinds
+from subspace_opt.plan.modules import module_kinds
+from subspace_opt.plan.names import canonical_name
 from subspace_opt.spec import Route
 
 every_preset = pytest.mark.parametrize("preset", PRESETS)
