@@ -109,9 +109,11 @@ class PlannedOptimizer(torch.optim.Optimizer):
         if len(guessed) > (0 if self._modules else 1):  # a single matrix without a model is an experiment
             first, *more = [f"'{canonical_name(row.entry.name)}'" for row in guessed[:MOST_NAMES]]
             listed = ", ".join([first, *more]) + (f" and {len(guessed) - MOST_NAMES} more" if len(guessed) > MOST_NAMES else "")
-            cause = "neither module nor name tells the role of" if self._modules else "no model was given, and no name tells the role of"
+            route = guessed[0].why.partition(";")[0]
             warnings.warn(
-                f"{cause} {listed}. {guessed[0].why.partition(';')[0]} of '{self.spec.name}' takes {first} as a hidden matrix. "
+                f"spec '{self.spec.name}' routes parameters by role, and "
+                + ("neither module nor name" if self._modules else "no model was given, and no name")
+                + f" tells the role of {listed}. {first} goes to '{guessed[0].pipeline}' as a hidden matrix ({route}). "
                 f"Say what it is, roles={{{first}: 'hidden'}}" + ("" if self._modules else ", or use subspace_opt.build(spec, model)"),
                 UserWarning,
                 stacklevel=arguments.caller_level(),

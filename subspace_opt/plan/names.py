@@ -47,7 +47,8 @@ OF_RAW = (
     ("ssm", re.compile(r"^(A_logs?|A|D|Ds|dt_bias|time_decay|time_first)$")),
     ("position", POSITION),
     ("token", re.compile(r"tokens?$|token_(embedding|emb)s?$|^(class_embedding|query_embed\w*|latents?|probe|registers?)$", re.IGNORECASE)),
-    ("bias", re.compile(r"bias\w*$|^b$", re.IGNORECASE)),
+    ("bias", re.compile(r"bias\w*$", re.IGNORECASE)),
+    ("hidden", re.compile(r"^experts?$")),
 )
 OF_PLAIN = (
     ("position", POSITION),

@@ -64,6 +64,7 @@ class _Finder:
     def __init__(self, model: nn.Module) -> None:
         self.modules = dict(model.named_modules())
         self.experts = expert_parents([canonical_name(path) for path in self.modules])
+        self.classifies = not any(isinstance(module, nn.Embedding) for module in self.modules.values())
 
     def role(self, path: str, module: nn.Module, name: str, shape: tuple[int, ...]) -> Role:
         """The role of the parameter `name` of a module."""
@@ -103,7 +104,7 @@ class _Finder:
             return found or Role("hidden", "shape", is_guess=True)
         rows, cols = reversed(shape) if is_transposed else shape[-2:]
         found = fused_role(words[-1], rows, cols, self._words(path)) or head_or_router(words, self.experts)
-        if found is None and words == ["fc"]:
+        if found is None and words == ["fc"] and self.classifies and isinstance(module, nn.Linear):
             return Role("head", "name fc")
         if found is None and any(PATCH.search(word) for word in words):
             return Role("patch", f"module {kind}, name {next(word for word in words if PATCH.search(word))}")
