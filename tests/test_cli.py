@@ -261,7 +261,7 @@ def test_explain_tells_how_a_parameter_is_seen(tmp_path: Path, run: Run) -> None
     config.write_text(json.dumps({"model_type": "gpt2", "n_embd": 64, "n_layer": 1, "n_head": 2, "vocab_size": 500, **ends}))
     text = run("explain", "cosmos", "--model", str(config), width=80)
     assert re.search(r"^transformer\.wte\.weight +500x64 +other +- +256,004 +1 *$", text, re.M)
-    assert re.search(r"^  attn\.c_attn\.weight +64x192 in 3, transposed +matrix +64 +[\d,]+ +0 *$", text, re.M)
+    assert re.search(r"^  attn\.c_attn\.weight +64x192/3, transposed +matrix +64 +[\d,]+ +0 *$", text, re.M)
 
 
 @pytest.mark.parametrize(

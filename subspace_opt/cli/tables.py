@@ -227,11 +227,11 @@ def _cause(row: Row) -> str:
 
 
 def _seen(row: Row) -> str:
-    """The shape, and its view if that differs."""
+    """The shape, and its view if that differs. `64x192/3` is cut into three parts."""
     shape, view = "x".join(map(str, row.entry.shape)) or "scalar", row.view
     turned = ", transposed" if view.transposed else ""
     if len(view.blocks) > 1:
-        return f"{shape} in {len(view.blocks)}{turned}"
+        return f"{shape}/{len(view.blocks)}{turned}"
     if str(view) == f"{view.rows}x{view.cols}, stored transposed":
         return shape + turned
     return shape if shape == str(view) or len(row.entry.shape) < 2 else f"{shape} as {view}"
