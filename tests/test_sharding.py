@@ -122,14 +122,14 @@ def compare_fused(kind: str, presets: tuple[str, ...], options: dict[str, Any]) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "world"), [("fsdp", 2), ("ddp", 2), ("tp", 2), ("fsdp", 4), ("hsdp", 4)])
+@pytest.mark.parametrize(("kind", "world"), [("fsdp", 2), ("ddp", 2), ("hsdp", 4)])
 def test_weights_cut_by_their_roles_equal_one_process(kind: str, world: int) -> None:
-    assert run_ranks(world, compare_fused, kind, ("cosmos", "muon", "galore", "soap", "dion"), {}) == [[]] * world
+    assert run_ranks(world, compare_fused, kind, ("cosmos", "galore"), {}) == [[]] * world
 
 
 @pytest.mark.slow
 def test_weights_cut_by_their_roles_in_small_buckets_equal_one_process() -> None:
-    assert run_ranks(2, compare_fused, "fsdp", ("cosmos", "muon"), {"batch_bytes": 500}) == [[]] * 2
+    assert run_ranks(2, compare_fused, "tp", ("muon", "soap"), {"batch_bytes": 500}) == [[]] * 2
 
 
 # ------------------------------------------------------------------------------------------------------- gradients that are missing or bad
