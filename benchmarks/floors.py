@@ -9,8 +9,8 @@ from statistics import median
 import torch
 
 from subspace_opt import SubspaceOptimizer
-from subspace_opt.algebra.linalg import cpu_has_bfloat16
 from subspace_opt.lab.run.device import clock
+from subspace_opt.linalg import cpu_has_bfloat16
 from subspace_opt.plan.costs import flops
 from subspace_opt.rules.orthogonal import Orthogonalize
 
@@ -39,12 +39,12 @@ def floor(optimizer: SubspaceOptimizer, machine: Machine) -> float:
     quick = total = moved = 0.0
     for row in optimizer.plan.rows:
         moved += row.entry.numel * row.entry.dtype.itemsize * 3 + 2 * row.state_bytes  # weight read and written, gradient read
-        for block, split in row.splits:
+        for block, frame in row.splits:
             iterated = sum(
-                rule.flops(rows, cols) for _, rule, rows, cols in split.places() if isinstance(rule, Orthogonalize) and rule.method != "svd"
+                rule.flops(rows, cols) for _, rule, rows, cols in frame.places() if isinstance(rule, Orthogonalize) and rule.method != "svd"
             )
-            every = split.pipeline.selector.every if split.opens else None
-            total += block.count * (flops(split)[0] + (flops(split)[1] if every == 1 else 0.0))
+            every = frame.pipeline.selector.every if frame.opens else None
+            total += block.count * (flops(frame)[0] + (flops(frame)[1] if every == 1 else 0.0))
             quick += block.count * iterated
     return 1e3 * ((total - quick) / machine.float32 + quick / machine.quick + moved / machine.bandwidth)
 

@@ -113,9 +113,9 @@ def predict(preset: str, place: Place) -> Cost:
     weights = sum(p.numel() * p.itemsize for p in model.parameters())
     plain = refresh = 0.0
     for row in plan.rows:
-        for block, split in row.splits:
-            between, renewed = flops(split)
-            always = split.opens and split.pipeline.selector.every == 1
+        for block, frame in row.splits:
+            between, renewed = flops(frame)
+            always = frame.opens and frame.pipeline.selector.every == 1
             plain += block.count * (between + (renewed if always else 0.0))
             refresh += block.count * (between + renewed)
     return Cost(plan.total_bytes, weights, sum(plan.constants.values()), plain, refresh if periodic(plan) else None)
@@ -123,11 +123,11 @@ def predict(preset: str, place: Place) -> Cost:
 
 def periodic(plan: Plan) -> list[str]:
     """The pipelines in use that refresh their basis at some steps only."""
-    return sorted({row.pipeline for row in plan.rows for _, split in row.splits if split.opens and split.pipeline.selector.every != 1})
+    return sorted({row.pipeline for row in plan.rows for _, frame in row.splits if frame.opens and frame.pipeline.selector.every != 1})
 
 
 def has_rank(preset: str) -> bool:
-    """Whether the pipeline `matrix` has a selector with a rank."""
+    """True if the pipeline `matrix` has a selector with a rank."""
     pipeline = load_spec(preset).pipelines.get("matrix")
     return pipeline is not None and getattr(pipeline.selector, "rank", None) is not None
 

@@ -24,8 +24,9 @@ from step_time import device_name, hidden_matrices, now, quartiles, settle_alloc
 from torch import Tensor
 from torch.optim._muon import _zeropower_via_newtonschulz
 
-from subspace_opt.algebra import linalg, polar
+from subspace_opt import linalg
 from subspace_opt.lab.run.device import choose_device
+from subspace_opt.linalg import polar
 
 KELLER = polar.schedule("keller", 5)
 Way = tuple[str, Callable[[], Tensor]]

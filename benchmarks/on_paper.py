@@ -133,12 +133,12 @@ def seconds_of_ranks(found: PlacedPlan) -> list[float]:
 
 def seconds_of(row: Row) -> float:
     total = 0.0
-    for block, split in row.splits:
+    for block, frame in row.splits:
         quick = sum(
-            rule.flops(rows, cols) for _, rule, rows, cols in split.places() if isinstance(rule, Orthogonalize) and rule.method != "svd"
+            rule.flops(rows, cols) for _, rule, rows, cols in frame.places() if isinstance(rule, Orthogonalize) and rule.method != "svd"
         )
-        between, refresh = flops(split)
-        every = split.pipeline.selector.every if split.opens else 1
+        between, refresh = flops(frame)
+        every = frame.pipeline.selector.every if frame.opens else 1
         total += block.count * (quick / QUICK + (between - quick + refresh / every) / PLAIN)
     return total
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from subspace_opt.algebra.linalg import cpu_has_bfloat16
+from subspace_opt.linalg import cpu_has_bfloat16
 
 LR = 1e-5  # small, so that the weights hardly change; they do not affect the time
 ADAMW, MUON, MUON32, GALORE = "torch AdamW fused", "torch Muon", "torch Muon, float32", "galore-torch GaLore"

@@ -33,10 +33,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from subspace_opt import SubspaceOptimizer, build
-from subspace_opt.algebra.linalg import cpu_has_bfloat16
 from subspace_opt.lab.report import readable_bytes
 from subspace_opt.lab.run.device import choose_device, clock
 from subspace_opt.lab.run.measure import measured_bytes
+from subspace_opt.linalg import cpu_has_bfloat16
 from subspace_opt.spec import preset_names
 
 EVERY = dict.fromkeys(SOAPS, 10) | {GALORE: 200}  # steps between two refreshes of the peers
@@ -150,8 +150,8 @@ def period(optimizer: Optimizer) -> int | None:
     """The number of steps between two refreshes of the basis, or None if there is none or one at every step."""
     if not isinstance(optimizer, SubspaceOptimizer):
         return None
-    split = optimizer.plan.rows[0].splits[0][1]
-    every = split.pipeline.selector.every if split.opens else None
+    frame = optimizer.plan.rows[0].splits[0][1]
+    every = frame.pipeline.selector.every if frame.opens else None
     return every if every is not None and every > 1 else None
 
 

@@ -14,7 +14,7 @@ from subspace_opt.algebra.pipeline import Pipeline
 from subspace_opt.plan.costs import flops
 from subspace_opt.registry import kind_of
 from subspace_opt.spec import Spec, load_spec, preset_names
-from subspace_opt.testing.parity import Parity, measure_all
+from subspace_opt.testing.trajectories.parity import Parity, measure_all
 
 ROOT = Path(__file__).parent.parent
 WIDE = ["---", "hide: [navigation, toc]", "---", ""]  # a table of a dozen columns needs the whole page
@@ -67,10 +67,10 @@ def matrix_pipeline(spec: Spec) -> Pipeline:
 def field_row(name: str, spec: Spec) -> str:
     """The row of one preset."""
     pipeline = matrix_pipeline(spec)
-    split, selector = Frame.of(pipeline, *SHAPE), pipeline.selector
-    update, refresh = flops(split)
-    state = sum(prod(slot.shape) * (slot.dtype.itemsize / 4 if slot.dtype else 1) for slot in split.slots.values())
-    opens = split.opens
+    frame, selector = Frame.of(pipeline, *SHAPE), pipeline.selector
+    update, refresh = flops(frame)
+    state = sum(prod(slot.shape) * (slot.dtype.itemsize / 4 if slot.dtype else 1) for slot in frame.slots.values())
+    opens = frame.opens
     kept = {getattr(rule, "on_refresh", None) for rule in pipeline.inside} - {None}
     cells = [
         f"[{name}](presets/{name}.md)",
@@ -129,9 +129,9 @@ INTRODUCTION = """
 A preset claims to be the method of its paper, so tests compare it with the authors' own code. Both start from the same weights and get
 the same gradients for 8 to 14 steps in float64, and the parameters must agree at every step. The error is |p - reference| /
 |reference - start|, the largest over all steps and parameters; the denominator is the distance that the reference has moved. A tolerance
-is fifty times the effect of a change of two units in the last place of a gradient. Of {count} trajectories, {held} stay within their
-tolerance, and the largest error is {worst:.1e} of its tolerance. Random draws, and the arbitrary signs of singular vectors, are read
-from the file.
+is fifty times the effect of a change of two units in the last place of a gradient. {held} of {count} trajectories stay within their
+tolerance, and the largest error is {worst:.1e} of its tolerance. The replay reads random draws, and the arbitrary signs of singular
+vectors, from the file.
 
 `subspace-opt parity` measures this table again. Tests show that deliberate mistakes exceed the tolerances, such as eps in another place,
 a refresh off by one, or weight decay after the update instead of before.

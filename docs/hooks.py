@@ -215,12 +215,12 @@ def cost_table(spec: Spec) -> str:
     pipeline = spec.pipelines.get("matrix") or next(iter(spec.pipelines.values()))
     rows = ["| matrix | rank | state, entries / mn | GFLOP an update | GFLOP a refresh |", "| --- | --- | --- | --- | --- |"]
     for m, n in MATRICES:
-        split = Frame.of(pipeline, m, n)
-        entries = sum(prod(slot.shape) for slot in split.slots.values())
-        cost = flops(split)
+        frame = Frame.of(pipeline, m, n)
+        entries = sum(prod(slot.shape) for slot in frame.slots.values())
+        cost = flops(frame)
         update, refresh = (gigaflop(number) if number else "elementwise" for number in cost)
-        refresh = refresh if split.opens and cost[1] else "none"
-        rows.append(f"| {m} x {n} | {split.rank or ''} | {entries / (m * n):.3f} | {update} | {refresh} |")
+        refresh = refresh if frame.opens and cost[1] else "none"
+        rows.append(f"| {m} x {n} | {frame.rank or ''} | {entries / (m * n):.3f} | {update} | {refresh} |")
     return "\n".join(rows)
 
 

@@ -1,6 +1,6 @@
-"""What the tests by question share: presets made small, parameters and gradients from a seed, and how two runs are compared.
+"""Helpers of all test files: presets made small, parameters and gradients from a seed, and comparisons of two runs.
 
-`PRESETS` is what the package ships: a preset is put under every question by adding its YAML.
+`PRESETS` lists the package's YAML files, so a new preset is tested without a new row.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ LINEAR = frozenset({"linear"})
 Params = dict[str, nn.Parameter]
 Shapes = Mapping[str, tuple[int, ...]]
 
-# Every orientation, two that share a stack, a vector and a number.
+# Every orientation, two matrices that share a stack, a vector and a number.
 SHAPES: Shapes = {"tall": (7, 4), "wide": (4, 7), "square": (5, 5), "mate": (7, 4), "bias": (4,), "scalar": ()}
 
 
 @cache
 def small(name: str, rank: float = RANK, every: int = EVERY) -> Spec:
-    """A preset with `rank` columns where it has a low-rank selector and a refresh every `every` updates where it has a period.
+    """A preset with at most `rank` columns in each low-rank selector, and a refresh at every `every` updates.
 
-    All matrices refresh together, where a preset spreads them by name: tests compare a matrix with the same one under another name.
+    All matrices refresh together, also if the preset spreads them by name, because tests compare a matrix with its copy of another name.
     """
     spec = load_spec(name)
     overrides: dict[str, Any] = {}
@@ -65,7 +65,7 @@ def copied(params: Params) -> Params:
 
 
 def optimizer(spec: Any, params: Params, **options: Any) -> SubspaceOptimizer:
-    """An optimizer of named parameters that are all weights of linear layers."""
+    """An optimizer of named parameters, each declared as the weight of a linear layer."""
     spec = small(spec) if isinstance(spec, str) and spec in PRESETS else spec
     return SubspaceOptimizer(params.items(), spec, modules=dict.fromkeys(params, LINEAR), **options)
 
@@ -96,7 +96,7 @@ def train(opt: torch.optim.Optimizer, params: Params, steps: range | list[int], 
 
 
 def flat(opt: torch.optim.Optimizer) -> Iterator[tuple[str, Any]]:
-    """Every entry of the state by parameter's name (or number) and key."""
+    """Every state tensor, by parameter name (or number) and key."""
     names = [n for g in opt.param_groups for n in g.get("param_names", map(str, range(len(g["params"]))))]
     order = [p for g in opt.param_groups for p in g["params"]]
     for name, p in sorted(zip(names, order, strict=True), key=lambda pair: pair[0]):

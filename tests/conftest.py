@@ -1,4 +1,4 @@
-"""One thread per process, a deterministic hypothesis in CI, slow tests first, and `--quick`: a selection for while one works."""
+"""One thread per process, deterministic hypothesis in CI, slow tests first, and `--quick`, a selection of tests."""
 
 import gc
 import os
@@ -10,19 +10,19 @@ from hypothesis import settings
 
 torch.set_num_threads(1)
 
-# No deadline: a first call may load a kernel or compile a graph, which says nothing about the example at hand.
+# No deadline, because a first call may load a kernel or compile a graph.
 settings.register_profile("dev", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
-# What `--quick` keeps where a test is there for every preset, or for every component or preset of the conformance kit.
+# `--quick` keeps these rows of tests that run for every preset, or for every component of the conformance kit.
 QUICK_PRESETS = frozenset({"cosmos", "galore"})
 QUICK_SUBJECTS = frozenset({"cosmos", "rule adam", "selector svd"})
 
 
 @pytest.fixture
 def new_objects_only() -> Iterator[None]:
-    """The garbage collector sees only what the test makes: it need not walk a million older objects to count tensors."""
+    """Let the garbage collector see only objects that the test makes: to count tensors it then does not visit a million older objects."""
     gc.collect()
     gc.freeze()
     yield
@@ -42,11 +42,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         kept = [item for item in items if is_quick(item)]
         config.hook.pytest_deselected(items=[item for item in items if not is_quick(item)])
         items[:] = kept
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)  # or one worker would end long after the others
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)  # otherwise one worker would end long after the others
 
 
 def is_quick(item: pytest.Item) -> bool:
-    """Whether a test is in the selection: not slow, and about one of few presets if it is there for every preset."""
+    """True if a test is in the selection: it is not slow, and if it runs for every preset, its preset is one of the few."""
     given = item.callspec.params if hasattr(item, "callspec") else {}
     if item.get_closest_marker("slow") or given.get("preset", "cosmos") not in QUICK_PRESETS:
         return False

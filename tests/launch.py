@@ -1,6 +1,5 @@
-"""Ranks that a test starts for itself, to kill them: forked from a server that has torch imported, so that fifty of them start in seconds.
-
-For ranks that live on, see `pool.py`.
+"""Ranks that one test starts in order to kill them. They are forked from a server that has imported torch, so fifty of them start in
+seconds. `pool.py` has ranks that serve many tests.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-TIMEOUT = 120.0  # seconds, for what takes one: a rank that waits for a dead one must not hold up the tests
+TIMEOUT = 120.0  # seconds; normal work takes one. A rank that waits for a dead one must not delay the tests
 context = mp.get_context("forkserver")
 # torch._dynamo is what sharding imports at its first use.
 context.set_forkserver_preload(["pytest", "subspace_opt.snapshots", "torch.distributed.fsdp", "torch._dynamo"])
@@ -27,14 +26,16 @@ Process = Any
 
 
 def start(function: Callable[..., Any], size: int, *args: Any) -> tuple[list[Process], list[Any]]:
-    """Processes that run `function(rank, size, send, *args)` with a gloo group (none where `size` is 0: one process), and their pipes."""
+    """Start processes that run `function(rank, size, send, *args)` in a gloo group, and return them with their pipes. Size 0: one process
+    without a group.
+    """
     folder = tempfile.mkdtemp()
     processes, pipes = [], []
     for rank in range(max(size, 1)):
         receiver, sender = context.Pipe(duplex=False)
         process = context.Process(target=_run, args=(function, rank, size, f"{folder}/store", sender, args), daemon=True)
         process.start()
-        sender.close()  # or the pipe would not end with the process
+        sender.close()  # otherwise the pipe would stay open after the process ends
         processes.append(process)
         pipes.append(receiver)
     weakref.finalize(processes[0], shutil.rmtree, folder, ignore_errors=True)
@@ -52,14 +53,14 @@ def _run(function: Callable[..., Any], rank: int, size: int, store: str, pipe: A
 
 
 def packed(message: Any) -> bytes:
-    """Tensors by value: torch's own pickling shares memory, which ends with the process."""
+    """Pickle tensors by value: torch's own pickling shares memory, which ends with the process."""
     file = io.BytesIO()
     torch.save(message, file)
     return file.getvalue()
 
 
 def received(pipe: Any) -> Any:
-    """The next message; None once the process is gone."""
+    """The next message; None if the process has ended."""
     if not pipe.poll(TIMEOUT):
         raise TimeoutError("a rank says nothing")
     try:
@@ -69,7 +70,9 @@ def received(pipe: Any) -> Any:
 
 
 def end(processes: list[Process], kill: bool = False) -> list[int]:
-    """Exit codes; with `kill`, at once. Whatever is still there after the timeout is killed and fails the test."""
+    """Wait for the processes, or kill them with `kill`, and return their exit codes. A process that outlives the timeout is killed and
+    fails the test.
+    """
     if kill:
         for process in processes:
             process.kill()

@@ -1,6 +1,5 @@
-"""The reference that every fast path is held against: `Frame.update` on one matrix at a time, and the update of the weight as its formula.
-
-No stacks, no kernels, no expressions multiplied into weights, nothing written in place.
+"""The reference for every fast path: `Frame.update` on one matrix at a time, and the formula of the weight's update. It uses no stacks, no
+kernels and no expressions multiplied into weights, and writes nothing in place.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from subspace_opt.plan.views import Block
 
 
 class Plain:
-    """Trains copies of parameters by the formulas alone. `plan`: that of an optimizer for parameters of these names and shapes."""
+    """Trains copies of parameters by the formulas alone. `plan`: the plan of an optimizer for parameters of these names and shapes."""
 
     def __init__(self, plan: Plan, weights: dict[str, Tensor], lr: float, weight_decay: float) -> None:
         self.rows = {row.entry.name: row for row in plan.rows}

@@ -1,6 +1,6 @@
 """A pool of ranks: processes with a gloo process group that serve many tests, so that a test does not pay for starting them.
 
-`run_ranks(4, function, *arguments)` calls `function(*arguments)` on four ranks and returns what each of them returned. Every pytest worker
+`run_ranks(4, function, *arguments)` calls `function(*arguments)` on four ranks and returns the four results. Every pytest worker
 keeps one pool per number of ranks for its whole run. A task that raises, dies or hangs fails the test with the tracebacks of its ranks. Its
 pool is killed then, and the next task of that size starts a new one. Tests that kill ranks on purpose start their own (`launch.py`).
 """
@@ -57,7 +57,7 @@ class Pool:
             own, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(rank, size, self.folder, theirs), daemon=True)
             process.start()
-            theirs.close()  # or the pipe would not end with the process
+            theirs.close()  # otherwise the pipe would stay open after the process ends
             self.pipes.append(own)
             self.processes.append(process)
 
@@ -83,7 +83,7 @@ class Pool:
         return [answers[rank] for rank in range(len(self.pipes))]
 
     def _take(self, rank: int, answers: dict[int, Any], errors: dict[int, str]) -> None:
-        """Read what a rank sends: its answer, its traceback, or the end of its pipe."""
+        """Read a rank's message: its answer, its traceback, or the end of its pipe."""
         try:
             failed, answer = pickle.loads(self.pipes[rank].recv_bytes())
         except (EOFError, ConnectionResetError):
@@ -93,7 +93,7 @@ class Pool:
         (errors if failed else answers)[rank] = answer
 
     def _stack(self, rank: int) -> str:
-        """Where a rank that does not answer is."""
+        """The stack of a rank that does not answer."""
         if self.processes[rank].is_alive():
             os.kill(self.processes[rank].pid, signal.SIGUSR1)
             time.sleep(0.5)
@@ -132,8 +132,8 @@ def _serve(rank: int, size: int, folder: Path, pipe: Connection) -> None:
 
 
 def _answer(rank: int, task: bytes) -> bytes:
-    """Whether the task failed, and its result or its traceback."""
-    torch.manual_seed(1000 + rank)  # nothing may depend on the global generator
+    """Run a task; return True if it failed, and its result or traceback."""
+    torch.manual_seed(1000 + rank)  # each rank has a seed of its own, so a task that depends on the global generator fails
     try:
         function, arguments = pickle.loads(task)
         with warnings.catch_warnings():

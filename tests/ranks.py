@@ -1,4 +1,4 @@
-"""Models whose parameters lie on a mesh, their gradients, and how the weights of two runs are compared."""
+"""Models whose parameters are placed on a mesh, their gradients, and comparisons of the weights of two runs."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def make_zoo(dtype: torch.dtype = torch.float64) -> Zoo:
 
 
 def gradient(name: str, shape: torch.Size, step: int, dtype: torch.dtype) -> Tensor:
-    """The gradient that every run is given: full rank, the same wherever it is made."""
+    """The gradient of a parameter at a step: of full rank, and the same on every rank."""
     generator = torch.Generator().manual_seed(hash_of(name) + step)
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
@@ -107,7 +107,7 @@ def hash_of(name: str) -> int:
     return sum(ord(letter) * 31**i for i, letter in enumerate(name)) % 2**31
 
 
-@cache  # a mesh of two dimensions makes process groups, which the ranks of a pool keep
+@cache  # cached: a mesh of two dimensions makes process groups, and a pool's ranks live long
 def mesh_of(kind: str, world: int) -> DeviceMesh | None:
     """`fsdp`, `tp`: one dimension; `hsdp`, `fsdp+tp`: two; `ddp`: none."""
     if kind == "ddp":
@@ -117,7 +117,7 @@ def mesh_of(kind: str, world: int) -> DeviceMesh | None:
 
 
 def placements(kind: str, name: str, p: Tensor) -> tuple[Placement, ...]:
-    """Rows for FSDP; columns or rows in turn for tensor parallel, vectors copied."""
+    """FSDP shards rows. Tensor parallelism shards columns and rows in turn, and copies vectors."""
     along = Shard(1) if p.dim() > 1 and hash_of(name) % 2 else Shard(0)
     parallel = along if p.dim() > 1 else Replicate()
     return {
@@ -129,7 +129,7 @@ def placements(kind: str, name: str, p: Tensor) -> tuple[Placement, ...]:
 
 
 def place(model: nn.Module, kind: str, mesh: DeviceMesh | None) -> nn.Module:
-    """Every parameter as a DTensor on the mesh; tied ones stay tied. `ddp` leaves them whole."""
+    """Replace every parameter by a DTensor on the mesh. Tied parameters stay tied; `ddp` leaves all whole."""
     if mesh is None:
         return model
     moved: dict[int, nn.Parameter] = {}
@@ -144,11 +144,11 @@ def place(model: nn.Module, kind: str, mesh: DeviceMesh | None) -> nn.Module:
 
 
 def own_shard(whole: Tensor, like: DTensor) -> DTensor:
-    """A tensor that every rank holds whole, laid out as `like`: each rank keeps its shard, and nothing is sent."""
+    """Shard a tensor that every rank holds whole, with the placements of `like`. Each rank keeps its shard and sends nothing."""
     return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
 
 
-@cache  # many presets are given the same gradients, and an optimizer only reads them
+@cache  # many presets use the same gradients, and an optimizer only reads them
 def _gradient_of(
     name: str, shape: torch.Size, step: int, dtype: torch.dtype, layout: tuple[DeviceMesh, tuple[Placement, ...]] | None
 ) -> Tensor:
@@ -157,9 +157,8 @@ def _gradient_of(
 
 
 def give(model: nn.Module, step: int, without: Callable[[str, int], bool] = lambda name, step: False) -> None:
-    """Set every gradient, whole or as this rank's shard; `without` says where there is none.
-
-    The tensors are shared between calls: whoever changes a gradient takes a clone first.
+    """Set every gradient, whole or as this rank's shard; parameters for which `without` is true get none. Calls share the tensors, so clone
+    a gradient before you change it.
     """
     for name, p in model.named_parameters():
         if p.requires_grad:
@@ -168,7 +167,7 @@ def give(model: nn.Module, step: int, without: Callable[[str, int], bool] = lamb
 
 
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter gathered; a collective."""
+    """Gather every parameter; a collective."""
     return {name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone() for name, p in model.named_parameters()}
 
 

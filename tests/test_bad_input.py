@@ -1,4 +1,4 @@
-"""Bad input: one clear error that says where, what and what is known, and nothing executed, written or lost."""
+"""Bad input gives one clear error with the place, the fault and the known names; nothing is executed, written or lost."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ RANK = "should be a number of columns, 1 or more, or a part of the short side be
 
 
 def matrix(body: str) -> str:
-    """A spec file with one pipeline, whose first line is line 4 of the file and begins in column 5."""
+    """A spec file with one pipeline. The pipeline's first line is line 4 of the file and begins in column 5."""
     return "version: 1\npipelines:\n  matrix:\n" + indent(dedent(body), "    ")
 
 
@@ -250,7 +250,7 @@ NO_SPEC_FILE = {
     ],
 )
 def test_file(text: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One message that says where, and the folder as it was."""
+    """One message names the place, and the folder is unchanged."""
     file = tmp_path / "s.yaml"
     file.write_text(text, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
@@ -339,11 +339,11 @@ def test_override(path: Any, value: Any, message: str) -> None:
     assert refused("cosmos", {path: value}) == message
 
 
-# --- hypothesis: whatever is put wherever
+# --- hypothesis: any value at any place
 
 
 def places(node: Any, path: tuple[int | str, ...] = ()) -> Iterator[tuple[int | str, ...]]:
-    """Every place of plain data, the top included."""
+    """Every path into plain data, the top included."""
     yield path
     for key, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
         yield from places(value, (*path, key))
@@ -357,7 +357,7 @@ def at(node: Any, path: tuple[int | str, ...]) -> Any:
 
 DOCUMENTS = {name: preset.read().data for name, preset in built_in().items()}
 PLACES = [(name, path) for name, data in DOCUMENTS.items() for path in places(data)]
-MAPPINGS = [(n, p) for n, p in PLACES if isinstance(at(DOCUMENTS[n], p), dict) and p != ("pipelines",)]  # which may have any key
+MAPPINGS = [(n, p) for n, p in PLACES if isinstance(at(DOCUMENTS[n], p), dict) and p != ("pipelines",)]  # mappings that accept any key
 
 
 @given(place=st.sampled_from(MAPPINGS), value=st.sampled_from([None, 1, "muon", [], {"kind": "adam"}]))
@@ -415,7 +415,7 @@ def test_any_text_is_a_spec_or_a_spec_error(text: str, tmp_path_factory: pytest.
 
 
 def command(*arguments: str) -> tuple[int, str, str]:
-    """The command in a process of its own: status, stdout, stderr."""
+    """Run the command in a new process; return status, stdout and stderr."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-c", "from subspace_opt.cli import main; main()", *arguments],
@@ -428,7 +428,7 @@ def command(*arguments: str) -> tuple[int, str, str]:
 
 
 def left(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    """The same in this process."""
+    """Run the command in this process."""
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     return (caught.value.code, *capsys.readouterr())
@@ -514,7 +514,7 @@ class {name}(Rule):
 
 @pytest.fixture
 def own_registry() -> Iterator[None]:
-    """What a test registers is forgotten after it."""
+    """Remove after each test the kinds that it registered."""
     before = {family: dict(table) for family, table in registry._kinds.items()}
     loaded = set(registry._loaded)
     yield
@@ -581,7 +581,7 @@ def test_class_that_is_no_kind(body: str, message: str, tmp_path: Path) -> None:
 
 
 def install(site: Path, name: str, source: str, group: str = "subspace_opt.plugins", module: str = "") -> None:
-    """A distribution as pip leaves it: a module, and metadata that names its entry point."""
+    """Write a distribution as pip installs it: a module, and metadata with its entry point."""
     site.mkdir(exist_ok=True)
     (site / f"{name}.py").write_text(source)
     info = site / f"{name}-1.2.dist-info"
@@ -597,7 +597,7 @@ def with_site(site: Path, code: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 def test_installed_plugins_good_broken_and_doubled(tmp_path: Path) -> None:
-    """One good, one that raises, one that takes the good one's kind: the good one works and the others are named."""
+    """Of three plugins one is good, one raises, and one has the good one's kind. The good one works, and warnings name the others."""
     site = tmp_path / "site"
     install(site, "good_plugin", KIND.format(name="Good", kind="twice"))
     install(site, "raising_plugin", "raise OSError('no licence')")
@@ -654,7 +654,7 @@ def test_command_lists_a_broken_plugin_and_works(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_command_lists_broken_presets_of_packages(tmp_path: Path) -> None:
-    """A package whose preset is no spec, and one that is not there: both named, everything else listed."""
+    """A package has an invalid preset, and another package is missing. The list names both and shows everything else."""
     site = tmp_path / "site"
     for name, module in (("good_recipes", "good_recipes"), ("lost_recipes", "nowhere")):
         install(site, name, "", group="subspace_opt.presets", module=module)
@@ -785,7 +785,7 @@ def test_gradient_that_is_no_number_changes_nothing() -> None:
 
 @pytest.fixture
 def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> tuple[str, ...]:
-    """A finished run of two updates, as arguments of `train`."""
+    """Finish a run of two updates; return its arguments for `train`."""
     text = tmp_path / "text.txt"
     text.write_text("to be or not to be, that is the question\n" * 40)
     arguments = ("train", "cosmos", "--data", str(text), "--steps", "2", "--length", "16", "--out", str(tmp_path / "run"))

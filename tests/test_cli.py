@@ -1,4 +1,4 @@
-"""The command: what every subcommand prints for people and for programs, and how it leaves."""
+"""The output of every subcommand for people and for programs, and its exit code."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Run = Callable[..., str]
 
 
 class Left:
-    """What a command left behind."""
+    """The exit code and the output of a command."""
 
     def __init__(self, status: object, out: str, err: str) -> None:
         self.status, self.out, self.err = status, out, err
@@ -61,7 +61,7 @@ def run(leave: Callable[..., Left]) -> Run:
 
 @pytest.fixture
 def plugin(tmp_path: Path) -> Iterator[Path]:
-    """A file that registers one rule; forgotten after the test."""
+    """A file that registers one rule. The rule is removed after the test."""
     file = tmp_path / "twice.py"
     file.write_text(
         "from typing import Literal\nfrom subspace_opt import Rule, register\n@register\nclass Twice(Rule):\n"
@@ -228,7 +228,7 @@ def test_explain_for_programs(run: Run) -> None:
 
 @pytest.mark.parametrize("spec", ["cosmos", "galore", "soap", "trion", "adamw"])
 def test_plan_is_what_is_allocated(spec: str, run: Run) -> None:
-    """To the byte, layer by layer and in total, for the very model that `train` makes."""
+    """The bytes of each layer and in total are those of the model that `train` makes."""
     told = json.loads(run("plan", spec, "--model", "tiny", "--vocab", "256", "--json"))
     model = make_model("tiny")
     optimizer = build(spec, model)
@@ -255,7 +255,7 @@ def test_plan_names_the_tables_that_layers_share(run: Run) -> None:
 
 
 def test_explain_tells_how_a_parameter_is_seen(tmp_path: Path, run: Run) -> None:
-    """GPT-2 stores its linear layers as (in, out)."""
+    """GPT-2 stores the weights of its linear layers as (in, out)."""
     config = tmp_path / "config.json"
     ends = {"bos_token_id": 0, "eos_token_id": 0}
     config.write_text(json.dumps({"model_type": "gpt2", "n_embd": 64, "n_layer": 1, "n_head": 2, "vocab_size": 500, **ends}))
@@ -291,7 +291,7 @@ def test_plan_tells_what_ranks_hold_and_send(run: Run) -> None:
     ranks = told["on_ranks"]
     assert (ranks["mesh"], ranks["shape"], ranks["ranks"]) == ("fsdp+tp", [2, 2], 4)
     assert len(ranks["state_bytes"]) == len(ranks["sent_bytes"]) == 4
-    assert sum(ranks["state_bytes"]) > told["state_bytes"]  # what tensor parallelism leaves alone is held twice
+    assert sum(ranks["state_bytes"]) > told["state_bytes"]  # parameters that tensor parallelism does not shard are held twice
     assert "on_ranks" not in json.loads(run("plan", "cosmos", "--model", "tiny", "--json"))
     text = run("plan", "cosmos", "--model", "tiny", "--ranks", "4", "--mesh", "tp", width=80)
     assert re.search(r"^tp 4, each rank +smallest +mean +largest +total / ranks", text, re.M)
@@ -344,14 +344,14 @@ def text(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def quick(text: Path) -> list[str]:
-    """Arguments of a run that takes a moment."""
+    """Arguments of a short run."""
     return ["--data", str(text), "--length", "16", "--batch-size", "2", "--eval-batches", "1"]
 
 
 def test_train_takes_all_that_a_run_is_made_of() -> None:
     command: Any = typer.main.get_command(app)
     options = {parameter.name for parameter in command.commands["train"].params}
-    assert set(TrainConfig.model_fields) - {"overrides"} <= options  # overrides are given by --set
+    assert set(TrainConfig.model_fields) - {"overrides"} <= options  # --set gives overrides
 
 
 def test_train_tells_how_it_goes(quick: list[str], leave: Callable[..., Left]) -> None:
@@ -406,7 +406,7 @@ def test_train_that_is_interrupted(quick: list[str], tmp_path: Path, leave: Call
 
 
 def test_train_that_fails_leaves_with_1(quick: list[str], leave: Callable[..., Left]) -> None:
-    """Bad input is found before a run begins; what goes wrong after that is the run's failure."""
+    """Bad input is found before a run begins. A run that fails later exits with status 1."""
     left = leave("train", "cosmos", *quick, "--steps", "9", "--lr", "1e30", "--warmup", "0", "--clip", "0")
     assert left.status == 1
     assert re.match(r"Error: cosmos: the (loss|gradient norm) is (nan|inf) after \d updates\. ", left.err.splitlines()[-1])
@@ -486,7 +486,7 @@ def test_new_plugin(tmp_path: Path, run: Run, leave: Callable[..., Left]) -> Non
 
 
 class Terminal:
-    """A terminal of some width that remembers what was drawn on it."""
+    """A terminal of a given width that records its output."""
 
     def __init__(self, width: int) -> None:
         self.file = io.StringIO()
@@ -494,7 +494,7 @@ class Terminal:
 
     @property
     def lines(self) -> list[str]:
-        """All lines ever drawn, without the codes that move the cursor."""
+        """All lines that were drawn, without the codes that move the cursor."""
         plain = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", self.file.getvalue())
         return [line.rstrip() for line in plain.replace("\r", "\n").splitlines()]
 

@@ -1,4 +1,4 @@
-"""Every built-in kind and preset keeps the contract that the conformance kit asks of a plugin's; what breaks it is told so."""
+"""Every built-in kind and preset passes the conformance kit; broken rules and selectors fail it with the right message."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from subspace_opt.testing.trial import shrunk
 
 ROOT = Path(__file__).parent.parent
 
-# Built-in kinds with options that change what they keep or how they work.
+# Built-in kinds with options that change their state or their computation.
 VARIANTS = [
     'adam={"beta1": 0.0}',
     'adam={"debias": false, "eps_inside": true}',
@@ -75,7 +75,7 @@ def test_presets_conform(check: Check) -> None:
 
 
 class _Average(Rule):
-    """A moving average, from which the broken rules below are made."""
+    """A moving average. The broken rules below derive from it."""
 
     kind: Literal["average"] = "average"
 
@@ -106,7 +106,7 @@ class Unheard(_Average):
 
 
 class Withheld(_Average):
-    """Keeps to itself what it declares."""
+    """Does not return the slot that it declares."""
 
     kind: Literal["withheld"] = "withheld"  # type: ignore[assignment]
 
@@ -133,7 +133,7 @@ class WritesGradient(_Average):
 
 
 class WritesState(_Average):
-    """Updates its average in place, as optimizers do elsewhere."""
+    """Updates its average in place."""
 
     kind: Literal["writes_state"] = "writes_state"  # type: ignore[assignment]
 
@@ -142,7 +142,7 @@ class WritesState(_Average):
 
 
 class Hasty(_Average):
-    """Looks at its average after it has written over it."""
+    """Reads its average after it has written over it."""
 
     kind: Literal["hasty"] = "hasty"  # type: ignore[assignment]
 
@@ -181,7 +181,7 @@ class Remembers(_Average):
 
 
 class Single(_Average):
-    """Computes in single precision, whatever it is given."""
+    """Computes in single precision for every dtype of the input."""
 
     kind: Literal["single"] = "single"  # type: ignore[assignment]
 
@@ -190,7 +190,7 @@ class Single(_Average):
 
 
 class OnTheCpu(_Average):
-    """Makes a tensor without saying where."""
+    """Creates a tensor without a device."""
 
     kind: Literal["on_the_cpu"] = "on_the_cpu"  # type: ignore[assignment]
 
@@ -208,7 +208,7 @@ class Unguarded(_Average):
 
 
 class Forgets(_Average):
-    """Returns nothing for its state at a refresh."""
+    """Returns an empty state at a refresh."""
 
     kind: Literal["forgets"] = "forgets"  # type: ignore[assignment]
 
@@ -226,14 +226,14 @@ class Alone(_Average):
 
 
 class Undescribed(_Average):
-    """An option that nothing explains."""
+    """Has an option without a description."""
 
     kind: Literal["undescribed"] = "undescribed"  # type: ignore[assignment]
     beta: float = 0.9
 
 
 class Loose(_Average):
-    """Takes any option without a word."""
+    """Ignores unknown options."""
 
     model_config = ConfigDict(extra="ignore")
     kind: Literal["loose"] = "loose"  # type: ignore[assignment]
@@ -244,7 +244,7 @@ class Wordless(_Average):
 
 
 class Costly(_Average):
-    """A cost that is not a number."""
+    """Declares a cost of NaN."""
 
     kind: Literal["costly"] = "costly"  # type: ignore[assignment]
 
@@ -256,7 +256,7 @@ class Costly(_Average):
 
 
 class _Columns(LowRank):
-    """The first columns of a QR, from which the broken selectors below are made."""
+    """The first columns of a QR. The broken selectors below derive from it."""
 
     kind: Literal["columns"] = "columns"
     every: int | None = Field(2, description="Updates between refreshes.")
@@ -266,7 +266,7 @@ class _Columns(LowRank):
 
 
 class Oblique(_Columns):
-    """Columns of the gradient as they are."""
+    """Returns columns that are not orthonormal."""
 
     kind: Literal["oblique"] = "oblique"  # type: ignore[assignment]
 
@@ -275,7 +275,7 @@ class Oblique(_Columns):
 
 
 class Fleeting(_Columns):
-    """Hands on a basis that it does not declare."""
+    """Keeps its basis in a key that it does not declare."""
 
     kind: Literal["fleeting"] = "fleeting"  # type: ignore[assignment]
 
@@ -288,7 +288,7 @@ class Fleeting(_Columns):
 
 
 class Unclamped(_Columns):
-    """As many columns as it is asked for."""
+    """Does not clamp the rank to the shape."""
 
     kind: Literal["unclamped"] = "unclamped"  # type: ignore[assignment]
 
@@ -312,7 +312,7 @@ class Repeated(_Columns):
 
 
 class Turned(_Columns):
-    """Rows where columns belong."""
+    """Returns the transpose of its basis."""
 
     kind: Literal["turned"] = "turned"  # type: ignore[assignment]
 
@@ -321,7 +321,7 @@ class Turned(_Columns):
 
 
 class Crosses(_Columns):
-    """One basis for the whole stack."""
+    """Computes one basis for the whole stack."""
 
     kind: Literal["crosses"] = "crosses"  # type: ignore[assignment]
 
@@ -331,7 +331,7 @@ class Crosses(_Columns):
 
 
 class DrawsBasis(_Columns):
-    """A random basis that no seed of the optimizer's decides."""
+    """Draws its basis from the global generator."""
 
     kind: Literal["draws_basis"] = "draws_basis"  # type: ignore[assignment]
 
@@ -340,7 +340,7 @@ class DrawsBasis(_Columns):
 
 
 class Listens(_Columns):
-    """Lets `observe` keep what it does not declare."""
+    """Returns from `observe` a key that it does not declare."""
 
     kind: Literal["listens"] = "listens"  # type: ignore[assignment]
 
@@ -348,7 +348,7 @@ class Listens(_Columns):
         return {**state, "energy": c.square().sum((-2, -1))}
 
 
-# What is broken -> (the question that tells, what it says)
+# broken class -> (the question that it fails, the message)
 BROKEN: dict[type[Component], tuple[str, str]] = {
     Undeclared: ("slots", "returned state has key 'peak' that `slots` does not declare"),
     Unheard: ("slots", "`apply` reads state 'variance', which `slots` does not declare (declared: mean)"),
@@ -358,31 +358,31 @@ BROKEN: dict[type[Component], tuple[str, str]] = {
     Alone: ("slots", "`apply` returned Tensor, not a pair (update, state)"),
     WritesGradient: ("pure", "`apply` writes to its input `grad`"),
     WritesState: ("pure", "`apply` writes to its input `state['mean']`"),
-    Hasty: ("pure", "`apply` gives other numbers where `step.in_place` or `step.spare` lets it write over its input"),
-    Mixes: ("stacked", "a matrix changes when another one of the stack does; reduce over the last two dimensions only"),
+    Hasty: ("pure", "`apply` returns different numbers when `step.in_place` or `step.spare` lets it write over its inputs"),
+    Mixes: ("stacked", "the result for a matrix changes with another matrix of the stack; reduce over the last two dimensions only"),
     Draws: ("deterministic", "the global random number generator is used"),
-    Remembers: ("resumed", "resumed after update 0, training ends with another"),
+    Remembers: ("resumed", "a run resumed after update 0 ends with a different"),
     Single: ("precision", "the update of `apply` has dtype torch.float32, and should have torch.float64"),
-    OnTheCpu: ("precision", "Make new tensors where x is"),
-    Unguarded: ("finite", "the update 1 holds NaN or infinity; guard the division"),
+    OnTheCpu: ("precision", "Create new tensors on the device of x"),
+    Unguarded: ("finite", ": update 1 holds NaN or infinity; guard the division"),
     Undescribed: ("documented", "option 'beta' has no description"),
     Loose: ("documented", "refuses unknown options"),
     Wordless: ("documented", "Wordless has no docstring"),
-    Costly: ("planned", "`flops` should give numbers"),
+    Costly: ("planned", "`flops` should return finite numbers"),
     Oblique: ("basis", "the columns of the right side are not orthonormal"),
     Fleeting: ("slots", "`basis` reads state 'basis', which `slots` does not declare (declared: warm)"),
     Unclamped: ("basis", "gives 6 x 1000000 coordinates for a matrix 6 x 4"),
-    Repeated: ("basis", "picks columns twice"),
+    Repeated: ("basis", "picks a column twice"),
     Turned: ("basis", "the right side of the basis has shape (3, 2, 4), and `coords` asks for (B, 4, 2)"),
     Crosses: ("stacked", "reduce over the last two dimensions only"),
-    DrawsBasis: ("deterministic", "declares what it needs in `draws` and finds it in `step.noise`"),
+    DrawsBasis: ("deterministic", "declare the shape of its draws in `draws` and read them from `step.noise`"),
     Listens: ("slots", "`observe`: returned state has key 'energy' that `slots` does not declare"),
 }
 
 
 @pytest.fixture
 def registered(request: pytest.FixtureRequest) -> Iterator[type[Component]]:
-    """A class, known for the time of a test."""
+    """A class that is registered during one test."""
     cls: type[Component] = subspace_opt.register(request.param)
     yield cls
     unregister(cls)
@@ -404,7 +404,7 @@ def test_an_unregistered_class_is_told() -> None:
 
 
 class History(Rule):
-    """The update of two gradients ago: its state is tensors that it was given, which is allowed."""
+    """Returns the gradient of two updates ago. Its state is its inputs themselves, which is allowed."""
 
     kind: Literal["history"] = "history"
 
@@ -416,7 +416,7 @@ class History(Rule):
 
 
 class Keys(Selector):
-    """Both sides by the QR of the source, with a key of its own for the time of an update, and an option that has no default."""
+    """Bases of both sides by a QR of the source. `refresh` returns one more key, and an option has no default."""
 
     kind: Literal["keys"] = "keys"
     every: int | None = Field(2, description="Updates between refreshes.")
@@ -472,7 +472,7 @@ def test_a_spec_with_a_broken_rule_is_told(registered: type[Component]) -> None:
         asked()
 
 
-# -------------------------------------------------------------------------------------------------------------- what to ask for
+# ------------------------------------------------------------------------------------------------------------ names of components
 
 
 def test_components_are_found_by_every_name_they_have(tmp_path: Path) -> None:
@@ -507,12 +507,15 @@ class Halved(Rule):
     [
         ("svdd", "no rule, selector or module 'svdd'; did you mean 'svd'?"),
         ("no.such.module:Thing", "module 'no.such.module' cannot be imported"),
-        ("subspace_opt.selectors.svd:Thing", "'Thing' of 'subspace_opt.selectors.svd' is no rule or selector; it has LowRank, Svd"),
-        ("subspace_opt.algebra.linalg", "'subspace_opt.algebra.linalg' defines no rule or selector; it has none at all"),
+        (
+            "subspace_opt.selectors.svd:Thing",
+            "'Thing' of 'subspace_opt.selectors.svd' is not a rule or selector; the module has LowRank, Svd",
+        ),
+        ("subspace_opt.linalg", "'subspace_opt.linalg' defines no rule or selector; it imports none"),
         ("no_such_file.py", "plugin file 'no_such_file.py' does not exist"),
         ("svd={rank: 3}", "the options are not JSON"),
         ("svd=3", "the options are not a mapping"),
-        ('svd={"rnak": 3}', "selector 'svd' cannot be made: rnak: Extra inputs are not permitted"),
+        ('svd={"rnak": 3}', "selector 'svd' cannot be built: rnak: Extra inputs are not permitted"),
     ],
 )
 def test_what_cannot_be_found_is_told(asked: str, message: str) -> None:
@@ -530,19 +533,21 @@ def _pytest(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_the_command_tests_a_file_and_says_what_is_broken(tmp_path: Path) -> None:
     (tmp_path / "halved.py").write_text(PLUGIN)
     (tmp_path / "halved.yaml").write_text("name: h\npipelines: {all: {complement: sgd}}\nroutes: [{use: all}]\n")
     done = _pytest("--pyargs", "subspace_opt.testing", "--component", "halved.py", "--spec", "halved.yaml", cwd=tmp_path)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "returned state has key 'lost' that `slots` does not declare" in done.stdout
-    assert "test_conformance[halved.yaml-loss_falls]" not in done.stdout  # what passes is not listed
+    assert "test_conformance[halved.yaml-loss_falls]" not in done.stdout  # passed checks are not listed
 
 
+@pytest.mark.slow
 def test_the_command_says_what_it_needs(tmp_path: Path) -> None:
     silent = _pytest("--pyargs", "subspace_opt.testing", "-rs", cwd=tmp_path)
     assert silent.returncode == 0
-    assert "give what to test: --component KIND" in silent.stdout.replace("\n", " ")
+    assert "name the components or specs to test: --component KIND" in silent.stdout.replace("\n", " ")
     unknown = _pytest("--pyargs", "subspace_opt.testing", "--component", "svdd", cwd=tmp_path)
     assert unknown.returncode == 4
     assert "did you mean 'svd'?" in unknown.stderr

@@ -1,4 +1,4 @@
-"""What only a GPU can show; and, run on a CPU as well, that both compute the same."""
+"""Tests that need a GPU. Some of them also compare its results with those of a CPU."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from subspace_opt import build
-from subspace_opt.algebra import linalg
+from subspace_opt import build, linalg
 from subspace_opt.lab.run.measure import peak_temporaries
 from tests.common import copied, gradient, optimizer, parameters, small
 
@@ -26,7 +25,7 @@ def moved(params: dict[str, nn.Parameter], device: str) -> dict[str, nn.Paramete
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
 @pytest.mark.parametrize("preset", ["adamw", "muon", "cosmos", "galore", "adam-snsm", "soap", "trion", "dion", "sumo"])
 def test_a_device_computes_what_a_cpu_does(preset: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In stacks, and with bases by Cholesky factors, as a GPU has them."""
+    """With stacks and with bases from Cholesky factors, which a GPU uses by default."""
     params = parameters(SHAPES, torch.float64)
     there = moved(params, device)
     for own, stacking in ((params, "never"), (there, "always")):
@@ -35,7 +34,7 @@ def test_a_device_computes_what_a_cpu_does(preset: str, device: str, monkeypatch
             for name, p in own.items():
                 p.grad = gradient(name, tuple(p.shape), step, p.dtype).to(p.device)
             opt.step()
-        monkeypatch.setattr("subspace_opt.algebra.linalg.orthonormal", linalg.cholesky_qr)
+        monkeypatch.setattr("subspace_opt.linalg.orthonormal", linalg.cholesky_qr)
     for name, p in params.items():
         torch.testing.assert_close(there[name].cpu(), p, rtol=0, atol=1e-8)
 
@@ -54,7 +53,7 @@ def nobody_waits() -> Iterator[None]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("preset", ["adamw", "muon", "cosmos", "galore", "adam-snsm", "trion", "soap", "apollo"])
 def test_no_host_waits_between_refreshes(preset: str, dtype: torch.dtype) -> None:
-    """COSMOS refreshes its basis at every step, and Trion too. `propagate`, as to be told of NaN somebody has to wait."""
+    """COSMOS and Trion refresh at every step, and must not wait either. `propagate`: a check for NaN would wait for the device."""
     params = moved(parameters(SHAPES, dtype), "cuda")
     opt = optimizer(small(preset, 4, every=1000), params, nonfinite="propagate")
     grads: dict[str, Tensor] = {name: torch.randn_like(p) for name, p in params.items()}
@@ -72,7 +71,7 @@ def test_no_host_waits_between_refreshes(preset: str, dtype: torch.dtype) -> Non
 @needs_gpu
 @pytest.mark.parametrize("preset", ["muon", "cosmos", "galore", "adam-snsm"])
 def test_temporaries_stay_within_a_few_stacks(preset: str) -> None:
-    """`batch_bytes` bounds one temporary of a stack; a step holds a few of them."""
+    """`batch_bytes` bounds one temporary of a stack; a step has a few of them."""
     device, bound = torch.device("cuda"), 8 * 2**20
     model = nn.ModuleList(nn.Linear(512, 512, bias=False, device=device) for _ in range(64))
     opt = build(preset, model, batch_bytes=bound)

@@ -1,4 +1,4 @@
-"""Parameters left out of the parity tests pin a defect of the reference: with that defect written here, and nothing else, they agree too.
+"""The parity tests leave out parameters in which the reference has a defect. With that defect alone added, these parameters agree too.
 
 So the difference between a preset and its authors' code is the named one. The defects are rules and selectors of this file; none of them is
 in the library.
@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 import subspace_opt
-from subspace_opt import Change, Dim, Rule, Slot, State, Step, SubspaceOptimizer
-from subspace_opt.algebra import Order, linalg
+from subspace_opt import Change, Dim, Rule, Slot, State, Step, SubspaceOptimizer, linalg
+from subspace_opt.algebra import Order
 from subspace_opt.registry import Component, unregister
 from subspace_opt.rules.adaptive import Adam
 from subspace_opt.selectors.kron_eigen import KronEigen
-from subspace_opt.testing.cases import CASES, DISCARDED, GAIN, ONE_SHOT, STALE, UNSORTED
-from subspace_opt.testing.golden import Golden, replay
+from subspace_opt.testing.trajectories.cases import CASES, DISCARDED, GAIN, ONE_SHOT, STALE, UNSORTED
+from subspace_opt.testing.trajectories.golden import Golden, replay
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -37,7 +37,9 @@ class ForgottenMomentum(Rule):
 
 
 class GainedAdam(Rule):
-    """Adam whose first moment takes 0.1 of the gradient and is corrected for 0.9, whatever beta1 (COSMOS, for vectors)."""
+    """Adam whose first moment takes 0.1 of the gradient and is corrected for beta1 = 0.9, also if beta1 is another number (COSMOS, for
+    vectors).
+    """
 
     kind: Literal["gained_adam"] = "gained_adam"
     beta1: float
@@ -91,7 +93,7 @@ class OneShotAdam(Adam):
 
 
 class UnsortedMoments(KronEigen):
-    """Columns sorted by their eigenvalues after the QR, while the second moments that belong to them stay (Emerging-Optimizers' SOAP)."""
+    """Sorts columns by their eigenvalues after the QR, but not their second moments (Emerging-Optimizers' SOAP)."""
 
     kind: Literal["unsorted_moments"] = "unsorted_moments"  # type: ignore[assignment]
 
@@ -117,11 +119,11 @@ def _kinds() -> Iterator[None]:
 
 
 def _defect(golden: Golden, pipelines: dict[str, Any]) -> dict[str, Any]:
-    """What the overrides are that put the file's defects into a spec with these pipelines."""
+    """The overrides that put the file's defects into a spec with these pipelines."""
     defects = set(CASES[golden.meta["id"]].left_out.values())
     options = golden.meta["optimizer_kwargs"]
     out: dict[str, Any] = {}
-    if defects & {GAIN, DISCARDED}:  # the references's other branch has its defect in every file
+    if defects & {GAIN, DISCARDED}:  # the other branch of the reference has its defect in every file
         b1, b2 = options["betas"]
         out["other.complement"] = {"kind": "gained_adam", "beta1": b1, "beta2": b2}
     if DISCARDED in defects:
@@ -149,7 +151,7 @@ def test_a_file_differs_by_the_named_defect_and_nothing_else(name: str) -> None:
         return optimizer
 
     assert max(replay(golden, defective).values()) <= golden.tolerance
-    # And it is the defect that does it: without it each of these parameters moves in another way.
+    # Without the defect, each of these parameters disagrees.
     errors = replay(golden, case.make)
     assert all(errors[parameter] > 100 * golden.tolerance for parameter in case.left_out), errors
 

@@ -1,4 +1,4 @@
-"""The code in README and the documentation runs as it stands there."""
+"""The code in the README and the documentation runs without changes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PAGES = ["docs/quick-start.md", "docs/plugins.md", "docs/snapshots.md"]
 
 @pytest.fixture(autouse=True)
 def kinds_of_their_own() -> Iterator[None]:
-    """What a page registers is forgotten after it."""
+    """Remove after each page the kinds that it registered."""
     before = {family: dict(table) for family, table in registry._kinds.items()}
     yield
     registry._kinds.clear()
@@ -36,7 +36,7 @@ def blocks(page: str, language: str) -> list[str]:
 @pytest.mark.parametrize("page", PAGES)
 def test_sessions_run_as_written(page: str) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # parameters without a model: the page is about that
+        warnings.simplefilter("ignore", UserWarning)  # the page itself is about parameters without a model
         result = doctest.testfile(str(ROOT / page), module_relative=False, optionflags=doctest.ELLIPSIS)
     assert result.attempted > 0
     assert result.failed == 0
@@ -44,8 +44,7 @@ def test_sessions_run_as_written(page: str) -> None:
 
 def test_docstrings_run_as_written() -> None:
     results = [
-        doctest.testmod(module)
-        for module in (subspace_opt.optimizer, subspace_opt.in_backward, subspace_opt.algebra.linalg, subspace_opt.spec)
+        doctest.testmod(module) for module in (subspace_opt.optimizer, subspace_opt.in_backward, subspace_opt.linalg, subspace_opt.spec)
     ]
     assert sum(r.attempted for r in results) > 0
     assert sum(r.failed for r in results) == 0
@@ -66,3 +65,7 @@ def test_specs_in_pages_parse_and_plan(page: str) -> None:
     for text in found:
         spec = parse_spec(text)
         assert subspace_opt.make_plan(spec, [subspace_opt.Entry("w", (16, 8)), subspace_opt.Entry("b", (8,))]).total_bytes > 0
+
+
+def test_the_citation_names_this_version() -> None:
+    assert f"\nversion: {subspace_opt.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Reading a spec file: what comes back, where it stood, and what each refusal says."""
+"""Reading a spec file: the data, their lines and columns, and the message of each error."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def refusal(text: str, format: str = "yaml") -> str:
     return str(caught.value)
 
 
-# --- what comes back
+# --- data
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_file_of_each_ending(tmp_path: Path) -> None:
     assert read_document(str(tmp_path / "a.json")).data == {"version": 1}
 
 
-# --- where it stood
+# --- lines and columns
 
 YAML_TEXT = """\
 # a comment
@@ -145,7 +145,7 @@ def test_locate_without_positions_names_the_source() -> None:
     assert Document({"a": 1}, "<mapping>").locate(("a",)) == "<mapping>"
 
 
-# --- what each refusal says
+# --- error messages
 
 
 @pytest.mark.parametrize(
@@ -340,7 +340,7 @@ def test_nothing_is_executed(tmp_path: Path) -> None:
     assert not witness.exists()
 
 
-# --- for every text
+# --- any text
 
 TEXT = st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=12)
 VALUES = st.recursive(
@@ -352,7 +352,7 @@ MAPPINGS = st.dictionaries(TEXT, VALUES, max_size=5)
 
 
 def same(a: object, b: object) -> bool:
-    return repr(a) == repr(b)  # tells 1 from 1.0 and True, which == does not
+    return repr(a) == repr(b)  # distinguishes 1, 1.0 and True, which are equal by ==
 
 
 @given(MAPPINGS)
@@ -390,14 +390,14 @@ def test_any_text_is_read_or_refused(text: str) -> None:
 
 
 def sort(value: object) -> object:
-    """The safe dumper orders keys; the comparison must not see that."""
+    """Sort keys, because the safe dumper sorts them."""
     if isinstance(value, dict):
         return {key: sort(value[key]) for key in sorted(value)}
     return [sort(item) for item in value] if isinstance(value, list) else value
 
 
 def finite(value: object) -> object:
-    """JSON has no infinity."""
+    """True if no number is infinite: JSON has no infinity."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Every fast path equals the plain one, and what makes a step quick holds by counting: operations, refreshes, bytes. Nothing is timed."""
+"""Every fast path equals the plain one. Tests of speed count operations, refreshes and bytes, and measure no times."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from subspace_opt import SubspaceOptimizer, build, load_spec
-from subspace_opt.algebra import linalg, polar
-from subspace_opt.algebra.dct import dct_table
+from subspace_opt import SubspaceOptimizer, build, linalg, load_spec
 from subspace_opt.engine import homes, strategies, weights
 from subspace_opt.engine import stacking as stacks
 from subspace_opt.lab.run.measure import peak_temporaries
+from subspace_opt.linalg import polar, products
+from subspace_opt.linalg.dct import dct_table
 from subspace_opt.selectors.fft import Fft
 from subspace_opt.spec import preset_names
 from tests.common import PRESETS, copied, differences, give, optimizer, parameters, same, small, snapshot, train
 
-# What a product or an iteration may meet: below and above the size of a panel, both orientations, square and much longer than wide.
+# Shapes below and above the size of a panel, of both orientations, square, and much longer than wide.
 CLASSES = [(1, 5), (40, 24), (340, 340), (340, 420), (420, 340), (330, 900), (900, 330), (159, 330), (512, 40)]
 shapes = pytest.mark.parametrize("shape", CLASSES, ids=str)
 
@@ -38,7 +38,7 @@ def spread_out(rows: int, cols: int, smallest: float, dtype: torch.dtype = torch
 
 
 def far(a: Tensor, b: Tensor) -> float:
-    """The distance of two matrices as a part of the second."""
+    """The distance of two matrices, relative to the second."""
     return float((a.double() - b.double()).norm() / b.double().norm())
 
 
@@ -48,7 +48,7 @@ def far(a: Tensor, b: Tensor) -> float:
 @shapes
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_a_symmetric_product_in_panels_is_the_product(shape: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linalg, "TILED_PANEL", linalg.PANEL)
+    monkeypatch.setattr(products, "TILED_PANEL", products.PANEL)
     x = random(1, *shape, dtype=dtype)
     c = linalg.mm(x, x.mT)
     for weight in (None, c):
@@ -69,7 +69,7 @@ def test_products_in_panels_do_not_depend_on_the_rest_of_the_stack() -> None:
 
 
 def plain_newton_schulz(x: Tensor, polynomials: Any) -> Tensor:
-    """As the authors write it: `A = XX'`, `X <- a X + (b A + c AA) X`, in the dtype of X."""
+    """Newton-Schulz as its authors write it: `A = XX'`, `X <- a X + (b A + c AA) X`, in the dtype of X."""
     y = x.mT if x.size(-2) > x.size(-1) else x
     y = y / (y.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for a, b, c in polynomials:
@@ -90,7 +90,7 @@ def test_newton_schulz_on_the_gram_matrix_is_newton_schulz(shape: tuple[int, int
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(128, 128), (128, 400), (400, 128)], ids=str)
 def test_newton_schulz_rounds_no_worse_than_the_plain_form(shape: tuple[int, int], dtype: torch.dtype, smallest: float) -> None:
-    """Against float64, in the same precision; also for matrices that are far from well-conditioned."""
+    """The error of both against float64, also for ill-conditioned matrices."""
     x = spread_out(*shape, smallest).unsqueeze(0)
     polynomials = polar.schedule("keller", 5)
     exact = plain_newton_schulz(x, polynomials)
@@ -100,8 +100,9 @@ def test_newton_schulz_rounds_no_worse_than_the_plain_form(shape: tuple[int, int
 
 
 class PlainCosmos:
-    """COSMOS (arXiv:2502.17410) as its equations stand, every product by itself: what its authors run, in the dtype of the gradients, with
-    Newton-Schulz in bfloat16 for float32."""
+    """COSMOS (arXiv:2502.17410) by its equations, one product at a time, as its authors compute it: in the dtype of the gradients, with
+    Newton-Schulz in bfloat16 for float32.
+    """
 
     def __init__(self, rank: int, beta: float = 0.95, gamma: float = 0.2, scale: float = 0.2) -> None:
         self.rank, self.beta, self.gamma, self.scale, self.t = rank, beta, gamma, scale, 0
@@ -148,7 +149,7 @@ def test_cosmos_rounds_no_worse_than_its_plain_form(shape: tuple[int, int]) -> N
         ours += far(-params["w"].detach(), truth)
         theirs += far(plain(g.float()), truth)
     assert ours < 1.05 * theirs
-    assert theirs < 8 * 0.2  # all three do the same
+    assert theirs < 8 * 0.2  # all three compute the same
 
 
 @pytest.mark.parametrize("shape", [(512, 128), (128, 512), (128, 128)], ids=str)
@@ -161,7 +162,7 @@ def test_the_exact_polar_factor_is_as_exact_as_by_svd(shape: tuple[int, int], sm
     assert bool((polar.polar(torch.zeros(1, *shape)) == 0).all())
     low = random(1, shape[0], 3, dtype=torch.float32) @ random(1, 3, shape[1], seed=1, dtype=torch.float32)
     values = torch.linalg.svdvals(polar.polar(low))[0]
-    assert float((values[:3] - 1).abs().max()) < 1e-4 > float(values[3:].max())  # round-off is not taken for a direction
+    assert float((values[:3] - 1).abs().max()) < 1e-4 > float(values[3:].max())  # round-off does not become a direction
 
 
 @pytest.mark.skipif(not linalg.cpu_has_bfloat16(), reason="this CPU ranks in float32 anyway")
@@ -183,7 +184,7 @@ def test_atoms_that_bfloat16_cannot_tell_apart_are_weighed_in_full(kind: str, ra
     assert selector._chosen_roughly(spoiled, table, 128).shape == (1, 128)
 
 
-# The range into which five steps bring singular values in [0.01, 1], and where 1e-3 ends at least.
+# Five steps bring singular values in [0.01, 1] into this range, and 1e-3 at least to this value.
 RANGES = {
     "keller": (0.65, 1.21, 0.3),
     "quintic": (0.95, 1.05, 0.4),
@@ -242,7 +243,7 @@ def hard(kind: str, n: int, r: int, dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize(("n", "r"), [(200, 24), (24, 24), (60, 3)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_a_basis_by_cholesky_factors_is_that_of_householder_reflections(kind: str, n: int, r: int, dtype: torch.dtype) -> None:
-    """Orthonormal to round-off whatever the columns are; the same basis where they determine it."""
+    """The basis is orthonormal for all columns, and is the same basis if the columns determine it."""
     y, eps = hard(kind, n, r, dtype), torch.finfo(dtype).eps
     q = linalg.cholesky_qr(y)
     assert float((q.mT @ q - torch.eye(r, dtype=dtype)).abs().max()) < 16 * eps
@@ -258,7 +259,7 @@ def test_presets_run_the_same_on_cholesky_factors(preset: str, monkeypatch: pyte
     params = parameters({"tall": (12, 7), "wide": (7, 12)}, torch.float64)
     twins = copied(params)
     train(optimizer(small(preset, 3), params), params, range(6))
-    monkeypatch.setattr("subspace_opt.algebra.linalg.orthonormal", linalg.cholesky_qr)
+    monkeypatch.setattr("subspace_opt.linalg.orthonormal", linalg.cholesky_qr)
     train(optimizer(small(preset, 3), twins), twins, range(6))
     for name in params:
         torch.testing.assert_close(params[name], twins[name], rtol=0, atol=1e-9)
@@ -283,7 +284,7 @@ def test_one_iteration_captures_the_energy_that_is_promised(kind: str, least: fl
 
 
 def test_a_refresh_starts_from_the_basis_there_is() -> None:
-    """Warm, one iteration a refresh ends where the SVD does; cold, it would not."""
+    """With a warm start, one iteration a refresh converges to the basis of the SVD; with a cold start it does not."""
     params = parameters({"w": (200, 160)}, torch.float64)
     spec = load_spec("galore", {"matrix.selector.rank": 20, "matrix.selector.every": 1})
     opt = optimizer(spec, params)
@@ -321,7 +322,7 @@ def test_a_kernel_equals_the_rule(preset: str, dtype: torch.dtype, monkeypatch: 
 
 
 def test_a_kernel_is_left_alone_where_it_would_not_do() -> None:
-    """A bfloat16 weight with float32 moments, a gradient too large to be squared: the plain path, and finite."""
+    """A bfloat16 weight with float32 moments, or a gradient too large to be squared, takes the plain path and stays finite."""
     params = parameters({"w": (6, 5)}, torch.bfloat16)
     opt = optimizer("adamw", params)
     give(params, 0)
@@ -338,7 +339,7 @@ def test_a_kernel_is_left_alone_where_it_would_not_do() -> None:
 
 
 class Counter(TorchDispatchMode):
-    """Counts operations as they reach the dispatcher."""
+    """Counts the operations that reach the dispatcher."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -355,7 +356,7 @@ def matrices(layers: int, width: int = 32) -> nn.Module:
 
 
 def dispatched(preset: str, layers: int) -> int:
-    """Operations of the fourth step: everything is in one stack for each of the three shapes."""
+    """Operations of the fourth step, in which each of the three shapes is one stack."""
     model = matrices(layers)
     opt = build(preset, model, stacking="always")
     for step in range(4):
@@ -377,7 +378,7 @@ def test_operations_are_few_and_the_same_when_layers_double(preset: str, most: i
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_stack_keeps_its_state_in_one_tensor_a_slot(preset: str) -> None:
-    """Also after some of its matrices had no gradient, and after a checkpoint: nothing is held twice, and nothing is lost."""
+    """This holds after a step in which some matrices had no gradient, and after loading a checkpoint."""
     params = parameters({f"w{i}": (6, 5) for i in range(5)})
     opt = optimizer(preset, params, stacking="always")
     twins = copied(params)
@@ -391,7 +392,7 @@ def test_a_stack_keeps_its_state_in_one_tensor_a_slot(preset: str) -> None:
             opt.load_state_dict(opt.state_dict())
     slots = [key for key in opt.state[params["w0"]] if key != "step" and opt.state[params["w0"]][key].dim()]
     for key in slots:
-        for together in (("w0", "w2"), ("w1", "w3")):  # the two missed as many updates
+        for together in (("w0", "w2"), ("w1", "w3")):  # both missed the same number of updates
             held = {opt.state[params[name]][key].untyped_storage().data_ptr() for name in together}
             assert len(held) == 1 or strategies.fused(opt.plan.rows[0].splits[0][1])
     storages = {v.untyped_storage().data_ptr(): v.untyped_storage().nbytes() for s in opt.state.values() for v in s.values()}
@@ -406,7 +407,7 @@ PERIODIC = [name for name in preset_names(installed=False) if any(p.selector.off
 
 @pytest.mark.parametrize("preset", PERIODIC)
 def test_refreshes_are_spread_over_the_steps(preset: str) -> None:
-    """No step but the first takes many bases, and in a period each parameter takes one."""
+    """After the first step no step takes many bases, and each parameter takes one a period."""
     rows = build(preset, matrices(16)).plan.rows
     selector = rows[0].splits[0][1].pipeline.selector
     every = selector.every
@@ -449,7 +450,7 @@ def test_propagate_looks_at_no_gradient_but_the_first(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("size", [1e-30, 1e-22, 1e20, 3e38])
 def test_a_norm_out_of_range_is_not_mistaken(size: float) -> None:
-    """Squares that vanish are not a zero gradient, and those that overflow are not an infinite one."""
+    """A gradient whose squares underflow is not a zero gradient, and one whose squares overflow is not infinite."""
     params = parameters({"w": (6, 5)})
     opt = optimizer("cosmos", params)
     before = params["w"].detach().clone()
@@ -464,7 +465,7 @@ def test_a_norm_out_of_range_is_not_mistaken(size: float) -> None:
 
 
 class Model(nn.Module):
-    """LLaMA-60M half as wide: the same shares of embedding, head and hidden matrices."""
+    """LLaMA-60M at half its width, with the same shares of embedding, head and hidden matrices."""
 
     def __init__(self, width: int = 256, layers: int = 8) -> None:
         super().__init__()
@@ -473,16 +474,16 @@ class Model(nn.Module):
         self.lm_head = nn.Linear(width, 62 * width, bias=False)
 
 
-# These give an embedding or a head to a rule that has to see all of it at once.
+# In these presets an embedding or a head has a rule that needs the whole matrix at once.
 WHOLE = {"soap", "soap-one-sided"}
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_temporaries_of_a_step_are_a_small_part_of_the_weights(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The state is there already; at most 0.15 of the weights' bytes are held beside it at any moment of a step."""
+    """After the state exists, a step holds at most 0.15 of the weights' bytes in temporaries."""
     monkeypatch.setattr("subspace_opt.engine.stacking.CACHED", stacks.CACHED // 4)  # as its matrices have a quarter of the entries
     model = Model()
-    # SOAP leaves sides above 10000 as they are, which a vocabulary has and this one is too small for.
+    # SOAP gives no basis to sides above 10000. A real vocabulary exceeds that, and this model's does not, so the limit is lowered.
     opt = build(preset, model, overrides={"matrix.selector.max_dim": 1000} if preset.startswith("soap") else None)
     own = list(model.parameters())
     for step in range(3):
@@ -521,7 +522,7 @@ def test_rows_in_passes_are_the_whole_matrix(preset: str, dtype: torch.dtype, mo
     ],
 )
 def test_rows_that_are_updated_each_by_itself_are_the_whole_matrix(preset: str, use: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a basis too, between refreshes: then the whole is needed for the next."""
+    """This also holds with a basis, between refreshes. A refresh needs the whole matrix."""
     codes = preset == "codes"
     spec = load_spec("powerstep", {"all.momentum.state": "int8"}) if codes else small(preset, 3, every=3)
     passes: list[stacks.Stack] = []
@@ -547,7 +548,7 @@ def test_rows_that_are_updated_each_by_itself_are_the_whole_matrix(preset: str, 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", list(polar.SCHEDULES))
 def test_an_iteration_stays_in_range_where_one_direction_rules(name: str, dtype: torch.dtype) -> None:
-    """One large singular value and a tail, as the momentum of a layer has: applied together, polynomials must not throw it out of range."""
+    """A momentum with one large singular value and a tail stays in range when polynomials are applied together."""
     polynomials = polar.schedule(name, 5, 1.02 if name in ("polar_express", "cans") else 1.0)
     draws = torch.Generator().manual_seed(1)
     for k, n in ((12, 20), (12, 36), (64, 256)):
@@ -566,7 +567,7 @@ def test_an_iteration_stays_in_range_where_one_direction_rules(name: str, dtype:
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("stacking", ["always", "never"])
 def test_state_written_in_its_place_is_the_same_to_the_bit(preset: str, stacking: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a stack finds its state may hang on what was loaded, and a run that was resumed must be the one that was not."""
+    """The storage of a stack's state depends on what was loaded; a resumed run must still equal a run without a cut."""
     params = parameters({"tall": (9, 6), "tall2": (9, 6), "wide": (6, 9), "square": (7, 7), "vector": (5,)}, torch.float32)
     twins = copied(params)
     runs = []
@@ -587,7 +588,7 @@ def test_decay_and_update_in_one_pass_are_the_two_operations(after: bool, dtype:
     weight, change = random(1, 9, 7), random(1, 9, 7, seed=1)
     lr, decay, factor = 3e-2, 0.1, -0.37
     plain = (weight - lr * factor * change) * (1 - lr * decay) if after else weight * (1 - lr * decay) - lr * factor * change
-    for by_rows in (True, False):  # what lies by columns has no kernel
+    for by_rows in (True, False):  # a column-major weight has no kernel
         w, u = (t.to(dtype).clone() if by_rows else t.to(dtype).mT.contiguous().mT for t in (weight, change))
         given = u.clone()
         assert weights.has_kernel(w, u) is by_rows
@@ -598,7 +599,7 @@ def test_decay_and_update_in_one_pass_are_the_two_operations(after: bool, dtype:
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_an_update_that_is_multiplied_into_the_weight_is_the_update(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Factors, rows or columns that are picked, and what passes the subspace: each added to the weight, and never made whole."""
+    """Lifts, picked rows or columns, and residuals are each added to the weight, and the whole update is never formed."""
     params = parameters({"tall": (9, 6), "wide": (6, 9), "square": (7, 7)}, torch.float64)
     twins = copied(params)
     for own in (params, twins):

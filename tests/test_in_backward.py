@@ -1,4 +1,4 @@
-"""Updates during `backward()`: are they the ordinary ones, to the bit, with less memory, and is what cannot work refused?"""
+"""Updates during `backward()`: do they give the ordinary bits in less memory, and are impossible settings refused?"""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ Make = Callable[..., SubspaceOptimizer]
 
 
 class Net(nn.Module):
-    """An embedding, a stack of experts, layers of two orientations, a norm, a number; the head is the embedding if `tied`."""
+    """A model with an embedding, a stack of experts, layers of two orientations, a norm and a scalar. With `tied`, the head is the
+    embedding.
+    """
 
     def __init__(self, tied: bool = False, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -158,7 +160,7 @@ def test_with_groups_and_a_schedule(preset: str) -> None:
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_cut_goes_on_to_the_bit_and_checkpoints_are_the_same(preset: str) -> None:
-    """From either kind of optimizer into the other."""
+    """Each kind of optimizer loads the other's checkpoint."""
     model = Net()
     opt = in_backward(model, small(preset))
     plainly(model, opt, range(4))
@@ -178,7 +180,7 @@ def test_a_cut_goes_on_to_the_bit_and_checkpoints_are_the_same(preset: str) -> N
 
 
 def test_torchs_distributed_checkpoint_reads_and_fills_it() -> None:
-    """It fills a fresh optimizer by gradients set by hand, and a step."""
+    """It sets gradients by hand and steps, in order to fill a fresh optimizer."""
     model, again = Net(), Net()
     opt, twin = step_in_backward(model, small("cosmos")), step_in_backward(again, small("cosmos"))
     plainly(model, opt, range(4))
@@ -191,7 +193,7 @@ def test_torchs_distributed_checkpoint_reads_and_fills_it() -> None:
 
 @pytest.mark.parametrize("when", ["before backward", "before step", "after step"])
 def test_a_refresh_that_was_asked_for_is_made_once(when: str) -> None:
-    """In the next backward, even if it was asked for after one."""
+    """The refresh runs in the next backward, also if it was requested after one."""
     model = Net()
     opt = step_in_backward(model, load_spec(small("galore"), {"matrix.selector.every": 100}))
     seen = []
@@ -256,7 +258,7 @@ def test_no_gradient_is_left_after_backward() -> None:
 
 @pytest.mark.parametrize("preset", ["cosmos", "galore", "adamw", "muon"])
 def test_gradients_never_exist_together(preset: str) -> None:
-    """Sixteen equal layers: what a step holds beside weights and state falls by nearly all gradients."""
+    """In sixteen equal layers, the memory of a step beside weights and state falls by nearly all gradients."""
     layers, width = 16, 128
     gradients = layers * width * width * 4
     held = {}
@@ -334,7 +336,7 @@ def test_skip_leaves_one_parameter_alone() -> None:
 
 
 def test_clipping_by_the_norm_of_all_gradients_sees_none() -> None:
-    """What the documentation says of it."""
+    """The documentation says so."""
     model = Net()
     opt = step_in_backward(model, "cosmos")
     loss_of(model, 0).backward()

@@ -1,7 +1,7 @@
-"""The lab: is text split and drawn the same everywhere, does a run survive whatever stops it, is a comparison fair?
+"""The lab: is text split and drawn the same on every machine, does a run survive every interruption, is a comparison fair?
 
-Models and texts are as small as they can be. Where the optimizer does not matter it is torch's AdamW, so that these
-tests fail for the lab's own faults.
+Models and texts are as small as possible. Tests that do not depend on the optimizer use torch's AdamW, so that they fail for the lab's own
+faults only.
 """
 
 from __future__ import annotations
@@ -302,7 +302,7 @@ def test_a_finished_run_resumes_to_the_same_result(config: TrainConfig, tmp_path
     config = with_(config, out=tmp_path)
     first, again = train(config), train(config, resume=True)
     assert (again.train, again.validation, again.step) == (first.train, first.validation, 6)
-    json.loads(report.to_json([again]), parse_constant=pytest.fail)  # its times are not there: null, not NaN
+    json.loads(report.to_json([again]), parse_constant=pytest.fail)  # missing times are null, not NaN
 
 
 def test_accumulated_parts_make_the_same_step_as_one_batch(config: TrainConfig, tmp_path: Path) -> None:
@@ -407,7 +407,7 @@ def test_dying_between_any_two_file_operations_loses_nothing(call: int, tmp_path
     def dying(real: Callable[..., Any]) -> Callable[..., Any]:
         def act(*args: Any) -> Any:
             if next(left, 0) == 0:
-                raise SystemExit  # as a kill: nothing after this runs, and no handler of write's own meets it
+                raise SystemExit  # like a kill: nothing runs after this, and no handler in `write` catches it
             return real(*args)
 
         return act
@@ -505,7 +505,7 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_good_checkpoint(config: Tr
 
         def spoil(*_: Any) -> None:
             if next(steps) == 2:
-                next(model.parameters()).grad = None  # so that only the third update's own damage is seen
+                next(model.parameters()).grad = None  # so that the damage comes from the third update alone
                 next(model.parameters()).data.fill_(math.nan)
 
         optimizer.register_step_post_hook(spoil)

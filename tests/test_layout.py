@@ -1,4 +1,4 @@
-"""Shards are PyTorch's own, parts cover each parameter once, messages bring parts all of themselves, owners share evenly."""
+"""Shards equal PyTorch's, parts cover each parameter once, messages fill every part, and owners share the work evenly."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MESHES = st.lists(st.integers(1, 4), min_size=1, max_size=3).map(tuple)
 
 @st.composite
 def placed(draw: st.DrawFn, *, copies: bool = True) -> tuple[tuple[int, ...], tuple[int, ...], tuple[Cut | None, ...]]:
-    """A shape, a mesh, and how its dimensions cut, as FSDP2, HSDP and tensor parallelism in any order do."""
+    """A shape, a mesh, and the placements that FSDP2, HSDP and tensor parallelism make, in any order."""
     shape, mesh = draw(SHAPES), draw(MESHES)
     dims = st.sampled_from([None, *range(len(shape))] if copies else range(len(shape)))
     return shape, mesh, tuple(None if (dim := draw(dims)) is None else Cut(dim) for _ in mesh)
@@ -93,7 +93,7 @@ PIPELINES = ["cosmos", "soap", "muon", "adamw", "galore", "trion"]
 @cache
 def row_of(view: str, spec: str, name: str = "w", compensated: bool = False) -> Row:
     route, shape, modules = VIEWS[view]
-    # A rank so small that some selectors need to send coordinates alone.
+    # With a rank this small, some selectors send only coordinates.
     loaded = load_spec(spec, {"matrix.selector.rank": 2} if spec in ("cosmos", "galore", "trion") else None)
     pipeline = next((use for use in loaded.pipelines if use in ("matrix", "all")), "")
     data = {"pipelines": {pipeline: loaded.model_dump(mode="json", exclude_unset=True)["pipelines"][pipeline]}}
@@ -104,7 +104,7 @@ def row_of(view: str, spec: str, name: str = "w", compensated: bool = False) -> 
 
 @st.composite
 def any_sharding(draw: st.DrawFn) -> Sharding:
-    """A parameter of any view, cut in any way, on any mesh, among others."""
+    """Parameters of any view, sharded in any way on any mesh."""
     row = row_of(draw(st.sampled_from(sorted(VIEWS))), draw(st.sampled_from(PIPELINES)), compensated=draw(st.booleans()))
     mesh = draw(MESHES)
     replicated = draw(st.booleans())
@@ -116,7 +116,7 @@ def any_sharding(draw: st.DrawFn) -> Sharding:
 
 
 def marks(boxes: Sequence[Box], shape: tuple[int, ...]) -> torch.Tensor:
-    """How often boxes cover each entry."""
+    """The number of boxes that cover each entry."""
     out = torch.zeros(shape, dtype=torch.int64)
     for box in boxes:
         out[box.slices_in(full_box(shape))] += 1
@@ -128,7 +128,7 @@ def test_parts_cover_a_parameter_once(sharding: Sharding) -> None:
     covered = marks([part.box for part in sharding.parts], sharding.row.entry.shape)
     assert covered.eq(1).all()
     owners = [owner for part in sharding.parts for owner in part.owners]
-    assert len(set(owners)) == len(owners)  # nobody has two
+    assert len(set(owners)) == len(owners)  # no rank has two
     assert all(part.box.numel for part in sharding.parts)
     assert sum(part.row.entry.numel for part in sharding.parts) == sharding.row.entry.numel
 
@@ -148,7 +148,7 @@ def test_slots_are_covered_once_by_what_ranks_keep(sharding: Sharding) -> None:
 
 @given(any_sharding())
 def test_messages_bring_each_part_all_of_itself(sharding: Sharding) -> None:
-    """Every entry of a gradient comes to its owner once, from a rank that has it; every shard gets each entry of its updates once."""
+    """An owner gets every entry of a gradient once, from a rank that has it. Every shard gets each entry of its update once."""
     shape = sharding.row.entry.shape
     arriving = list(sharding.gradient_messages())
     for message in arriving:
@@ -164,7 +164,7 @@ def test_messages_bring_each_part_all_of_itself(sharding: Sharding) -> None:
         assert part.box.contains(message.box)
     had = {(message.target, message.box) for message in leaving}
     for message in sharding.replica_messages():
-        assert (message.source, message.box) in had  # a rank hands on what it was sent
+        assert (message.source, message.box) in had  # a rank passes on received entries
         leaving.append(message)
     for rank, box in enumerate(sharding.boxes):
         got = [m.box for m in leaving if m.target == rank]
@@ -177,7 +177,7 @@ def test_messages_bring_each_part_all_of_itself(sharding: Sharding) -> None:
 
 @given(any_sharding(), st.booleans())
 def test_all_ranks_at_once_are_each_rank(sharding: Sharding, frozen: bool) -> None:
-    """The planner's sums, which thousands of ranks need, against the messages one by one."""
+    """The planner's sums equal the totals of single messages. Plans of thousands of ranks need the sums."""
     ranks = len(sharding.boxes)
     assert meshes.total_bytes_held([sharding, sharding], ranks) == [2 * sharding.bytes_held(rank) for rank in range(ranks)]
     for refresh in (False, True):
@@ -190,7 +190,7 @@ def test_where_coordinates_are_enough_no_gradient_travels() -> None:
     row = row_of("matrix", "galore")
     (sharding,) = Layout(2).add([row], [shard_boxes((12, 8), (2,), (Cut(1),))], [(Cut(1),)])
     assert sharding.basis_dim == 1
-    assert meshes.total_bytes_sent([sharding], 2) == [12 * 2 * 4] * 2  # coordinates of 12 x 2 in float32: there, and back
+    assert meshes.total_bytes_sent([sharding], 2) == [12 * 2 * 4] * 2  # coordinates of 12 x 2 in float32, to the owner and back
     assert meshes.total_bytes_sent([sharding], 2, refresh=True) > [12 * 4 * 4] * 2
 
 
@@ -235,7 +235,7 @@ def owners_of(shardings: Sequence[Sharding]) -> list[tuple[int, ...]]:
     return [part.owners for sharding in shardings for part in sharding.parts]
 
 
-# --- meshes that need not exist
+# --- meshes without processes
 
 
 @pytest.fixture(scope="module")
@@ -246,14 +246,14 @@ def plans() -> dict[str, Plan]:
 @pytest.mark.parametrize("kind", MESH_KINDS)
 @pytest.mark.parametrize("ranks", [2, 6])
 def test_the_ranks_of_a_mesh_hold_the_plan(kind: str, ranks: int, plans: dict[str, Plan]) -> None:
-    """What all hold, copies counted once, is the plan's total and a few counters."""
+    """The bytes of all ranks, with copies counted once, are the plan's total and a few counters."""
     for spec, plan in plans.items():
         found = place(plan, make_mesh(kind, ranks))
         copies = [1 if axes == tuple(range(len(found.mesh.shape))) else found.mesh.shape[-1] for axes in found.axes]
         resting = sum(row.state_bytes * (ranks if not axes else copy) for row, axes, copy in zip(plan, found.axes, copies, strict=True))
         elementwise_copies = sum(found.bytes_held) - resting
         counters = 8 * ranks * len(plan)
-        if kind == "hsdp":  # entry by entry, every copy updates its own
+        if kind == "hsdp":  # elementwise: every replica updates its own shard
             assert elementwise_copies >= 0, spec
         else:
             assert 0 <= elementwise_copies <= counters, spec
@@ -288,7 +288,7 @@ def test_tensor_parallelism_needs_layers_that_it_knows() -> None:
 
 
 def test_thousands_of_ranks_are_planned() -> None:
-    """A layout that asked every rank about every other would take hours."""
+    """A layout that compared every pair of ranks would take hours."""
     found = place(build("cosmos", meta_model("350m")).plan, make_mesh("fsdp", 1024))
     assert sum(found.bytes_held) >= found.plan.total_bytes
     assert min(found.bytes_sent) > 0

@@ -1,4 +1,4 @@
-"""Limits in which an algorithm is another one, in float64 and up to round-off."""
+"""Options with which one algorithm becomes another: both give the same numbers in float64, up to round-off."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def gradient(name: str, t: int) -> Tensor:
 
 
 def optimizer(params: Params, spec: Spec, overrides: dict[str, Any] | None = None, decay: float = DECAY) -> SubspaceOptimizer:
-    """All parameters through the pipeline `matrix`, or the only one there is."""
+    """An optimizer that sends all parameters through the pipeline `matrix`, or through the only pipeline."""
     pipelines = subspace_opt.load_spec(spec).pipelines
     group = {"params": list(params.items()), "use": "matrix" if "matrix" in pipelines else next(iter(pipelines))}
     return SubspaceOptimizer([group], spec, overrides=overrides, lr=LR, weight_decay=decay)
@@ -60,7 +60,7 @@ Memory = dict[str, Tensor]
 
 
 def by_hand(step: Callable[[Tensor, Tensor, int, Memory], Tensor], skipped: int = 0) -> dict[str, Tensor]:
-    """Parameters after the same gradients by a formula of the test's own: (weight, gradient, t, memory) -> weight."""
+    """The parameters after the same gradients, by the test's formula: (weight, gradient, t, memory) -> weight."""
     out = {}
     for name, p in parameters().items():
         w, memory = p.detach(), Memory()
@@ -100,7 +100,7 @@ def assert_alike(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: 
 
 
 class Identity(LowRank):
-    """The first `rank` columns of the identity, densely."""
+    """The first `rank` columns of the identity, as a dense basis."""
 
     kind: Literal["fixed_identity"] = "fixed_identity"
 
@@ -112,7 +112,7 @@ class Identity(LowRank):
 
 
 class Turning(LowRank):
-    """One subspace for ever, in a basis that turns within it at every refresh: by signs, or by any rotation."""
+    """A constant subspace whose basis changes at every refresh, by signs or by a rotation."""
 
     kind: Literal["turning"] = "turning"
     by: Literal["nothing", "signs", "rotations"]
@@ -157,7 +157,7 @@ def test_dct_adamw_at_full_rank_is_adamw() -> None:
 
 
 def test_dct_adamw_feeds_nothing_back_at_full_rank() -> None:
-    """Everything is transmitted, so what is kept for the next update is zero."""
+    """The update transmits the whole signal, so error feedback keeps 0."""
     assert_alike(trained("dct-adamw", {"matrix.selector": FULL}), torch_adamw(0.9, 0.999, 1e-8))
 
 
@@ -184,7 +184,7 @@ def test_soap_with_identity_sides_is_adam_one_gradient_late() -> None:
 
 @pytest.mark.parametrize("selector", [{**FULL, "every": 1}, {"kind": "fft", "rank": 1000}], ids=["identity", "fft"])
 def test_trion_at_full_rank_is_muon_with_a_heavy_ball(selector: dict[str, Any]) -> None:
-    """What is kept of a signal that is transmitted whole is the feedback's part of it: M <- mu M + G."""
+    """If the whole signal is transmitted, feedback keeps its share of the signal: M <- mu M + G."""
     muon = {"matrix.momentum": {"kind": "heavy_ball", "beta": 0.8}}
     trion = {"matrix.selector": selector, "matrix.feedback": 0.8}
     assert_alike(trained("trion", trion), trained("muon", muon), tolerance=1e-9)
@@ -199,7 +199,7 @@ def test_powerstep_with_exponent_one_is_heavy_ball_sgd() -> None:
 
 
 def test_powerstep_tends_to_sign_descent() -> None:
-    """`sign(m) |m|^beta = sign(m) (1 + beta log |m| + ...)`: ten times nearer for a tenth of the exponent."""
+    """`sign(m) |m|^beta = sign(m) (1 + beta log |m| + ...)`, so a tenth of the exponent gives a tenth of the distance."""
 
     def sign(w: Tensor, g: Tensor, t: int, memory: Memory) -> Tensor:
         memory["m"] = 0.9 * memory.get("m", torch.zeros_like(g)) + g
@@ -263,7 +263,7 @@ def test_identity_everywhere_gives_the_gradient_back(selector: dict[str, Any], o
 
 @pytest.mark.parametrize("selector", [s for s in SELECTORS if "rank" in s and "sides" not in s], ids=named)
 def test_full_rank_leaves_no_residual(selector: dict[str, Any]) -> None:
-    """Rank is clamped to the side, and then there is no complement to compute; what is inside is all of the gradient."""
+    """The rank is clamped to the side. A full basis has no complement, and its coordinates hold the whole gradient."""
     pipeline = {"orient": "short", "selector": {**selector, "rank": 1000}, "inside": "identity", "complement": "sign"}
     assert not any(Frame.of(Pipeline.model_validate(pipeline), *shape).has_complement for shape in SHAPES.values())
     spec = {"pipelines": {"matrix": pipeline}, "routes": [{"use": "matrix"}]}
@@ -297,7 +297,7 @@ def test_a_projected_momentum_does_not_see_the_basis_turn(kind: str, by: str) ->
 
 @pytest.mark.parametrize("inside", [{"kind": "adam", "on_refresh": "project"}, {"kind": "ldadam"}], ids=["adam", "ldadam"])
 def test_projected_moments_of_adam_do_not_see_signs(inside: dict[str, Any]) -> None:
-    """A sign flips the first moment and leaves the second; Adam has no more to go by."""
+    """A sign flips the first moment and leaves the second, and Adam depends on nothing else."""
     assert_alike(_turned("signs", inside), _turned("nothing", inside))
 
 

@@ -1,4 +1,4 @@
-"""`Linear` is the matrix that it stands for, whatever is added, scaled or transposed, and it computes no more than it must."""
+"""`Linear` gives the same matrix as dense arithmetic after sums, products and transposes, with as few operations as expected."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ expression = st.recursive(
 
 
 def build(tree: Any) -> tuple[Linear, Tensor]:
-    """The expression of a tree, and the matrix computed as it is written."""
+    """The expression of a tree, and the same matrix by dense arithmetic."""
     match tree:
         case ("dense", int(seed)):
             x = random(B, M, N, seed=seed)

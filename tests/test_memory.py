@@ -1,4 +1,4 @@
-"""Does a step hold what `batch_bytes` allows and no more, and does a long and eventful run hold what a short one does?"""
+"""Does a step stay within `batch_bytes`, and does a long run with many events hold no more memory than a short one?"""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from subspace_opt.lab.run.measure import peak_temporaries
 MATRICES, SIDE = 32, 64
 ALL_OF_THEM = MATRICES * SIDE * SIDE * 4
 
-# Temporaries of the size of a stack that live at the same time in a step of these, at most. SOAP's are four squares of the same size.
+# The largest number of temporaries of a stack's size that exist at once in a step of these presets. SOAP has four squares of that size.
 AT_ONCE = {"cosmos": 12, "galore": 8, "muon": 8, "soap": 24, "trion": 12, "ldadam": 12, "adam-snsm": 12}
 
 
 def peak(preset: str, batch_bytes: int, **options: Any) -> int:
-    """Bytes that the third step of many equal matrices holds beside weights, gradients and state."""
+    """Bytes of temporaries in the third step of many equal matrices."""
     params = parameters({f"w{i}": (SIDE, SIDE) for i in range(MATRICES)})
     opt = optimizer(small(preset, rank=16), params, stacking="always", batch_bytes=batch_bytes, **options)
     for step in range(3):
@@ -35,7 +35,7 @@ def peak(preset: str, batch_bytes: int, **options: Any) -> int:
 @pytest.mark.parametrize("preset", AT_ONCE)
 @pytest.mark.parametrize("parts", [4, 8, 32])
 def test_temporaries_of_stacks_keep_to_batch_bytes(preset: str, parts: int) -> None:
-    """Cut into so many parts, the stack of all matrices needs so much less."""
+    """A stack cut into k parts needs a k-th of the temporaries."""
     held = peak(preset, ALL_OF_THEM // parts)
     assert held <= AT_ONCE[preset] * ALL_OF_THEM // parts
     assert held < peak(preset, ALL_OF_THEM)
@@ -44,14 +44,14 @@ def test_temporaries_of_stacks_keep_to_batch_bytes(preset: str, parts: int) -> N
 @pytest.mark.parametrize("word", ["bf16", "8bit", "4bit"])
 @pytest.mark.parametrize("preset", ["muon", "cosmos"])
 def test_state_in_fewer_bits_is_not_unfolded_all_at_once(preset: str, word: Any) -> None:
-    """What is read from codes, and torchao's own temporaries, belong to one stack."""
+    """A step decodes one stack at a time."""
     parts = 16
     assert peak(preset, ALL_OF_THEM // parts, state_dtype=word) <= 2 * AT_ONCE[preset] * ALL_OF_THEM // parts
 
 
 @pytest.mark.parametrize("word", ["bf16", "8bit", "4bit"])
 def test_a_large_matrix_is_coded_in_runs(word: Any) -> None:
-    """Codes are found by way of several numbers of 8 bytes an entry, which a whole embedding of them would not be affordable."""
+    """Coding takes several temporaries of 8 bytes an entry, which is too much for a whole embedding."""
     params = parameters({"embedding": (8192, 256)})
     opt = optimizer("adamw", params, state_dtype=word)
     for step in range(2):
@@ -66,7 +66,7 @@ def test_a_large_matrix_is_coded_in_runs(word: Any) -> None:
 
 
 def living() -> tuple[int, int]:
-    """Tensors that Python knows, and the bytes of their storages, each once."""
+    """The number of tensors that Python knows, and the bytes of their storages."""
     gc.collect()
     tensors = [o for o in gc.get_objects() if issubclass(type(o), Tensor)]
     inner = [getattr(t, name) for t in tensors if hasattr(t, "codes") for name in ("codes", "scale", "qmap")]
@@ -80,7 +80,7 @@ PERIOD = 25
 
 
 def event(opt: SubspaceOptimizer, params: dict[str, nn.Parameter], step: int, reload: bool) -> tuple[str, ...]:
-    """What happens before a step, and whose gradients are missing in it; the same in every period."""
+    """Make the event before a step and return the parameters without a gradient in it; every period has the same events."""
     at = step % PERIOD
     if at in (5, 10):
         params["w1"].requires_grad_(at == 10)
@@ -103,7 +103,7 @@ def event(opt: SubspaceOptimizer, params: dict[str, nn.Parameter], step: int, re
 @pytest.mark.parametrize("preset", ["cosmos", "galore"])
 @pytest.mark.parametrize(("reload", "options"), [(True, {}), (False, {}), (True, {"state_dtype": "8bit"})], ids=str)
 def test_memory_does_not_grow_over_twenty_eventful_periods(preset: str, reload: bool, options: dict[str, Any]) -> None:
-    """Nothing is kept of parameters that froze, states that were replaced, bases that were refreshed."""
+    """The optimizer keeps nothing of frozen parameters, replaced states and old bases."""
     params = parameters(SHAPES)
     opt = optimizer(small(preset, rank=8), params, stacking="always", **options)
     seen = []
@@ -114,7 +114,7 @@ def test_memory_does_not_grow_over_twenty_eventful_periods(preset: str, reload: 
             seen.append((*living(), len(opt._memory.tables), sum(map(len, opt._memory.homes.values())), len(opt._memory.counts)))
     assert all(p.isfinite().all() for p in params.values())
     late = seen[3:]
-    # Stacks may be cut otherwise from period to period; but their number, and bytes, are bounded by what there was.
+    # Stacks may be cut differently in each period, but their number and bytes are bounded by those of earlier periods.
     assert {line[1] for line in late} == {late[0][1]}
     assert max(line[0] for line in late[-3:]) <= max(line[0] for line in late[:3])
     assert max(line[3] for line in late[-3:]) <= max(line[3] for line in late[:3])
@@ -143,33 +143,42 @@ def test_nor_do_updates_in_backward(preset: str) -> None:
 
 
 def test_a_replaced_state_is_let_go() -> None:
-    """One reload of a large state holds one state, not two."""
+    """After a large state is loaded, the optimizer holds one state, not two."""
     params = parameters({f"w{i}": (256, 256) for i in range(4)})
     opt = optimizer(small("muon"), params, stacking="always")
-    for step in range(2):
-        give(params, step)
-        opt.step()
-    _, before = living()
     twin = optimizer(small("muon"), copied(params))
+
+    def reload(times: int) -> int:
+        for step in range(times):
+            opt.load_state_dict(opt.state_dict())
+            give(params, step)
+            opt.step()
+        return living()[1]
+
+    reload(2)  # tensors that the process makes once exist now
     twin.load_state_dict(opt.state_dict())
-    del twin
-    for step in range(3):
-        opt.load_state_dict(opt.state_dict())
-        give(params, step)
-        opt.step()
-    assert living()[1] == before
+    before = reload(1)
+    twin.load_state_dict(opt.state_dict())
+    assert reload(3) == before
 
 
 @pytest.mark.slow
 def test_a_new_plan_finds_the_state_where_it_is() -> None:
-    """Plans are made anew when a parameter freezes or one asks for an explanation; stacked state stays in the tensors it has."""
-    params = parameters({f"w{i}": (16, 24) for i in range(4)})
-    opt = optimizer(small("cosmos"), params, stacking="always")
-    held = []
-    for step in range(8):
-        give(params, step)
-        opt.step()
-        opt.explain()
-        held.append((living()[1], [home.slots["selector.basis"].data_ptr() for homes in opt._memory.homes.values() for home in homes]))
+    """A plan is made again when a parameter freezes or `explain` is called; stacked state stays in the same tensors."""
+
+    def run() -> list[tuple[int, list[int]]]:
+        params = parameters({f"w{i}": (16, 24) for i in range(4)})
+        opt = optimizer(small("cosmos"), params, stacking="always")
+        held = []
+        for step in range(8):
+            give(params, step)
+            opt.step()
+            opt.explain()
+            homes = [home for homes in opt._memory.homes.values() for home in homes]
+            held.append((living()[1], [home.slots["selector.basis"].data_ptr() for home in homes]))
+        return held
+
+    run()  # the process makes some tensors once: numbers that every later optimizer shares
+    held = run()
     assert len(held[1][1]) == 1
     assert all(line == held[1] for line in held[1:])

@@ -1,4 +1,4 @@
-"""Do parameters and state stay finite, and what becomes of a gradient or a decomposition that is not?"""
+"""Do parameters and state stay finite, and how does a step treat a non-finite gradient or a failed decomposition?"""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _one_line(shape: tuple[int, ...], step: int, dim: int) -> Tensor:
 
 
 def _mixed(shape: tuple[int, ...], step: int) -> Tensor:
-    """Entries over sixty orders of magnitude."""
+    """A gradient with entries over sixty orders of magnitude."""
     spread = torch.linspace(-30, 30, math.prod(shape), dtype=torch.float64).reshape(shape)
     return _full(shape, step, 1.0) * 10**spread
 
@@ -75,13 +75,13 @@ TORTURE: dict[str, Callable[[tuple[int, ...], int], Tensor]] = {
 
 
 def representable(g: Tensor, dtype: torch.dtype) -> Tensor:
-    """What the dtype can hold of it: overflow is another question."""
+    """Clamp a gradient to the range of the dtype."""
     limit = torch.finfo(dtype).max
     return g.clamp(-limit, limit).to(dtype)
 
 
 def after_torture(preset: str, dtype: torch.dtype, torture: list[str]) -> None:
-    """Weights of every shape meet gradients of these kinds, all in one optimizer, over refreshes: all is finite, no refresh failed."""
+    """Train weights of every shape with gradients of these kinds in one optimizer; everything stays finite and no refresh fails."""
     params = parameters({f"{kind}: {side}": shape for kind in torture for side, shape in SIDES.items()}, dtype)
     opt = optimizer(preset, params, lr=1e-3)
     for step in range(7):
@@ -94,7 +94,7 @@ def after_torture(preset: str, dtype: torch.dtype, torture: list[str]) -> None:
 
 @every_preset
 def test_nothing_becomes_infinite(preset: str) -> None:
-    """Each kind of gradient in an optimizer of its own: stacks in which every matrix is zero, huge, of rank one ..."""
+    """Each kind of gradient has its own optimizer, so stacks contain only zero, only huge or only rank-one matrices."""
     for kind in TORTURE:
         after_torture(preset, torch.float32, [kind])
 
@@ -102,14 +102,14 @@ def test_nothing_becomes_infinite(preset: str) -> None:
 @every_preset
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_nothing_becomes_infinite_beside_gradients_of_other_kinds(preset: str, dtype: torch.dtype) -> None:
-    """All kinds of gradient in one optimizer: stacks hold matrices of every kind, and none spoils another."""
+    """All kinds of gradient are in one optimizer, so stacks mix them; no matrix spoils another."""
     after_torture(preset, dtype, list(TORTURE))
 
 
 @every_preset
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_a_weight_seen_as_a_stack_of_matrices_stays_finite(preset: str, dtype: torch.dtype) -> None:
-    """Experts, one of which never has a gradient, and one that gets its first late."""
+    """One expert never has a gradient, and another gets its first one late."""
     params = parameters({"experts": (3, 6, 4)}, dtype)
     opt = optimizer(preset, params, lr=1e-3, weight_decay=0.0)
     before = params["experts"][2].detach().clone()
@@ -126,7 +126,9 @@ def test_a_weight_seen_as_a_stack_of_matrices_stays_finite(preset: str, dtype: t
 
 @every_preset
 def test_an_expert_starts_with_its_own_first_gradient(preset: str) -> None:
-    """It gets its basis from that, not at the next refresh of the others; before, it has no basis, which would be one of round-off."""
+    """It gets its basis from that gradient, not at the next refresh of the others. Before, it has no basis; one of a zero gradient would be
+    round-off.
+    """
     spec = small(preset, every=100)
     spec = spec.model_copy(update={"routes": (Route(use=next(iter(spec.pipelines)), min_dims=2), *spec.routes)})
     shape = (2, 4, 4)
@@ -153,7 +155,7 @@ def test_an_expert_starts_with_its_own_first_gradient(preset: str) -> None:
     for key, value in flat(other):
         if key.split(".")[-1] in ("basis", "left_basis", "index", "warm_start"):
             assert late[key][1].any(), key
-            if selector.draws(*DIMS) is None:  # draws are other ones at another step
+            if selector.draws(*DIMS) is None:  # draws differ from step to step
                 assert torch.allclose(late[key][1].double(), value[1].double()), key
     p.grad = gradient("experts", shape, 3, torch.float64)
     opt.step()
@@ -165,7 +167,7 @@ def test_an_expert_starts_with_its_own_first_gradient(preset: str) -> None:
     "complement", [name for name, rule in kinds("rule").items() if name not in ("none", "debias", "whole", "confine", "ldadam")]
 )
 def test_what_a_subspace_leaves_of_a_gradient_inside_it_is_nothing(complement: str, dtype: torch.dtype) -> None:
-    """Round-off, which a rule that divides by the size of its signal would make as large as an update."""
+    """The residual is round-off, and a rule that divides by the size of its signal would amplify it to a full update."""
     u, v = gradient("u", (9,), 0, torch.float64), gradient("v", (6,), 0, torch.float64)
     ends = []
     for outside in (complement, "none"):
@@ -220,7 +222,7 @@ def test_raise_names_five_and_counts_the_rest() -> None:
 @every_preset
 @pytest.mark.parametrize("bad", BAD)
 def test_skip_leaves_that_parameter_alone_and_counts_it(preset: str, bad: str) -> None:
-    """The others move to the bit as if its gradient had been missing: stack mates too."""
+    """All other parameters, also those of the same stack, end in the same bits as if the gradient were missing."""
     params, twins = parameters(), parameters()
     opt = optimizer(preset, params, nonfinite="skip", stacking="always", weight_decay=0.5)
     twin = optimizer(preset, twins, stacking="always", weight_decay=0.5)
@@ -245,7 +247,7 @@ def test_propagate_spoils_that_parameter_and_no_other(preset: str) -> None:
     for step in range(4):
         give(params, step)
         give(twins, step)
-        if step == 2:  # where no basis is due, so that no decomposition has to refuse it
+        if step == 2:  # at an update without a refresh, so no decomposition raises
             spoil(params["mate"], float("nan"))
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -254,7 +256,7 @@ def test_propagate_spoils_that_parameter_and_no_other(preset: str) -> None:
         twin.step()
     spoiled, sound = snapshot(opt, params), snapshot(twin, twins)
     assert all("'mate'" in text for text in refused)
-    assert refused or not params["mate"].isfinite().all()  # an SVD refuses NaN, others hand it on
+    assert refused or not params["mate"].isfinite().all()  # an SVD raises on NaN; other decompositions return NaN
     for key in sound:
         if not key.startswith("mate"):
             assert torch.allclose(spoiled[key].double(), sound[key].double(), rtol=1e-4, atol=1e-5), key
@@ -267,7 +269,7 @@ def test_propagate_spoils_that_parameter_and_no_other(preset: str) -> None:
 
 @contextmanager
 def failing(how: str) -> Iterator[list[str]]:
-    """Every decomposition fails: `raise` as LAPACK does, `nan` as a QR on a CPU does. Gives the names of those called."""
+    """Make every decomposition fail: `raise` as LAPACK does, `nan` as a QR on a CPU does. Yields the names of those called."""
     own = {name: getattr(torch.linalg, name) for name in ("qr", "householder_product", "svd", "eigh")}
     seen: list[str] = []
 
@@ -292,7 +294,7 @@ def failing(how: str) -> Iterator[list[str]]:
 
 
 def decomposes(preset: str) -> bool:
-    """Whether the preset calls a decomposition after the first update."""
+    """True if the preset calls a decomposition after the first update."""
     params = parameters({"tall": (7, 4)})
     opt = optimizer(preset, params)
     train(opt, params, range(1))
@@ -319,7 +321,7 @@ def bases(opt: SubspaceOptimizer) -> dict[str, Tensor]:
 
 
 def test_a_selector_that_fails_although_it_says_it_cannot_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Error feedback is written in its place then, so there is nothing to go on with."""
+    """Error feedback has been overwritten by then, so the step cannot go on."""
 
     def fails(self: Fft, *args: Any) -> Any:
         raise torch.linalg.LinAlgError("broken on purpose")
@@ -360,11 +362,11 @@ def test_a_decomposition_that_raises_keeps_the_basis_counts_warns_and_gives_up(p
             opt.step()
         assert finite(snapshot(opt, params))
         assert same(bases(opt), old)
-    train(opt, params, range(step + 2, step + 4))  # all is well again
+    train(opt, params, range(step + 2, step + 4))  # decompositions work again
     assert opt.failures == {}
     assert finite(snapshot(opt, params))
     if old:
-        assert not same(bases(opt), old)  # the refresh that was missed is made up for
+        assert not same(bases(opt), old)  # the next update makes the refresh that failed
 
 
 @pytest.mark.parametrize("preset", DECOMPOSING)
@@ -406,7 +408,7 @@ def test_a_failure_at_the_first_gradient_postpones_the_start(preset: str) -> Non
 
 @pytest.mark.parametrize("preset", DECOMPOSING)
 def test_one_failing_matrix_does_not_cost_its_stack_mates_their_basis(preset: str) -> None:
-    """LAPACK refuses a stack for the sake of one matrix in it."""
+    """LAPACK raises for a whole stack if one matrix in it fails."""
     shapes = dict.fromkeys("abc", (7, 4))
     params, twins = parameters(shapes, torch.float64), parameters(shapes, torch.float64)
     opt = optimizer(small(preset, every=1), params, stacking="always")
@@ -479,7 +481,9 @@ def test_a_decomposition_that_returns_nan_is_counted_too(preset: str) -> None:
 
 
 def test_what_begins_anew_at_a_refresh_does_so_when_the_basis_had_to_stay() -> None:
-    """Its bias correction counts from the refresh: an old average divided by a new count would be ten times too large."""
+    """The state is reset although the refresh failed, because bias correction counts from the refresh: an old average with a new count
+    would be ten times too large.
+    """
     spec = load_spec(small("frugal"), {"matrix.selector.every": 3})
     params = parameters({"tall": (7, 4)}, torch.float64)
     opt = optimizer(spec, params, lr=1e-2, weight_decay=0.0)
@@ -527,7 +531,7 @@ def test_a_leading_zero_gradient_neither_fixes_the_basis_nor_counts(preset: str,
 
 
 def test_a_leading_zero_gradient_decays_the_weight() -> None:
-    """A gradient that is there and zero is not a missing one: decay does not depend on what the gradient says."""
+    """A zero gradient is not a missing gradient: decay does not depend on the value of the gradient."""
     params = parameters({"bias": (4,)})
     before = params["bias"].detach().clone()
     opt = optimizer("adamw", params, lr=0.5, weight_decay=0.5)
@@ -560,7 +564,7 @@ def test_stochastic_rounding_goes_to_a_neighbour_and_is_right_on_average(dtype: 
     y = torch.cat(
         [
             torch.randn(40, generator=draw),
-            torch.tensor([1.0, -1.0, 1.0 + 1e-4, 1.0 - 1e-4, 2.0 - 1e-5, -0.25 + 1e-5, 3e-5, -7e-6]),  # beside powers of two
+            torch.tensor([1.0, -1.0, 1.0 + 1e-4, 1.0 - 1e-4, 2.0 - 1e-5, -0.25 + 1e-5, 3e-5, -7e-6]),  # next to powers of two
             torch.tensor([0.0, -0.0, 1e-7, 3e-8]) if dtype == torch.float16 else torch.tensor([0.0, 1e-20, 1e-38, 3e-39]),
         ]
     )
@@ -593,7 +597,7 @@ def test_stochastic_rounding_lets_a_zero_and_a_still_weight_be() -> None:
 
 
 def walk(dtype: torch.dtype, rounding: Any, steps: int = 400) -> Tensor:
-    """A weight under many updates, each a hundredth of what its precision can hold."""
+    """A weight after many updates, each a hundredth of the spacing of its dtype."""
     w = torch.ones(256, dtype=dtype)
     compensation = torch.zeros_like(w) if rounding == "kahan" and dtype != torch.float32 else None
     draw = torch.Generator().manual_seed(1)
@@ -613,7 +617,7 @@ def test_kahan_and_stochastic_rounding_follow_float32_where_nearest_stands_still
     exact = walk(torch.float32, "nearest").mean()
     assert abs(float(exact) - 1.008) < 2e-5
     assert float(walk(torch.bfloat16, "nearest").mean()) == 1.0
-    assert abs(float(walk(torch.bfloat16, "kahan").mean()) - 1.008) < 1.5e-3  # what is carried is bf16 itself
+    assert abs(float(walk(torch.bfloat16, "kahan").mean()) - 1.008) < 1.5e-3  # the compensation itself is bf16
     assert abs(float(walk(torch.bfloat16, "stochastic").mean()) - 1.008) < 1e-3
 
 

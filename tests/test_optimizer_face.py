@@ -1,4 +1,4 @@
-"""Is the optimizer kind to its caller: wrong arguments, compilation, copies, what it shows, and steps that do nothing?"""
+"""The optimizer for its caller: wrong arguments, compilation, copies, its representation, and steps without gradients."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_groups_and_tensors_cannot_be_mixed() -> None:
 
 # ------------------------------------------------------------------------------------------------------------------ compilation
 
-# Dynamo itself asks the loss, which is no leaf, for its gradient.
+# Dynamo itself reads the gradient of the loss, which is not a leaf.
 as_dynamo_warns = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 
 
@@ -65,7 +65,7 @@ both_kinds = pytest.mark.parametrize("make", [ordinary, step_in_backward])
 
 
 def weights_after(preset: str, compiled: str, make: Callable[..., Any] = ordinary, backend: str = "eager", steps: int = 3) -> list[Tensor]:
-    """The weights after some steps. `compiled`: nothing, the optimizer's step, or the whole training step."""
+    """The weights after some steps. `compiled`: None, the optimizer's step, or the whole training step."""
     torch._dynamo.reset()
     model, x = network()
     opt = make(model, preset, lr=1e-2, weight_decay=0.1)
@@ -139,7 +139,7 @@ LARGE = {"tall": (96, 64), "wide": (64, 96), "bias": (96,)}
 
 
 def everything(opt: SubspaceOptimizer, params: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Weights, and state down to the codes and scales."""
+    """Weights and state, including codes and scales."""
     out = {name: p.detach().clone() for name, p in params.items()}
     for name, value in flat(opt):
         coded = lowbit.found(value) is not None
@@ -339,7 +339,7 @@ def test_options_of_other_optimizers_are_translated(spec: str, given: dict[str, 
     found = overrides_in(message)
     assert not expected or found == expected
     assert f"part of the spec '{spec}'" in message
-    load_spec(spec, found)  # what the message tells to write is accepted
+    load_spec(spec, found)  # the replacement that the message suggests is accepted
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -353,7 +353,7 @@ def test_every_translation_is_accepted_by_its_spec(preset: str, given: dict[str,
         return
     found = overrides_in(message)
     assert set(found.values()) <= set(next(iter(given.values()))) if "betas" in given else set(found.values()) == set(given.values())
-    if (preset, *given) != ("dion", "update_proj_gap"):  # its selector refreshes at every update and says so
+    if (preset, *given) != ("dion", "update_proj_gap"):  # its selector declares a refresh at every update
         load_spec(preset, found)
 
 
@@ -363,7 +363,7 @@ def test_options_that_are_not_needed_are_said_so(word: str) -> None:
 
 
 def test_the_spec_in_force_decides() -> None:
-    """Overrides that the call gives are part of the spec."""
+    """Overrides of the call are part of the spec."""
     message = said(spec="cosmos", overrides={"matrix.complement": "adam"}, betas=(0.9, 0.95))
     assert overrides_in(message).keys() >= {"matrix.complement.beta1", "other.complement.beta1"}
 
@@ -451,7 +451,7 @@ def test_the_usual_causes_are_found(cause: str) -> None:
 
 
 def warnings_on_this_rank(gradients: tuple[int, ...]) -> int:
-    """How often a run warns on this rank if only some ranks have a gradient, of one sharded parameter."""
+    """The number of warnings on this rank in a run in which only some ranks have a gradient of one sharded parameter."""
     model = place(make_zoo(), "fsdp", mesh_of("fsdp", dist.get_world_size()))
     opt = build("cosmos", model, lr=1e-3)
     count = 0

@@ -1,4 +1,4 @@
-"""Every preset against trajectories of its authors' own code, in float64; and deliberate mistakes, which must be seen."""
+"""Every preset follows trajectories of its authors' code in float64, and deliberate mistakes leave them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 
 import subspace_opt
 from subspace_opt import SubspaceOptimizer
-from subspace_opt.testing.cases import CASES
-from subspace_opt.testing.golden import Golden, replay
+from subspace_opt.testing.trajectories.cases import CASES
+from subspace_opt.testing.trajectories.golden import Golden, replay
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -25,7 +25,7 @@ def test_preset_reproduces_the_authors_code(name: str) -> None:
 
 # ------------------------------------------------------------------------------------------------------------- deliberate mistakes
 
-# What -> (file, overrides for every group that has the pipeline)
+# mistake -> (file, overrides for every group that has the pipeline)
 MISTAKES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "epsilon inside the root": ("cosmos_nesterov_wd", "matrix", {"matrix.inside.eps_inside": True}),
     "no bias correction": ("cosmos_nesterov_wd", "matrix", {"matrix.inside.debias": False}),
@@ -49,7 +49,7 @@ MISTAKES: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("what", MISTAKES)
 def test_a_mistake_is_seen(what: str) -> None:
-    """Each mistake alone moves the trajectory beyond the tolerance that the right spec keeps."""
+    """Each mistake alone moves the trajectory beyond the tolerance of the right spec."""
     name, pipeline, overrides = MISTAKES[what]
     case, golden = CASES[name], Golden(GOLDEN / f"{name}.npz")
 

@@ -1,4 +1,4 @@
-"""Does the plan say what will be: routes, views, ranks, bytes; and is a weight that is cut the same as weights that were never fused?"""
+"""Does the plan give the actual routes, views, ranks and bytes, and does a fused weight train like separate weights?"""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from subspace_opt.spec import Route
 
 every_preset = pytest.mark.parametrize("preset", PRESETS)
 
-# Everything that can be seen as matrices in a way of its own.
+# One module for every kind of view.
 ALL: dict[str, tuple[int, ...]] = {
     **SHAPES,
     "experts": (3, 5, 4),
@@ -38,7 +38,7 @@ CUTS = (
 
 
 def cut(spec: Spec, routes: tuple[Route, ...] = CUTS) -> Spec:
-    """The spec with routes of its first pipeline put before its own."""
+    """The spec with more routes to its first pipeline, placed before its own routes."""
     own = tuple(route.model_copy(update={"use": next(iter(spec.pipelines))}) for route in routes)
     return spec.model_copy(update={"routes": (*own, *spec.routes)})
 
@@ -47,7 +47,7 @@ def cut(spec: Spec, routes: tuple[Route, ...] = CUTS) -> Spec:
 
 
 def held(opt: SubspaceOptimizer) -> tuple[int, int]:
-    """Bytes of all state: of the entries, and of the storages they lie in, each once."""
+    """Bytes of all state: those of the entries, and those of the storages."""
     tensors = [value for _, value in flat(opt)]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}
     return sum(t.numel() * t.itemsize for t in tensors), sum(storages.values())
@@ -78,7 +78,7 @@ def test_tables_of_two_precisions_are_counted_twice() -> None:
 
 @every_preset
 def test_the_plan_of_a_model_without_memory_is_that_of_the_model(preset: str) -> None:
-    """Meta parameters, or shapes alone: no tensor is made, and nothing of the text differs."""
+    """Plans from meta parameters and from shapes give the same text, and make no tensor."""
     spec = cut(small(preset))
     real = optimizer(spec, parameters(ALL))
     meta = optimizer(spec, {n: nn.Parameter(torch.empty(s, device="meta")) for n, s in ALL.items()})
@@ -188,7 +188,7 @@ def test_explain_says_when_a_group_chose_the_pipeline() -> None:
 def routed(
     routes: list[dict[str, Any]], params: Params, modules: dict[str, frozenset[str]] | None = None, **options: Any
 ) -> dict[str, str]:
-    """Which of the pipelines a, b, c every parameter takes."""
+    """The pipeline, a, b or c, of every parameter."""
     pipeline = {"complement": "sgd"}
     used = {route["use"] for route in routes}
     spec = {"pipelines": {name: pipeline for name in "abc" if name in used}, "routes": routes}
@@ -299,7 +299,7 @@ def test_names_are_those_without_wrappers(name: str) -> None:
 
 
 class Conv1D(nn.Module):
-    """GPT-2's linear layer as transformers has it: weight (in, out)."""
+    """GPT-2's linear layer as in transformers: weight (in, out)."""
 
     def __init__(self, nf: int, nx: int) -> None:
         super().__init__()
@@ -474,7 +474,7 @@ def test_a_fused_weight_moves_like_its_parts_alone(preset: str, kind: str, monke
 
 
 def same_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Random draws go by name, block and step; here they are to be alike for a part and its twin."""
+    """Random draws depend on name, block and step. Here a part and its twin get the same draws."""
     from subspace_opt.engine import moment
 
     def noise(piece: Piece, call: int, shape: tuple[int, ...], seed: int) -> Tensor:

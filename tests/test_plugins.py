@@ -1,4 +1,4 @@
-"""Packages that bring kinds and presets: the real ones in `plugins/`, skeletons as they are laid out, and broken ones."""
+"""Packages with kinds and presets: those in `plugins/`, generated skeletons, and broken ones."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PLAIN = "pipelines: {all: {complement: sgd}}\nroutes: [{use: all}]\n"
 
 
 def dist_info(site: Path, name: str, version: str, entry_points: Mapping[str, Mapping[str, str]]) -> None:
-    """What an installer leaves behind for a package: its name, its version, its entry points."""
+    """Write the metadata that an installer writes for a package: name, version and entry points."""
     folder = site / f"{name.replace('-', '_')}-{version}.dist-info"
     folder.mkdir(parents=True)
     (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
@@ -91,7 +91,7 @@ def test_a_skeleton_tells_what_it_cannot_be_called(tmp_path: Path) -> None:
 
 
 class Site:
-    """A folder on the path into which packages of presets are put."""
+    """A folder on the import path, for packages of presets."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -148,7 +148,7 @@ def test_a_broken_package_is_named_and_breaks_nothing(site: Site) -> None:
     assert "'preset_pack_empty' has no .yaml file" in warnings
     assert set(presets.failures()) == {"preset-pack-gone", "preset-pack-empty"}
     with pytest.raises(SpecError, match=r"no preset 'fin'; did you mean 'fine'.*; preset package 'preset-pack-empty' failed"):
-        load_spec("fin")  # and it does not warn again
+        load_spec("fin")  # it does not warn again
 
 
 def test_a_broken_file_of_a_package_is_told_where_it_is_broken(site: Site) -> None:

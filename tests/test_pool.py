@@ -1,4 +1,4 @@
-"""Does the pool of ranks tell what went wrong on a rank, and does it go on with new processes afterwards?"""
+"""Does the pool of ranks report an error of a rank, and does it go on with new processes afterwards?"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints of shared parameters: saved on some ranks, loaded on others, as if nothing had happened; to the bit on the same number."""
+"""Checkpoints of sharded parameters, saved on one number of ranks and loaded on another. The same number of ranks gives the same bits."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def set_weights(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
 
 
 def cut_points(kind: str, presets: list[str], dtype: torch.dtype) -> list[str]:
-    """Where a run that was cut and resumed differs from one that was not, in any bit of weight or state."""
+    """The weights and state tensors in which a resumed run differs by a bit from a run without a cut."""
     wrong = []
     for preset in presets:
         model, optimizer = made(preset, kind, dtype)
@@ -74,7 +74,7 @@ def cut_points(kind: str, presets: list[str], dtype: torch.dtype) -> list[str]:
 
 
 def _copied(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Tensors of their own: the optimizer goes on writing to its."""
+    """A copy, because the optimizer keeps writing to its own tensors."""
     state = {
         i: {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in slots.items()}
         for i, slots in state_dict["state"].items()
@@ -112,7 +112,8 @@ def load(folder: str, kind: str | None, presets: list[str], flat: bool) -> list[
         before = whole_weights(model)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            state = get_optimizer_state_dict(model, optimizer, options=options)  # of a fresh optimizer: by a step of zero gradients
+            # torch makes the state of a fresh optimizer by a step of zero gradients
+            state = get_optimizer_state_dict(model, optimizer, options=options)
             wrong += [f"{preset}: {name} moved" for name, w in whole_weights(model).items() if not torch.equal(w, before[name])]
             weights = {name: torch.zeros_like(w) for name, w in before.items()}
             dcp.load({"optimizer": state, "weights": weights}, checkpoint_id=f"{folder}/{preset}")
@@ -176,7 +177,7 @@ def test_a_full_state_dictionary_goes_anywhere() -> None:
     assert run_ranks(2, full_state, ["cosmos", "muon", "galore", "soap", "adamw"]) == [[]] * 2
 
 
-# ------------------------------------------------------------------------------------------------------------ training, as users do it
+# ------------------------------------------------------------------------------------------------------------ training with wrappers
 
 
 class Block(nn.Module):
@@ -190,7 +191,7 @@ class Block(nn.Module):
 
 
 class Small(nn.Module):
-    """A model with what FSDP2 and tensor parallelism are told to cut."""
+    """A model with the layers that FSDP2 and tensor parallelism shard."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -205,7 +206,7 @@ class Small(nn.Module):
 
 
 def wrapped(kind: str) -> nn.Module:
-    """As users write it."""
+    """Wrap the model as users do."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -232,7 +233,7 @@ def wrapped(kind: str) -> nn.Module:
 
 
 def train(kind: str, presets: list[str]) -> list[str]:
-    """Real gradients, through the wrapper's own hooks."""
+    """Train with real gradients, through the wrapper's hooks."""
     warnings.simplefilter("ignore")
     draws = torch.Generator().manual_seed(5)
     x, y = (torch.randint(0, 31, (12, 8, 6), generator=draws) for _ in range(2))
@@ -262,7 +263,7 @@ def test_training_as_users_write_it(kind: str, world: int) -> None:
 
 
 def backward_steps(kind: str, preset: str) -> list[str]:
-    """Updates made while the gradients arrive, against the ordinary optimizer on one process."""
+    """Compare updates during `backward()` on ranks with the ordinary optimizer on one process."""
     warnings.simplefilter("ignore")
     draws = torch.Generator().manual_seed(5)
     x, y = (torch.randint(0, 31, (8, 8, 6), generator=draws) for _ in range(2))
@@ -290,7 +291,7 @@ def test_updates_in_backward_of_shards(kind: str) -> None:
 
 
 def few_bits(kind: str) -> list[str]:
-    """State in 8 bits and in bfloat16 on ranks: near one process, resumed to the bit, bytes as planned."""
+    """State in 8 bits and in bfloat16 on ranks is close to that of one process, resumes to the bit, and has the planned bytes."""
     from subspace_opt.lab.run.measure import measured_bytes
 
     mesh = mesh_of(kind, dist.get_world_size())

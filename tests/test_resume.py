@@ -1,4 +1,4 @@
-"""Does a run that was cut anywhere go on to the bit, and is a state that does not fit refused whole?"""
+"""Does a run resumed after any update end in the same bits, and is a state that does not fit refused before anything changes?"""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from subspace_opt.checkpoint import migrations as checkpoint
 from subspace_opt.plan import COUNTERS
 
 every_preset = pytest.mark.parametrize("preset", PRESETS)
-STEPS = 9  # with a refresh every third update: cuts before, at and after several
+STEPS = 9  # with a refresh at every third update, there are cuts before, at and after several refreshes
 KINDS = {
     "float32": (torch.float32, "nearest"),
     "float64": (torch.float64, "nearest"),
@@ -34,13 +34,13 @@ KINDS = {
     "bfloat16 kahan": (torch.bfloat16, "kahan"),
     "float16 stochastic": (torch.float16, "stochastic"),
 }
-# Experts and a fused weight beside the plain shapes: matrices of one parameter share a checkpoint and a count.
+# Plain shapes, experts and a fused weight: matrices of one parameter share a checkpoint and a count.
 ALL: dict[str, tuple[int, ...]] = {**SHAPES, "experts": (2, 4, 3)}
 Saved = dict[str, Any]
 
 
 def gradients(params: dict[str, nn.Parameter], step: int) -> None:
-    """One parameter starts late, another pauses, so that ages differ."""
+    """Gradients of a step: one parameter starts late and another pauses, so that ages differ."""
     missing = {0: ("mate",), 1: ("mate", "scalar"), 4: ("wide",), 5: ("wide", "bias")}.get(step, ())
     give(params, step, missing=missing)
 
@@ -68,9 +68,8 @@ def put(values: dict[str, Tensor], params: dict[str, nn.Parameter]) -> None:
 @every_preset
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_cut_goes_on_to_the_bit(preset: str, kind: str) -> None:
-    """From a file, into an optimizer that has been used for something else, with parameters in another order and other global seeds.
-
-    Every cut goes on for one update, which gives all weights and all state of the run without a cut. The first cut goes on to the end.
+    """A file is loaded into an optimizer that has made other updates, with parameters in another order and other global seeds. After each
+    cut one update gives all weights and state of the run without a cut. After the first cut the run goes on to the end.
     """
     dtype, rounding = KINDS[kind]
     torch.manual_seed(1)
@@ -121,7 +120,7 @@ torch.save(ends, sys.argv[2])
 
 @pytest.mark.slow
 def test_another_process_goes_on_to_the_bit(tmp_path: Path) -> None:
-    """With another hash seed, which orders sets and salts strings anew."""
+    """The process has another hash seed, which changes the order of sets and the hashes of strings."""
     saved, ends = {}, {}
     for number, preset in enumerate(PRESETS):
         params = parameters(ALL, torch.bfloat16)
@@ -222,14 +221,14 @@ def test_a_refresh_that_was_asked_for_survives_a_cut() -> None:
     params = parameters()
     opt = optimizer("galore", params)
     train(opt, params, range(5))
-    assert not same(snapshot(opt, params), runs[0])  # it does make a difference
+    assert not same(snapshot(opt, params), runs[0])  # the option does make a difference
 
 
 # ---------------------------------------------------------------------------------------------------------------------- refusals
 
 
 def refused(opt: SubspaceOptimizer, params: dict[str, nn.Parameter], state: Any, *said: str) -> None:
-    """The state is refused with these words, and nothing has changed."""
+    """The state is refused with this message, and nothing has changed."""
     before, groups = snapshot(opt, params), copy.deepcopy([{k: v for k, v in g.items() if k != "params"} for g in opt.param_groups])
     identities = [id(value) for _, value in flat(opt)]
     with pytest.raises(CheckpointError) as caught:
@@ -323,7 +322,7 @@ def test_a_state_saved_before_roles_is_refused_where_a_role_changes_the_pipeline
 
 
 def test_blocks_cut_in_another_order_are_refused() -> None:
-    """A mapping is equal to itself in another order; a fused weight is not."""
+    """Two mappings in different order are equal; two fused weights are not."""
     routes = [{"name": "tall", "split": order, "use": "matrix"} for order in ({"q": 4, "k": 3}, {"k": 3, "q": 4})]
     specs = [load_spec(small("cosmos"), {"routes": [route, {"use": "other"}]}) for route in routes]
     params = parameters()
@@ -392,7 +391,7 @@ def test_state_for_no_parameter_is_refused(trained: Trained) -> None:
 
 @every_preset
 def test_every_slot_is_checked(preset: str) -> None:
-    """A missing, a foreign, a reshaped, a recast slot, and one that is no tensor, in turn, wherever the preset has slots."""
+    """For each slot of the preset: the slot missing, renamed, reshaped, cast, or not a tensor."""
     params = parameters()
     opt = optimizer(preset, params)
     train(opt, params, range(2))
@@ -438,7 +437,7 @@ def test_weights_of_another_shape_or_precision_are_refused(preset: str) -> None:
 
 @pytest.mark.parametrize("damage", ["truncated", "overwritten"])
 def test_a_damaged_file_is_torchs_to_report(trained: Trained, damage: str) -> None:
-    """Half a file never reaches the optimizer."""
+    """torch raises on half a file before the optimizer sees it."""
     opt, params = trained
     before = snapshot(opt, params)
     file = to_disk(opt, params)
@@ -452,7 +451,7 @@ def test_a_damaged_file_is_torchs_to_report(trained: Trained, damage: str) -> No
 
 
 def unversioned(saved: Saved) -> Saved:
-    """As saved before state dictionaries carried a version."""
+    """A state dictionary of the time before versions."""
     return {**saved, "param_groups": [{k: v for k, v in g.items() if k != "state_version"} for g in saved["param_groups"]]}
 
 
@@ -471,7 +470,7 @@ def test_state_without_a_version_goes_on_to_the_bit(preset: str) -> None:
     twins = copied(params)
     twin = optimizer(preset, twins)
     twin.load_state_dict(saved)
-    assert "state_version" not in saved["param_groups"][0]  # what was given is as it was
+    assert "state_version" not in saved["param_groups"][0]  # the argument is unchanged
     train(opt, params, range(4, STEPS))
     train(twin, twins, range(4, STEPS))
     assert same(snapshot(twin, twins), snapshot(opt, params))
@@ -490,7 +489,7 @@ def renamed(old: str, new: str) -> Any:
 
 @pytest.mark.parametrize("version", [0, 1, 2])
 def test_migrations_are_applied_one_after_the_other(monkeypatch: pytest.MonkeyPatch, version: int) -> None:
-    """State whose slot had another name in every version is brought up to date; nothing of what was given changes."""
+    """State whose slot had another name in every version is migrated to the present name; the argument is unchanged."""
     params = parameters()
     opt = optimizer("adamw", params)
     train(opt, params, range(3))
@@ -565,7 +564,7 @@ def model_and_optimizer(preset: str, seed: int = 0, dtype: torch.dtype = torch.f
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("flatten", "full"), [(False, False), (True, False), (False, True)])
 def test_a_distributed_checkpoint_goes_on_to_the_bit(preset: str, flatten: bool, full: bool, dtype: torch.dtype) -> None:
-    """Read by qualified names, through a file, into a fresh optimizer, which torch fills by a step with zero gradients and lr 0."""
+    """A file is read by qualified names into a fresh optimizer. torch fills that optimizer by a step with zero gradients and lr 0."""
     options = StateDictOptions(flatten_optimizer_state_dict=flatten, full_state_dict=full)
     model, opt = model_and_optimizer(preset, dtype=dtype)
     train(opt, dict(model.named_parameters()), range(4))

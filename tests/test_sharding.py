@@ -1,4 +1,4 @@
-"""The same numbers on several ranks as on one: every preset, every way to lay parameters on a mesh, checkpoints from any to any number."""
+"""Several ranks give the numbers of one process, for every preset and every placement of parameters on a mesh."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from subspace_opt.lab.run.measure import measured_bytes
 from subspace_opt.spec import preset_names
 
 STEPS = 12
-STEPS_OF_FOUR = 6  # what four ranks ask beyond two is how shapes are cut and how meshes have two dimensions
+STEPS_OF_FOUR = 6  # beyond two ranks, four test other cuts of shapes and meshes of two dimensions
 MESHES = [("fsdp", 2), ("fsdp", 4), ("ddp", 2), ("ddp", 4), ("tp", 2), ("tp", 4), ("hsdp", 4), ("fsdp+tp", 4)]
 
-# Bases are refreshed every fourth update: a run on two ranks has three refreshes, one on four ranks two. A rank of 3 is below the short
-# sides, so there is a complement.
+# Bases are refreshed at every fourth update, so a run on two ranks has three refreshes, and one on four ranks has two. A rank of 3 is below
+# the short sides, so there is a complement.
 SHORT = {"rank": 3, "every": 4}
 
 
 @cache
 def shortened(preset: str) -> subspace_opt.Spec:
-    """The preset with ranks and periods so small that much happens in few steps."""
+    """The preset with ranks and periods so small that a few steps contain several refreshes."""
     spec = subspace_opt.load_spec(preset)
     out: dict[str, Any] = {}
     for name, pipeline in spec.pipelines.items():
@@ -69,7 +69,7 @@ def alone(preset: str, steps: int = STEPS) -> dict[str, Tensor]:
 
 
 def compare_presets(kind: str, presets: dict[str, dict[str, Tensor]], steps: int, options: dict[str, Any]) -> list[str]:
-    """What differs from one process, whose weights are given by preset, and where planned and held bytes differ."""
+    """The weights that differ from those of one process, given by preset, and the parameters whose planned and allocated bytes differ."""
     mesh = mesh_of(kind, dist.get_world_size())
     wrong = []
     for preset, weights in presets.items():
@@ -136,7 +136,7 @@ def test_weights_cut_by_their_roles_in_small_buckets_equal_one_process() -> None
 
 
 def compare_odd_gradients(kind: str) -> dict[str, Any]:
-    """A run in which parameters lack a gradient: on all ranks for some steps, always, and, where shards are apart, on some ranks."""
+    """A run with missing gradients: on all ranks for some steps, on all ranks always, and, if shards differ, on some ranks."""
     world, rank = dist.get_world_size(), dist.get_rank()
     mesh = mesh_of(kind, world)
     apart = kind in ("fsdp", "tp")
@@ -153,7 +153,7 @@ def compare_odd_gradients(kind: str) -> dict[str, Any]:
         for step in range(8):
             give(alone, step, without)
             give(model, step, without)
-            if apart and step == 5:  # the last rank has none of `square`; its rows count as 0
+            if apart and step == 5:  # the last rank has no gradient of `square`; its rows count as 0
                 p = model.square.weight
                 if rank == world - 1:
                     p.grad = None
@@ -184,7 +184,7 @@ def test_missing_gradients(kind: str) -> None:
 
 
 def bad_gradients(policy: str) -> list[str]:
-    """What happens to a NaN in the shard of one rank."""
+    """The effect of a NaN in the shard of one rank."""
     mesh = mesh_of("fsdp", dist.get_world_size())
     model = place(make_zoo(), "fsdp", mesh)
     optimizer = build("cosmos", model, "fsdp", nonfinite=policy)
@@ -211,14 +211,14 @@ def bad_gradients(policy: str) -> list[str]:
 def test_a_gradient_that_is_not_finite_on_one_rank_is_met_by_all_together() -> None:
     raised = run_ranks(2, bad_gradients, "raise")
     assert raised[0] == raised[1]
-    assert len(raised[0]) == len(list(make_zoo().named_parameters())) + 1  # nothing was changed, on either rank
+    assert len(raised[0]) == len(list(make_zoo().named_parameters())) + 1  # nothing was changed on either rank
     skipped = run_ranks(2, bad_gradients, "skip")
     assert skipped[0] == skipped[1]
     assert skipped[0] == ["frozen.weight", "square.weight", "tall.weight", "skipped {'square.weight': 1, 'tall.weight': 1}"]
 
 
 def failing_decomposition() -> tuple[list[int], list[float], list[str]]:
-    """The owner of a matrix cannot decompose it, once; then three times in a row."""
+    """The owner of a matrix fails to decompose it once, and then three times in a row."""
     import warnings
 
     mesh = mesh_of("fsdp", dist.get_world_size())
@@ -269,7 +269,9 @@ def test_a_decomposition_that_fails_on_its_owner_is_known_to_all() -> None:
 
 
 def counted_bytes(preset: str, kind: str, refresh: bool) -> tuple[int, int, int, int]:
-    """Bytes that this rank sends in a step: counted, by the formula; those of reductions; matrices of which coordinates alone travel."""
+    """Bytes that this rank sends in a step, counted and by the formula; bytes of reductions; the number of matrices that send coordinates
+    only.
+    """
     mesh = mesh_of(kind, dist.get_world_size())
     never = {
         f"{name}.selector.every": 10**6 for name in subspace_opt.load_spec(preset).pipelines if preset == "galore" and name == "matrix"
@@ -280,7 +282,7 @@ def counted_bytes(preset: str, kind: str, refresh: bool) -> tuple[int, int, int,
     for step in range(4):
         give(model, step)
         optimizer.step()
-    for group in optimizer.param_groups:  # bases at the step that is counted: of all, or of none
+    for group in optimizer.param_groups:  # at the counted step, all bases refresh or none does
         group["refresh"] = refresh
     sent = [0, 0]
     exchange, reduce = dist.all_to_all_single, dist.all_reduce
@@ -313,14 +315,14 @@ def test_bytes_sent_are_those_of_the_formula() -> None:
                 assert sent == formula
                 assert reductions < 2000
             if preset == "adamw":
-                assert (sum(rank[0] for rank in between) == 0) == (kind == "fsdp")  # entry by entry: nothing travels between shards
+                assert (sum(rank[0] for rank in between) == 0) == (kind == "fsdp")  # elementwise: shards exchange nothing
             if preset == "galore" and kind == "fsdp":
                 assert between[0][3] > 0
                 assert sum(rank[0] for rank in between) < sum(rank[0] for rank in at)
 
 
 def whole_experts() -> tuple[int, float]:
-    """Experts whose matrices lie whole on their ranks stay there."""
+    """Experts whose matrices are whole on their ranks are not sent."""
     mesh = mesh_of("fsdp", dist.get_world_size())
     alone, model = nn.Module(), nn.Module()
     for one in (alone, model):
@@ -389,7 +391,7 @@ def test_what_cannot_be_right_is_refused_with_the_reason() -> None:
 
 
 def grouped(kind: str) -> list[str]:
-    """Groups with their own rates, specs and pipelines, one of them added between two steps, a parameter frozen and thawed."""
+    """Groups with their own rates, specs and pipelines. One is added between two steps, and a parameter is frozen and unfrozen."""
     wrong: list[str] = []
     runs = []
     for ranked in (False, True):
@@ -437,7 +439,7 @@ def test_groups_of_shared_parameters(kind: str) -> None:
 
 
 def low_precision(kind: str) -> list[str]:
-    """float32 within round-off, and bfloat16 with each rounding: the same draws whoever makes them."""
+    """float32 up to round-off, and bfloat16 with each rounding. The draws are the same on every rank."""
     mesh = mesh_of(kind, dist.get_world_size())
     wrong = []
     for preset in ("cosmos", "muon", "galore", "adamw"):
@@ -452,7 +454,7 @@ def low_precision(kind: str) -> list[str]:
             model, _ = trained(preset, kind, mesh, steps=6, dtype=torch.bfloat16, rounding=rounding)
             other = whole_weights(model)
             for name, one in whole_weights(alone).items():
-                apart = (one != other[name]).float().mean().item()  # an entry on the edge between two neighbours may fall to either side
+                apart = (one != other[name]).float().mean().item()  # an entry halfway between two neighbours may round to either
                 if apart > 0.1 or not torch.allclose(one.float(), other[name].float(), rtol=2e-2, atol=1e-3):
                     wrong.append(f"{preset}, {rounding}: {name} differs in {apart:.0%} of the entries")
     return wrong

@@ -1,4 +1,6 @@
-"""Is a snapshot whole or absent whenever a process dies, does any number of ranks load it, and is what does not fit refused by name?"""
+"""Is a snapshot complete or absent after a process dies, does any number of ranks load it, and does an error name everything that does not
+fit?
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,7 @@ from subspace_opt import CheckpointError, snapshots
 from subspace_opt.checkpoint import migrations as checkpoint
 from subspace_opt.snapshots import SnapshotError, manifest
 
-# What makes an optimizer of named parameters; one that takes sharded parameters also stands in SHARDED.
+# Functions that make an optimizer of named parameters. SHARDED has those that take sharded parameters.
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "AdamW": lambda named: torch.optim.AdamW(named, lr=0.01),
     "SGD": lambda named: torch.optim.SGD(named, lr=0.01, momentum=0.9),
@@ -42,7 +44,7 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "soap": lambda named: preset("soap", named),
 }
 SHARDED = ["AdamW", "SGD", "cosmos", "galore", "soap"]
-ROUNDED = ["cosmos", "galore", "soap"]  # matrices that one process multiplies together have owners apart: the last bits are others
+ROUNDED = ["cosmos", "galore", "soap"]  # matrices of one stack have different owners, so the last bits differ
 EXTRA = {"epoch": 3, "order": torch.tensor([2, 0, 1]), "schedule": {"last": 0.5, "name": "cosine"}}
 Saved = dict[str, Tensor]
 
@@ -58,7 +60,7 @@ def preset(name: str, named: Any) -> torch.optim.Optimizer:
 
 
 class Model(nn.Module):
-    """Values by seed; row counts that three ranks do not divide, and a buffer."""
+    """A model with values by seed, row counts that three ranks do not divide, and a buffer."""
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
@@ -72,7 +74,9 @@ class Model(nn.Module):
 
 
 def made(kind: str, wrap: str = "plain", seed: int = 0) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """The optimizer is made last: sharding replaces parameters. DDP keeps them and changes their names, on which draws depend."""
+    """Sharding replaces parameters, so the optimizer is made after it. DDP keeps parameters and changes their names, on which draws
+    depend.
+    """
     model = Model(seed)
     if wrap == "sharded":
         fully_shard(model)
@@ -98,7 +102,7 @@ def run(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range, missin
 
 
 def whole(model: nn.Module, optimizer: torch.optim.Optimizer) -> Saved:
-    """All of model and optimizer, gathered from its shards, by name."""
+    """All tensors of model and optimizer, gathered from their shards, by name."""
     own = optimizer.state_dict()  # in which the parts that ranks hold of a state are put together
     names = [n for group in own["param_groups"] for n in group.get("param_names", map(str, group["params"]))]
     state = {f"{names[i].removeprefix('module.')}.{key}": value for i, slots in own["state"].items() for key, value in slots.items()}
@@ -166,7 +170,7 @@ def test_what_killed_runs_left_is_not_seen_and_goes_with_the_next_save(tmp_path:
 
 @pytest.mark.parametrize("step", [2, 3])
 def test_a_step_that_would_not_be_the_newest_is_refused_until_later_ones_are_discarded(tmp_path: Path, step: int) -> None:
-    """Else the next load would go on with the branch that was given up."""
+    """Otherwise the next load would continue the abandoned branch."""
     model, optimizer = made("AdamW")
     for earlier in (1, 3):
         snapshots.save(tmp_path, model, optimizer, step=earlier)
@@ -243,7 +247,7 @@ def test_an_optimizer_that_has_made_no_step_is_saved_and_loaded_as_such(tmp_path
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 @pytest.mark.parametrize("used", [False, True])
 def test_a_parameter_without_state_has_none_again(tmp_path: Path, kind: str, used: bool) -> None:
-    """One that had no gradient so far: missing in the snapshot or in what loads it, and in neither a mistake."""
+    """A parameter without a gradient so far may lack state in the snapshot or in the loading optimizer; neither is an error."""
     model, optimizer = made(kind)
     run(model, optimizer, range(2), missing=("first",))
     snapshots.save(tmp_path, model, optimizer, step=2)
@@ -300,7 +304,7 @@ def test_a_learning_rate_may_be_a_tensor(tmp_path: Path) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=torch.tensor(0.25))
     run(model, optimizer, range(2))
     snapshots.save(tmp_path, model, optimizer, step=2)
-    optimizer.param_groups[0]["lr"].fill_(0.5)  # what was saved is a copy
+    optimizer.param_groups[0]["lr"].fill_(0.5)  # the snapshot is a copy
     fresh = torch.optim.AdamW(model.parameters(), lr=torch.tensor(0.75))
     snapshots.load(tmp_path, model, fresh)
     assert fresh.param_groups[0]["lr"].item() == 0.25
@@ -310,7 +314,7 @@ def test_a_learning_rate_may_be_a_tensor(tmp_path: Path) -> None:
 
 
 def refused(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *said: str, **options: Any) -> CheckpointError:
-    """The load is refused with these words, and neither model nor optimizer has changed."""
+    """The load is refused with this message, and neither model nor optimizer has changed."""
     before, options_before = whole(model, optimizer), groups(optimizer)
     with pytest.raises(CheckpointError) as caught:
         snapshots.load(folder, model, optimizer, **options)
@@ -345,7 +349,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
 
 @pytest.fixture
 def two(tmp_path: Path) -> tuple[Path, Saved]:
-    """Snapshots of steps 1 and 2, and what is in the first."""
+    """Snapshots of steps 1 and 2, and the contents of the first."""
     model, optimizer = made("cosmos")
     run(model, optimizer, range(1))
     first = whole(model, optimizer)
@@ -367,7 +371,7 @@ def test_a_damaged_file_is_refused_by_name_and_the_one_before_loads(two: tuple[P
     refused(folder, model, optimizer, f"{folder / 'step-00000002'} cannot be loaded: {file}", said, remedy)
     snapshots.load(folder, model, optimizer, step=1)
     assert same(whole(model, optimizer), first)
-    snapshots.discard(folder, after=1)  # as the message says
+    snapshots.discard(folder, after=1)  # the remedy of the message
     snapshots.save(folder, model, optimizer, step=2)
 
 
@@ -382,7 +386,7 @@ def test_a_damaged_file_is_refused_by_name_and_the_one_before_loads(two: tuple[P
     ],
 )
 def test_a_damaged_manifest_is_refused(two: tuple[Path, Saved], spoil: Callable[[Path], None], said: str) -> None:
-    """A newest snapshot that has lost its manifest is not passed over in silence."""
+    """A newest snapshot without a manifest raises; the load does not skip it."""
     folder, first = two
     spoil(folder / "step-00000002" / "manifest.json")
     model, optimizer = made("cosmos", seed=7)
@@ -403,7 +407,7 @@ def test_every_flipped_bit_of_a_manifest_is_noticed(two: tuple[Path, Saved]) -> 
         spoilt[place] ^= 1 << bit
         file.write_bytes(spoilt)
         try:
-            if manifest.choose(folder, 2)[1] != meant:  # spaces between entries mean nothing
+            if manifest.choose(folder, 2)[1] != meant:  # spaces between entries have no meaning
                 unnoticed.append((place, bit))
         except SnapshotError:
             pass
@@ -491,7 +495,7 @@ def test_another_spec_is_refused_with_the_first_difference(two: tuple[Path, Save
 
 
 def test_a_load_that_is_refused_changes_nothing_that_follows(two: tuple[Path, Saved]) -> None:
-    """The layout of a fresh optimizer's state is found by a step, of which nothing may stay."""
+    """A step finds the layout of a fresh optimizer's state, and a refused load undoes that step."""
     for kind in OPTIMIZERS:
         other = "galore" if kind == "cosmos" else kind
         model, optimizer = made(other, seed=7)
@@ -534,7 +538,7 @@ def test_a_slot_of_another_precision_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_slot_that_is_not_ours_is_refused(tmp_path: Path) -> None:
-    """The same spec, but another rounding."""
+    """The spec is the same and the rounding differs."""
     model = Model().bfloat16()
     linear = {name: frozenset({"linear"}) for name in named(model)}
     kahan, nearest = (
@@ -575,7 +579,7 @@ def test_state_of_a_later_version_is_refused_and_of_an_earlier_one_brought_up_to
 
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """Saves in the background begin to write when it is set."""
+    """An event: saves in the background begin to write when it is set."""
     event, begin = threading.Event(), manifest.begin
 
     def waiting(folder: Path, step: int) -> Path:
@@ -648,7 +652,7 @@ def saves(folder: str, cases: list[tuple[str, str]]) -> str:
 
 
 def loads(folder: str, cases: list[tuple[str, str, str]]) -> list[tuple[int, Any, Saved, Saved]]:
-    """What is loaded, and what it is two steps later."""
+    """Model and optimizer after the load, and two steps later."""
     out = []
     for kind, saved, wrap in cases:
         model, optimizer = made(kind, wrap, seed=7)
@@ -661,7 +665,7 @@ def loads(folder: str, cases: list[tuple[str, str, str]]) -> list[tuple[int, Any
 
 @cache
 def alone(kind: str, steps: int) -> Saved:
-    """One process that was never stopped."""
+    """The same for one process that was never stopped."""
     model, optimizer = made(kind)
     run(model, optimizer, range(steps))
     return whole(model, optimizer)
@@ -669,7 +673,7 @@ def alone(kind: str, steps: int) -> Saved:
 
 @pytest.mark.slow
 def test_another_number_of_ranks_loads_it(tmp_path: Path) -> None:
-    """Saved on two ranks; loaded here and on two and three ranks, with and without wrappers; equal to one process throughout."""
+    """Two ranks save. One process, two ranks and three ranks load, with and without wrappers, and all equal a single process."""
     assert run_ranks(2, saves, str(tmp_path), SEVERAL) == ["done"] * 2
     for kind, wrap in SEVERAL:
         found = manifest.choose(tmp_path / f"{kind}-{wrap}", None)[1]
@@ -744,7 +748,7 @@ def is_refused(folder: str) -> tuple[str, bool]:
 
 
 def test_all_ranks_refuse_what_one_has_found(tmp_path: Path) -> None:
-    """Each file is verified by one of them."""
+    """One rank verifies each file."""
     run_ranks(2, saves, str(tmp_path), [("AdamW", "sharded")])
     folder = tmp_path / "AdamW-sharded"
     for file in ("__0_0.distcp", "__1_0.distcp"):
@@ -807,7 +811,7 @@ def in_the_background(folder: str) -> tuple[list[str], list[int], Saved]:
     pending = snapshots.async_save(folder, model, optimizer, step=3, process_group=own)
     for step in range(3, 20):
         run(model, optimizer, range(step, step + 1))
-        dist.all_reduce(torch.ones(1))  # as training does
+        dist.all_reduce(torch.ones(1))  # like training
     pending.result(60)
     snapshots.async_save(folder, model, optimizer, step=20, process_group=own)
     again, fresh = made("AdamW", "sharded", seed=7)
@@ -842,7 +846,7 @@ KILLS = {"save": 20, "async_save": 15, "two ranks": 15}
 
 
 def trains(rank: int, size: int, send: Send, folder: str, background: bool) -> None:
-    """A run that is started again and again: it goes on from the newest snapshot and saves at every step, telling when."""
+    """A run that is started again and again. It continues from the newest snapshot, saves at every step, and reports each save."""
     model, optimizer = made("cosmos", seed=7)
     step = 0
     if snapshots.latest(folder) is None:
@@ -863,13 +867,13 @@ def trains(rank: int, size: int, send: Send, folder: str, background: bool) -> N
 @pytest.mark.slow
 @pytest.mark.parametrize("way", KILLS)
 def test_a_kill_at_any_moment_of_a_save_loses_nothing(tmp_path: Path, way: str) -> None:
-    """SIGKILL at random moments, of one rank or of all; the run starts again from what is left, fifty times in all."""
+    """SIGKILL ends one rank or all at random moments. The run starts again from the files, fifty times in all."""
     size = 2 if way == "two ranks" else 0
     dice = random.Random(way)
     expected: list[Saved] = []
     twin, other = made("cosmos")
     tries = hits = partial = 0
-    seconds = 0.05  # what a save takes; measured below
+    seconds = 0.05  # duration of a save; measured below
     while hits < KILLS[way]:
         tries += 1
         assert tries <= 6 * KILLS[way], "too few of the kills fell into a save"
@@ -885,7 +889,7 @@ def test_a_kill_at_any_moment_of_a_save_loses_nothing(tmp_path: Path, way: str) 
         for victim in victims:
             victim.kill()
         if len(victims) < len(processes):
-            time.sleep(dice.uniform(0, 2 * seconds))  # the survivor finds out, or waits
+            time.sleep(dice.uniform(0, 2 * seconds))  # the survivor gets an error, or waits
         assert set(end(processes, kill=True)) <= {-signal.SIGKILL, 1}  # 1: a survivor whose peer is gone
         for messages, pipe in zip(told, pipes, strict=True):
             while (message := received(pipe)) is not None:
@@ -908,7 +912,7 @@ def test_a_kill_at_any_moment_of_a_save_loses_nothing(tmp_path: Path, way: str) 
 
 
 def saves_until(rank: int, size: int, send: Send, folder: str, last: int) -> None:
-    """One more save, killed at the file operation of number `last`."""
+    """Make one more save, and kill it at file operation number `last`."""
     model, optimizer = made("AdamW", seed=7)
     step = snapshots.load(folder, model, optimizer).step
     run(model, optimizer, range(step, step + 1))
@@ -928,7 +932,7 @@ def saves_until(rank: int, size: int, send: Send, folder: str, last: int) -> Non
 
 @pytest.mark.slow
 def test_a_kill_before_every_single_file_operation_loses_nothing(tmp_path: Path) -> None:
-    """Not at random: before the first, before the second, ... until a save comes through, removal of older ones included."""
+    """Kills before the first file operation, before the second, and so on until a save finishes. Removal of older snapshots is included."""
     states: dict[int, Saved] = {}
     model, optimizer = made("AdamW")
     for step in (1, 2):

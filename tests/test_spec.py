@@ -1,4 +1,4 @@
-"""The spec: read, written, changed by dotted path, described by a schema, and carried in a checkpoint."""
+"""Specs are read, written, changed by dotted path, described by a schema, and saved in checkpoints."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from subspace_opt.spec.presets import built_in
 
 ROOT = Path(__file__).parents[1]
 NAMES = list(built_in())
-PROSE = {"about", "notes", "published"}  # what a spec says and does not compute
+PROSE = {"about", "notes", "published"}  # fields that change no computation
 
 
 def without_prose(spec: Spec) -> Spec:
@@ -48,7 +48,7 @@ def test_preset_survives_yaml(name: str, full: bool) -> None:
 
 
 def numbers(node: Any, path: tuple[str, ...] = ()) -> list[tuple[str, Any]]:
-    """Dotted paths of the numbers and truths that a spec computes with, and their values."""
+    """Dotted paths and values of all numbers and Booleans that a computation uses."""
     if isinstance(node, bool | int | float):
         return [(".".join(path), node)]
     items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
@@ -57,7 +57,7 @@ def numbers(node: Any, path: tuple[str, ...] = ()) -> list[tuple[str, Any]]:
 
 @st.composite
 def changed_presets(draw: st.DrawFn) -> Spec:
-    """A preset with some of its numbers changed and some prose that YAML may stumble over."""
+    """A preset with some numbers changed, and with text that is hard for YAML."""
     name = draw(st.sampled_from(NAMES))
     plain = load_spec(name).model_dump(mode="json")
     overrides: dict[str, Any] = {"name": draw(st.text(min_size=1)), "notes": draw(st.text())}
@@ -72,7 +72,7 @@ def changed_presets(draw: st.DrawFn) -> Spec:
     try:
         return load_spec(load_spec(name), overrides)
     except SpecError as error:
-        assume("dtype" in str(error) or "should be" in str(error))  # the number has a bound of its own
+        assume("dtype" in str(error) or "should be" in str(error))  # the field bounds the number
         assume(False)
         raise
 
@@ -181,7 +181,7 @@ def test_override_changes_nothing_else() -> None:
     assert changed["pipelines"]["matrix"]["selector"].pop("rank") == 7
     assert plain["pipelines"]["matrix"]["selector"].pop("rank") == 128
     assert changed == plain
-    assert BASE["pipelines"]["matrix"]["selector"] == "svd"  # what was given is not written to
+    assert BASE["pipelines"]["matrix"]["selector"] == "svd"  # the argument is unchanged
 
 
 def test_override_of_a_whole_part_and_of_a_field_of_the_spec() -> None:
@@ -274,7 +274,7 @@ def test_route_accepts_what_meets_all_its_conditions(route: dict[str, Any], acce
 
 @pytest.mark.slow
 def test_committed_schema_is_in_step() -> None:
-    """Made in a process of its own, where no test has registered a kind and no plugin is installed."""
+    """A new process makes the schema: there no test has registered a kind, and no plugin is installed."""
     code = (
         "import json, subspace_opt.registry as r; r.plugin_entry_points = list\n"
         "from subspace_opt.spec import json_schema; print(json.dumps(json_schema()))"
@@ -294,9 +294,9 @@ TYPES = {
     "boolean": bool,
     "null": type(None),
 }
-SILENT = {"$schema", "$defs", "title", "description", "default", "examples"}  # keywords that demand nothing
+SILENT = {"$schema", "$defs", "title", "description", "default", "examples"}  # keywords without a constraint
 NUMBER = (int, float)
-BOUNDS: dict[str, tuple[Any, Callable[[Any, Any], bool]]] = {  # what a keyword speaks of, and what it demands
+BOUNDS: dict[str, tuple[Any, Callable[[Any, Any], bool]]] = {  # the type that a keyword applies to, and its constraint
     "minimum": (NUMBER, lambda x, bound: x >= bound),
     "maximum": (NUMBER, lambda x, bound: x <= bound),
     "exclusiveMinimum": (NUMBER, lambda x, bound: x > bound),
@@ -309,7 +309,7 @@ BOUNDS: dict[str, tuple[Any, Callable[[Any, Any], bool]]] = {  # what a keyword 
 
 
 def fits(value: Any, schema: Any, top: dict[str, Any]) -> bool:
-    """Whether plain data fits a schema of the keywords that ours uses; any other keyword is an error."""
+    """True if plain data fits a schema. It knows the keywords of this package's schema; any other keyword raises."""
     if isinstance(schema, bool):
         return schema
     for keyword, demand in schema.items():

@@ -1,4 +1,4 @@
-"""Is a matrix in a stack the same as a matrix alone?"""
+"""Does a matrix in a stack get the same updates as alone?"""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from subspace_opt.registry import Component, kinds
 
 every_preset = pytest.mark.parametrize("preset", PRESETS)
 
-# Several of a shape, in one parameter and in several, beside others.
+# Several matrices of one shape, in one parameter and in several, and other shapes.
 SHAPES: dict[str, tuple[int, ...]] = {
     "a": (7, 4),
     "b": (7, 4),
@@ -36,7 +36,7 @@ SHAPES: dict[str, tuple[int, ...]] = {
 
 
 def run(preset: str, dtype: torch.dtype = torch.float64, **options: Any) -> dict[str, Tensor]:
-    """Seven updates, in which some parameters start late and some pause, so that ages within a shape differ."""
+    """Make seven updates. Some parameters start late and some pause, so that ages within a shape differ."""
     shapes = {n: tuple(5 if side in (4, 7) else side for side in s) for n, s in SHAPES.items()} if preset in DEGENERATE else SHAPES
     params = parameters(shapes, dtype)
     opt = optimizer(preset, params, **options)
@@ -46,8 +46,7 @@ def run(preset: str, dtype: torch.dtype = torch.float64, **options: Any) -> dict
     return snapshot(opt, params)
 
 
-# Of a covariance without full rank, the eigenvectors of eigenvalue 0 are round-off: one gradient determines a basis of both sides of a
-# square matrix, and not of another.
+# Round-off decides the eigenvectors of eigenvalue 0 of a covariance. One gradient determines bases of both sides only for a square matrix.
 DEGENERATE = [
     preset
     for preset in PRESETS
@@ -61,7 +60,7 @@ DEGENERATE = [
 @every_preset
 @pytest.mark.parametrize("batch_bytes", [1, 500, 64 * 2**20])
 def test_stacked_is_alone(preset: str, batch_bytes: int) -> None:
-    """However stacks are cut: one by one, two at a time, all together."""
+    """Stacks of one matrix, of two, and of all give the same result."""
     alone = run(preset, stacking="never")
     for stacking in ("always", "auto"):
         gap = differences(run(preset, stacking=stacking, batch_bytes=batch_bytes), alone)
@@ -70,7 +69,7 @@ def test_stacked_is_alone(preset: str, batch_bytes: int) -> None:
 
 @every_preset
 def test_random_rounding_does_not_depend_on_how_stacks_are_cut(preset: str) -> None:
-    """The draws themselves; what they round may differ in the last place, so the weights are compared where nothing moves them."""
+    """The updates may differ by round-off, so the weights are compared under decay alone."""
     ends = []
     for options in ({"stacking": "never"}, {"stacking": "always"}, {"stacking": "always", "batch_bytes": 400}):
         params = parameters(SHAPES, torch.bfloat16)
@@ -85,7 +84,7 @@ def test_random_rounding_does_not_depend_on_how_stacks_are_cut(preset: str) -> N
 
 
 def test_random_rounding_draws_for_every_matrix_of_a_parameter() -> None:
-    """Draws that two experts shared would move them alike."""
+    """Two experts with the same draws would move alike."""
     params = parameters({"experts": (2, 8, 8)}, torch.bfloat16)
     with torch.no_grad():
         params["experts"][1] = params["experts"][0]
@@ -97,7 +96,7 @@ def test_random_rounding_draws_for_every_matrix_of_a_parameter() -> None:
 
 @pytest.mark.parametrize(("batch_bytes", "most"), [(1, 1), (500, 2), (700, 3), (64 * 2**20, 6)])
 def test_a_temporary_of_a_stack_is_bounded(batch_bytes: int, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Six matrices of 7 x 4 in float64 are 224 bytes each; one that is larger than the bound goes alone."""
+    """Six matrices of 7 x 4 in float64 have 224 bytes each. A matrix that exceeds the bound is a stack of its own."""
     sizes: list[int] = []
     own = step_module._computed
 
@@ -145,7 +144,7 @@ def test_groups_that_differ_share_no_stack_where_it_matters(stacking: Any, decay
 @pytest.mark.parametrize("stacking", ["always", "never"])
 def test_two_copies_of_a_matrix_stay_copies(preset: str, stacking: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def noise(piece: Piece, call: int, shape: tuple[int, ...], seed: int) -> Tensor:
-        # By name the two would draw apart, as they should.
+        # Their names differ, so their draws would differ too.
         return torch.randn(shape, generator=torch.Generator().manual_seed(call)).expand(piece.stop - piece.start, *shape)
 
     monkeypatch.setattr("subspace_opt.engine.moment._noise", noise)
@@ -161,13 +160,13 @@ def test_two_copies_of_a_matrix_stay_copies(preset: str, stacking: Any, monkeypa
     gap = differences(
         {"weight": params["one"].detach(), **opt.state[params["one"]]}, {"weight": params["two"].detach(), **opt.state[params["two"]]}
     )
-    assert max(gap.values()) < 1e-12  # a batched product may round differently from place to place
+    assert max(gap.values()) < 1e-12  # rounding in a batched product may depend on the index
     assert not torch.equal(params["one"], params["other"])
 
 
 @pytest.mark.parametrize("preset", DEGENERATE)
 def test_round_off_chooses_no_basis(preset: str) -> None:
-    """A covariance of one gradient that is not square has a null space; a change in the last place must not turn all of it."""
+    """The covariance of one gradient that is not square has a null space. A change in the last bit must not rotate it."""
     ends = []
     for change in (0.0, 1e-15):
         params = parameters({"w": (7, 4)}, torch.float64)
@@ -184,7 +183,7 @@ def test_round_off_chooses_no_basis(preset: str) -> None:
 # --------------------------------------------------------------------------------------------------- every kind, any shape and rank
 
 
-# Options that a kind cannot do without.
+# Options without a default.
 NEEDED: dict[str, dict[str, Any]] = {
     "debias": {"beta1": 0.9, "beta2": 0.99},
     "switch": {"at": 2, "first": {"kind": "svd"}, "then": {"kind": "random"}},
@@ -221,7 +220,7 @@ PLACES = {
         (kind, place)
         for kind in built_in("rule")
         for place in ("momentum", "inside", "complement", "finish")
-        # What they look at is only there beside a subspace; nothing at all is no rule to test.
+        # These rules need a subspace, and `none` computes nothing.
         if kind != "none"
         and not (kind in ("whole", "match_inside", "confine") and place != "complement")
         and not (kind == "ldadam" and place != "inside")
@@ -230,42 +229,44 @@ PLACES = {
 }
 
 
-def split_of(plain: dict[str, Any], rows: int, cols: int, rank: int) -> Frame:
+def frame_of(plain: dict[str, Any], rows: int, cols: int, rank: int) -> Frame:
     if isinstance(plain.get("selector"), dict) and plain["selector"]["kind"] == "svd":
         plain = {**plain, "selector": {**plain["selector"], "rank": rank}}
     return Frame.of(Pipeline.model_validate(plain), rows, cols)
 
 
-def draws(split: Frame, call: int, rows: list[int], dtype: torch.dtype) -> Tensor | None:
-    shape = split.pipeline.selector.draws(split.rows, split.cols, call, call == 1) if split.opens else None
+def draws(frame: Frame, call: int, rows: list[int], dtype: torch.dtype) -> Tensor | None:
+    shape = frame.pipeline.selector.draws(frame.rows, frame.cols, call, call == 1) if frame.opens else None
     if shape is None:
         return None
     return torch.stack([gradient(f"noise{b}", shape, call, dtype) for b in rows])
 
 
 def drive(
-    split: Frame, stack: list[int], device: str = "cpu", check: Callable[[State, State], None] | None = None
+    frame: Frame, stack: list[int], device: str = "cpu", check: Callable[[State, State], None] | None = None
 ) -> list[tuple[Tensor | None, State]]:
-    """Five updates of the matrices with these numbers, with a refresh every second one. Gives update and state after each."""
+    """Make five updates of the matrices with these indices, with a refresh at every second one. Returns the update and the state after
+    each.
+    """
     dtype = torch.float64
-    shape = (split.cols.size, split.rows.size) if split.turned else (split.rows.size, split.cols.size)
+    shape = (frame.cols.size, frame.rows.size) if frame.turned else (frame.rows.size, frame.cols.size)
     state: State = {
-        key: torch.zeros(len(stack), *slot.shape, dtype=slot.dtype or dtype, device=device) for key, slot in split.slots.items()
+        key: torch.zeros(len(stack), *slot.shape, dtype=slot.dtype or dtype, device=device) for key, slot in frame.slots.items()
     }
-    selector = split.pipeline.selector
-    constants = {name: make().to(device, dtype) for name, make in selector.constants(split.rows, split.cols).items()} if split.opens else {}
+    selector = frame.pipeline.selector
+    constants = {name: make().to(device, dtype) for name, make in selector.constants(frame.rows, frame.cols).items()} if frame.opens else {}
     weight = torch.stack([gradient(f"weight{b}", shape, 0, dtype) for b in stack]).to(device)
     out: list[tuple[Tensor | None, State]] = []
     for call in range(1, 6):
-        t = call - 1 if split.primes else call
-        noise = draws(split, call, stack, dtype)
+        t = call - 1 if frame.primes else call
+        noise = draws(frame, call, stack, dtype)
         step = Step(
             t=torch.tensor(float(t), dtype=torch.float64),
             age=torch.tensor(float(selector.age(max(t, 1))), dtype=torch.float64),
             first=call == 1,
-            refresh=split.opens and (call == 1 or selector.refreshes(t)),
-            rows=split.rows,
-            cols=split.cols,
+            refresh=frame.opens and (call == 1 or selector.refreshes(t)),
+            rows=frame.rows,
+            cols=frame.cols,
             position=torch.tensor([[b, 4] for b in stack]),
             noise=None if noise is None else noise.to(device),
             constants=constants,
@@ -273,40 +274,38 @@ def drive(
         grad = torch.stack([gradient(f"grad{b}", shape, call, dtype) for b in stack]).to(device)
         before = {key: value.clone() for key, value in {**state, "#grad": grad, "#weight": weight}.items()}
         given = dict(state)
-        if call == 1 and split.primes:
-            update, new = None, split.prime(grad, weight, given, step)
+        if call == 1 and frame.primes:
+            update, new = None, frame.prime(grad, weight, given, step)
         else:
-            expression, new = split.update(grad, weight, given, step)
+            expression, new = frame.update(grad, weight, given, step)
             update = expression.dense()
         if device == "cpu":
             assert same({**state, "#grad": grad, "#weight": weight}, before), "an input was written to"
             assert given.keys() == state.keys(), "the given dictionary was changed"
-        # Declared and returned are the same; what a selector hands on for this update alone is not kept.
-        assert new.keys() >= split.slots.keys()
-        for key, slot in split.slots.items():
+        # Keep declared slots only: a selector may return additional values for one update.
+        assert new.keys() >= frame.slots.keys()
+        for key, slot in frame.slots.items():
             assert tuple(new[key].shape) == (len(stack), *slot.shape), key
             assert new[key].dtype == (slot.dtype or dtype), key
             assert new[key].device.type == device, key
-        assert all(key.startswith("selector.") for key in new.keys() - split.slots.keys())
+        assert all(key.startswith("selector.") for key in new.keys() - frame.slots.keys())
         if update is not None:
             assert tuple(update.shape) == (len(stack), *shape)
             assert update.dtype == dtype
-        state = {key: new[key] for key in split.slots}
+        state = {key: new[key] for key in frame.slots}
         out.append((update, new))
     return out
 
 
-def check_rows_are_independent(split: Frame) -> None:
-    """Each matrix of a stack, among these and among those, and alone."""
-    stacks = [drive(split, stack) for stack in ([0, 1, 2], [2, 3], [1])]
+def check_rows_are_independent(frame: Frame) -> None:
+    """Compare each matrix of a stack with the same matrix among others, and alone."""
+    stacks = [drive(frame, stack) for stack in ([0, 1, 2], [2, 3], [1])]
     for call in range(5):
         (u, s), (v, r), (w, q) = (stack[call] for stack in stacks)
         pairs = [] if u is None or v is None or w is None else [(u[2], v[0]), (u[1], w[0])]
-        pairs += [(s[key][2], r[key][0]) for key in split.slots] + [(s[key][1], q[key][0]) for key in split.slots]
+        pairs += [(s[key][2], r[key][0]) for key in frame.slots] + [(s[key][1], q[key][0]) for key in frame.slots]
         for mine, theirs in pairs:
-            assert torch.allclose(
-                mine.double(), theirs.double(), rtol=1e-6, atol=1e-6
-            )  # a matrix that leaked in would be seen in the first place
+            assert torch.allclose(mine.double(), theirs.double(), rtol=1e-6, atol=1e-6)  # a leak from another matrix would show at index 0
 
 
 sides = st.integers(1, 6)
@@ -321,7 +320,7 @@ def test_a_rule_treats_every_matrix_of_a_stack_by_itself(kind: str, place: str, 
     """It is also pure, and returns the state that it declares."""
     if kind == "soap":
         rows = cols  # see `DEGENERATE`
-    check_rows_are_independent(split_of({**pipeline_around_rule(kind, place), "orient": orient}, rows, cols, rank))
+    check_rows_are_independent(frame_of({**pipeline_around_rule(kind, place), "orient": orient}, rows, cols, rank))
 
 
 @pytest.mark.parametrize("kind", built_in("selector"))
@@ -330,39 +329,39 @@ def test_a_rule_treats_every_matrix_of_a_stack_by_itself(kind: str, place: str, 
 def test_a_selector_treats_every_matrix_of_a_stack_by_itself(kind: str, rows: int, cols: int, rank: int, orient: str) -> None:
     if kind == "kron_eigen":
         rows = cols  # see `DEGENERATE`
-    check_rows_are_independent(split_of({**pipeline_around_selector(kind, rank), "orient": orient}, rows, cols, rank))
+    check_rows_are_independent(frame_of({**pipeline_around_selector(kind, rank), "orient": orient}, rows, cols, rank))
 
 
 @pytest.mark.parametrize("kind", [kind for kind in built_in("selector") if kind != "none"])
 @few
 @given(rows=sides, cols=sides, rank=ranks)
 def test_a_basis_is_orthonormal(kind: str, rows: int, cols: int, rank: int) -> None:
-    """What is lifted has the coordinates that it had; and with a full basis, what is projected is lost by nothing."""
-    split = split_of(pipeline_around_selector(kind, rank), rows, cols, rank)
-    selector = split.pipeline.selector
+    """Projecting a lift returns its coordinates, and a full basis loses nothing."""
+    frame = frame_of(pipeline_around_selector(kind, rank), rows, cols, rank)
+    selector = frame.pipeline.selector
     if not selector.traits().orthonormal:
         return
-    constants = {name: make() for name, make in selector.constants(split.rows, split.cols).items()}
-    step = Step(torch.ones(()), torch.ones(()), rows=split.rows, cols=split.cols, constants=constants)
-    c = torch.stack([gradient(f"c{b}", (split.inner[0].size, split.inner[1].size), 0, torch.float64) for b in range(3)])
+    constants = {name: make() for name, make in selector.constants(frame.rows, frame.cols).items()}
+    step = Step(torch.ones(()), torch.ones(()), rows=frame.rows, cols=frame.cols, constants=constants)
+    c = torch.stack([gradient(f"c{b}", (frame.inner[0].size, frame.inner[1].size), 0, torch.float64) for b in range(3)])
     x = torch.stack([gradient(f"x{b}", (rows, cols), 0, torch.float64) for b in range(3)])
-    for _, state in drive(split, [0, 1, 2]):
+    for _, state in drive(frame, [0, 1, 2]):
         basis = selector.basis({k.removeprefix("selector."): v for k, v in state.items() if k.startswith("selector.")}, step)
         gate = torch.ones(3, 1, 1) if basis.gate is None else basis.gate[:, None, None]
         assert torch.allclose(project(lift(c, basis, rows, cols), basis), c * gate, atol=1e-9)
-        if (split.inner[0].size, split.inner[1].size) == (rows, cols):
+        if (frame.inner[0].size, frame.inner[1].size) == (rows, cols):
             assert torch.allclose(lift(project(x, basis), basis, rows, cols), x * gate, atol=1e-9)
 
 
 def test_a_switch_keeps_its_rank() -> None:
-    """Of a matrix with fewer rows than the rank."""
-    drive(split_of(pipeline_around_selector("switch", 3), 2, 5, 3), [0, 1])
+    """The matrix has fewer rows than the rank."""
+    drive(frame_of(pipeline_around_selector("switch", 3), 2, 5, 3), [0, 1])
 
 
 @pytest.mark.parametrize("inside", ["adam", "ema"])
 def test_dion_takes_rules_with_state(inside: str) -> None:
-    """Whose transport is `keep`, so that nothing of the old basis is wanted."""
-    drive(split_of({"selector": {"kind": "dion", "rank": 2}, "inside": inside}, 5, 4, 2), [0, 1])
+    """Their transport is `keep`, which needs no old basis."""
+    drive(frame_of({"selector": {"kind": "dion", "rank": 2}, "inside": inside}, 5, 4, 2), [0, 1])
 
 
 def test_a_gaussian_draw_says_that_it_is_not_orthonormal() -> None:
@@ -374,10 +373,10 @@ def test_a_gaussian_draw_says_that_it_is_not_orthonormal() -> None:
 @settings(max_examples=5)
 @given(rows=sides, cols=sides, rank=ranks)
 def test_a_pipeline_runs_on_the_meta_device(preset: str, rows: int, cols: int, rank: int) -> None:
-    """Shapes alone are enough to know the shapes of all that comes out; and nothing in between is made on another device."""
+    """All results have the right shapes, and no tensor is made on another device."""
     for pipeline in small(preset, rank, every=2).pipelines.values():
-        split = Frame.of(pipeline, rows, cols)
-        for (update, state), (real, values) in zip(drive(split, [0, 1], "meta"), drive(split, [0, 1]), strict=True):
+        frame = Frame.of(pipeline, rows, cols)
+        for (update, state), (real, values) in zip(drive(frame, [0, 1], "meta"), drive(frame, [0, 1]), strict=True):
             assert (update is None) == (real is None)
             if update is not None and real is not None:
                 assert update.shape == real.shape

@@ -1,4 +1,4 @@
-"""State in fewer bits: is it stored as the spec says and the plan shows, is the mathematics that of the stored numbers, does it go on?"""
+"""State in fewer bits: is it stored as spec and plan say, does the mathematics use the stored numbers, and does a run resume?"""
 
 from __future__ import annotations
 
@@ -27,13 +27,14 @@ every_preset = pytest.mark.parametrize("preset", PRESETS)
 fewer_bits = pytest.mark.parametrize("word", ["bf16", "8bit", "4bit"])
 SOME = ["cosmos", "galore", "adamw", "muon", "trion", "ldadam", "adam-snsm"]
 
-# Moments large enough for codes, experts in one parameter, and what stays as it is: entries that no block divides, and too few.
+# Moments large enough for codes, experts in one parameter, and two that stay uncoded: too few entries, and a number that blocks do not
+# divide.
 LARGE = {"tall": (96, 64), "wide": (64, 96), "mate": (96, 64), "experts": (2, 64, 64), "uneven": (65, 64), "bias": (64,)}
 SPECS = {"rank": 64, "every": 3}
 
 
 def kept(opt: torch.optim.Optimizer, params: Params) -> dict[str, Tensor]:
-    """Copies of parameters and state; of codes, what they are made of."""
+    """Copies of parameters and state; for codes, their inner tensors."""
     out = {name: p.detach().clone() for name, p in params.items()}
     for key, value in flat(opt):
         inner = value.__tensor_flatten__()[0] if lowbit.found(value) else ()
@@ -122,7 +123,7 @@ def test_the_command_line_shows_it() -> None:
 
 
 def stored_as(value: Tensor, word: str, signed: bool) -> Tensor:
-    """The numbers that are left of a tensor when it is stored, by torch's and torchao's own means."""
+    """A tensor after it was stored and read, by torch's and torchao's own functions."""
     if word == "bf16":
         return value.to(torch.bfloat16).to(value.dtype)
     bits, block = (8, 256) if word == "8bit" else (4, 128)
@@ -152,7 +153,7 @@ def test_adam_is_adam_on_the_stored_moments(word: Any) -> None:
 @pytest.mark.parametrize("word", ["8bit", "4bit"])
 @pytest.mark.parametrize("preset", ["muon", "trion", "cosmos"])
 def test_matrices_of_one_parameter_share_no_block(preset: str, word: Any) -> None:
-    """Experts are what they would be as parameters of their own, to the bit."""
+    """Experts end in the same bits as separate parameters."""
     together = {"experts": nn.Parameter(torch.stack([parameters({n: (64, 96)})[n].detach() for n in "ab"]))}
     apart = parameters(dict.fromkeys("ab", (64, 96)))
     own, others = (made(preset, p, word, stacking="never", seed=1) for p in (together, apart))
@@ -167,7 +168,7 @@ def test_matrices_of_one_parameter_share_no_block(preset: str, word: Any) -> Non
 @pytest.mark.parametrize("word", ["8bit", "4bit"])
 @pytest.mark.parametrize("preset", SOME)
 def test_stacks_of_codes_are_their_matrices(preset: str, word: Any) -> None:
-    """Also where some have no gradient; products of a stack round otherwise, which may tip a code."""
+    """This includes steps in which some have no gradient. Products of a stack round differently, which may change a code by one."""
     runs = []
     for stacking in ("never", "always"):
         params = parameters({f"w{i}": (96, 64) for i in range(4)})
@@ -204,7 +205,7 @@ def test_no_kernel_writes_to_what_is_stored_otherwise(monkeypatch: pytest.Monkey
     monkeypatch.setattr(fused, "_run", lambda items: ran.extend(i.name for i in items) or own(items))
     params = parameters(LARGE)
     train(made("adamw", params, {"exp_avg": "8bit"}), params, range(1))
-    assert set(ran) == {"uneven", "bias"}  # where blocks do not fit, moments are as they always were
+    assert set(ran) == {"uneven", "bias"}  # moments that blocks do not divide stay uncoded
     ran.clear()
     train(made("adamw", params, {"exp_avg": "bf16"}), params, range(1))
     assert ran == []
@@ -227,7 +228,7 @@ def test_a_run_that_was_cut_goes_on_to_the_bit(preset: str, word: Any, dtype: to
     twin.load_state_dict(saved)
     assert equal(kept(opt, params), kept(twin, twins))
     train(opt, params, range(4, 8))
-    for state in saved["state"].values():  # the loaded state lies in storages of its own
+    for state in saved["state"].values():  # the loaded state has its own storages
         for value in state.values():
             (value.scale if lowbit.found(value) else value).zero_()
     train(twin, twins, range(4, 8))
@@ -252,7 +253,7 @@ torch.save(kept(opt, params), sys.argv[2])
 
 @pytest.mark.slow
 def test_another_process_goes_on_to_the_bit(tmp_path: Path) -> None:
-    """The optimizer is made first: that is when torchao says which of its tensors are safe to load."""
+    """The optimizer is made before the load, because importing torchao then tells torch which tensors are safe to load."""
     params = parameters(LARGE)
     opt = made("cosmos", params, "8bit")
     train(opt, params, range(3))
@@ -288,7 +289,7 @@ def test_other_state_dtypes_are_refused(there: Any, here: Any, said: str) -> Non
 
 
 def test_codes_of_another_kind_are_refused() -> None:
-    """A file whose spec and tensors do not agree."""
+    """The spec and the tensors of the file disagree."""
     params = parameters({"w": (96, 64)})
     opt, plain, four = (made("muon", params, word) for word in ("8bit", None, "4bit"))
     for each in (opt, plain, four):
@@ -301,7 +302,7 @@ def test_codes_of_another_kind_are_refused() -> None:
 
 
 def test_numbers_are_coded_when_they_are_loaded() -> None:
-    """As ranks save them that share a parameter."""
+    """Ranks that share a parameter save plain numbers."""
     params = parameters({"w": (96, 64)})
     opt = made("muon", params, "8bit")
     train(opt, params, range(2))
@@ -356,7 +357,7 @@ def test_a_word_stands_for_all_that_is_as_large_as_the_matrix() -> None:
     assert opt.spec.pipelines["matrix"].state_dtype == {"exp_avg": "bf16", "exp_avg_sq": "bf16"}
     own = {"version": 1, "pipelines": {"matrix": {"selector": "random", "inside": "soap", "feedback": 0.5}}}
     opt = SubspaceOptimizer(parameters({"w": (96, 64)}).items(), own, state_dtype="8bit", modules={"w": LINEAR})
-    assert opt.spec.pipelines["matrix"].state_dtype == {"error": "8bit", "exp_avg_sq": "8bit"}  # and not its covariance
+    assert opt.spec.pipelines["matrix"].state_dtype == {"error": "8bit", "exp_avg_sq": "8bit"}  # but not its covariance
 
 
 REFUSED = [
@@ -407,7 +408,7 @@ def test_without_torchao_the_plan_is_there_and_the_optimizer_says_what_to_instal
     assert make_plan(spec, [Entry("w", (96, 64))]).rows[0].codes
     with pytest.raises(lowbit.LowBitError, match=r"need torchao.*Run: pip install 'subspace-opt\[lowbit\]'"):
         optimizer(spec, parameters(LARGE))
-    optimizer(spec, parameters({"bias": (4,)}))  # nothing of it is kept as codes
+    optimizer(spec, parameters({"bias": (4,)}))  # none of it is stored as codes
 
 
 @pytest.mark.parametrize("signed", [True, False])

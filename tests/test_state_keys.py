@@ -1,6 +1,6 @@
-"""Does a run go on to the bit whatever its parameters are called and however they are grouped?
+"""Does a resumed run end in the same bits under any names and groups of its parameters?
 
-Draws and refresh steps come from a parameter's key, which is its name when the optimizer is built. A checkpoint carries keys.
+Draws and refresh steps depend on a parameter's key, its name when the optimizer is built. A checkpoint contains the keys.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from common import LINEAR, copied, gradient
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
-from subspace_opt import CheckpointError, Entry, SubspaceOptimizer, load_spec, make_plan
+from subspace_opt import CheckpointError, Entry, SubspaceOptimizer, load_spec, make_plan, snapshots
 from subspace_opt.checkpoint import STATE_VERSION, keys_in
 
 pytestmark = pytest.mark.filterwarnings("ignore:spec .* routes parameters by role")
@@ -26,7 +27,7 @@ NAMES = list(SHAPES)
 CUT, END = 5, 14
 
 GOLORE = {f"matrix.selector.{field}": value for field, value in (("first.rank", 2), ("then.rank", 2), ("at", 2), ("every", 3))}
-# Every way in which a run depends on keys: spread refreshes, random bases, random coordinates, rounding, a first basis by chance.
+# Everything that depends on keys: spread refreshes, random bases, random coordinates, rounding, and a random first basis.
 WAYS: dict[str, tuple[Any, dict[str, Any]]] = {
     "spread": (load_spec("galore", {"matrix.selector.rank": 2, "matrix.selector.every": 4}), {}),
     "golore": (load_spec("golore", GOLORE), {}),
@@ -43,7 +44,7 @@ def some(way: str) -> dict[str, nn.Parameter]:
 
 
 def made(way: str, params: dict[str, nn.Parameter], groups: Iterable[list[str]], called: Callable[[str], str] | None) -> SubspaceOptimizer:
-    """An optimizer with some groups of parameters. `called`: the name that it is told for each, None if it is told none."""
+    """An optimizer with some groups of parameters. `called`: the name given for each parameter; None if no names are given."""
     spec, options = WAYS[way]
     given = [{"params": [params[n] if called is None else (called(n), params[n]) for n in names]} for names in groups]
     kinds = {} if called is None else {called(n): LINEAR for n in NAMES}
@@ -79,7 +80,7 @@ def other(name: str) -> str:
 ALL = [NAMES]
 TWO = [NAMES[:2], NAMES[2:]]
 
-# The groups and names of the run that is cut, and of the run that goes on.
+# The groups and names of the saved run, and of the run that resumes.
 RESUMED: dict[str, tuple[Any, Any, Any, Any]] = {
     "unnamed to named": (ALL, None, ALL, same),
     "unnamed in two groups to named": (TWO, None, TWO, other),
@@ -107,7 +108,7 @@ def test_a_resumed_run_is_the_uninterrupted_run(way: str, case: str) -> None:
 
 @every_way
 def test_names_matter_to_a_new_run(way: str) -> None:
-    """Otherwise the test above could not fail."""
+    """If names did not matter, the test above could not fail."""
     ends = []
     for called in (None, other):
         params = some(way)
@@ -118,7 +119,7 @@ def test_names_matter_to_a_new_run(way: str) -> None:
 
 @every_way
 def test_a_key_stays_through_two_renamings(way: str) -> None:
-    """Unnamed, then named, then under other names by position: the second checkpoint carries the first one's keys."""
+    """The parameters are unnamed, then named, then renamed and loaded by position. The second checkpoint contains the keys of the first."""
     params = some(way)
     opt = made(way, params, TWO, None)
     train(opt, params, 0, 3)
@@ -137,7 +138,7 @@ def test_a_key_stays_through_two_renamings(way: str) -> None:
 
 
 def test_a_matrix_that_begins_later_draws_by_its_loaded_key() -> None:
-    """A parameter without state at the cut has a key all the same."""
+    """A parameter without state in the checkpoint has a key too."""
     params = some("random")
     opt = made("random", params, ALL, None)
     early = {name: p for name, p in params.items() if name != "mate"}
@@ -313,7 +314,7 @@ def test_loaded_keys_pass_through_a_distributed_checkpoint() -> None:
 
 
 def test_keys_of_groups_are_read_by_qualified_name() -> None:
-    """As torch.distributed.checkpoint hands groups over: parameters in the loader's order, names in the saver's."""
+    """torch.distributed.checkpoint returns parameters in the loader's order and names in the saver's order."""
     given: list[dict[str, Any]] = [
         {"params": ["b", "a"], "param_names": ["a", "b"], "keys": {"a": "x"}},
         {"params": ["c", "d"], "param_names": ["c.own", "d.own"]},
@@ -323,7 +324,7 @@ def test_keys_of_groups_are_read_by_qualified_name() -> None:
 
 
 def test_state_and_weights_are_plain() -> None:
-    """Nothing in a state dictionary with keys is an object of this package."""
+    """A state dictionary with keys contains no object of this package."""
     params = some("spread")
     named = made("spread", params, ALL, same)
     named.load_state_dict(made("spread", params, ALL, None).state_dict())
@@ -336,3 +337,38 @@ def test_state_and_weights_are_plain() -> None:
         return isinstance(value, str | int | float | bool | list | Tensor | None)
 
     assert plain(saved)
+
+
+# ------------------------------------------------------------------------------------------------------------------------ snapshots
+
+
+@pytest.mark.parametrize("case", PASSED)
+def test_a_snapshot_keeps_keys(case: str, tmp_path: Path) -> None:
+    groups, called, groups_then, called_then = PASSED[case]
+    params = some("random")
+    opt = made("random", params, groups, called)
+    train(opt, params, 0, CUT)
+    snapshots.save(tmp_path, model_of(params), opt, step=CUT)
+    twins = some("random")
+    twin = made("random", twins, groups_then, called_then)
+    snapshots.load(tmp_path, model_of(twins), twin)
+    train(opt, params, CUT, END)
+    train(twin, twins, CUT, END)
+    assert equal(params, twins)
+
+
+def test_loaded_keys_pass_through_a_snapshot(tmp_path: Path) -> None:
+    params = some("random")
+    opt = made("random", params, TWO, None)
+    train(opt, params, 0, 3)
+    twins = copied(params)
+    named = made("random", twins, TWO, same)
+    named.load_state_dict(opt.state_dict())
+    train(named, twins, 3, 6)
+    snapshots.save(tmp_path, model_of(twins), named, step=6)
+    thirds = some("random")
+    last = made("random", thirds, ALL, same)  # other groups are accepted although keys differ
+    snapshots.load(tmp_path, model_of(thirds), last)
+    train(opt, params, 3, END)
+    train(last, thirds, 6, END)
+    assert equal(params, thirds)

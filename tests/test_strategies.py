@@ -26,7 +26,7 @@ LR, DECAY, UPDATES = 3e-3, 0.1, 5
 
 
 def passes(patch: pytest.MonkeyPatch) -> None:
-    """Large matrices in runs of rows, where 40 entries are large."""
+    """Compute large matrices in runs of rows, and count 40 entries as large."""
     for name, entries in (("PASS", 40), ("ROWS", 20), ("LONG", 40)):
         patch.setattr(f"subspace_opt.engine.stacking.{name}", entries)
 
@@ -52,7 +52,7 @@ STRATEGIES: dict[str, tuple[dict[str, Any], Callable[[pytest.MonkeyPatch], None]
     "rows in passes": ({"stacking": "never"}, passes),
     "without kernels": ({}, no_kernels),
 }
-# The largest difference of a weight, as a part of its largest entry. In float32 a polar factor or a basis amplifies round-off.
+# The largest difference of a weight, relative to its largest entry. In float32 a polar factor or a basis amplifies round-off.
 LIMITS = {torch.float64: 1e-9, torch.float32: 4e-3, torch.bfloat16: 4e-2}
 
 

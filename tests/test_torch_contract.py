@@ -44,7 +44,7 @@ every_preset = pytest.mark.parametrize("preset", PRESETS)
 
 
 def is_at(opt: SubspaceOptimizer, p: Tensor) -> float:
-    """How many updates a parameter has had."""
+    """The number of updates of a parameter."""
     return float(opt.state[p]["step"])
 
 
@@ -52,7 +52,7 @@ def is_at(opt: SubspaceOptimizer, p: Tensor) -> float:
 
 
 def problem(contiguous: bool = True) -> tuple[dict[str, nn.Parameter], Callable[[], Tensor]]:
-    """Least squares, as PyTorch's own tests have it: a weight, a bias, one sample."""
+    """Least squares, as in PyTorch's own tests: a weight, a bias and one sample."""
     draw = torch.Generator().manual_seed(2)
     weight = torch.randn((10, 5) if contiguous else (10, 5, 2), generator=draw)
     bias = torch.randn(10 if contiguous else (10, 2), generator=draw)
@@ -163,7 +163,7 @@ def test_a_rate_of_almost_nothing_leaves_weights_in_place(preset: str) -> None:
 
 @every_preset
 def test_a_group_has_its_own_rate_and_decay(preset: str) -> None:
-    """Two groups move as two optimizers would."""
+    """Two groups move like two optimizers."""
     spec, params = small(preset), parameters()
     halves = [{n: params[n] for n in ("tall", "bias")}, {n: params[n] for n in ("wide", "square", "mate", "scalar")}]
     rates = [{"lr": 1e-2, "weight_decay": 0.5}, {"lr": 3e-3, "weight_decay": 0.0}]
@@ -172,7 +172,7 @@ def test_a_group_has_its_own_rate_and_decay(preset: str) -> None:
         [{"params": half.items(), **own} for half, own in zip(halves, rates, strict=True)],
         spec,
         modules=dict.fromkeys(params, LINEAR),
-        stacking="never",  # to the bit: a batched product rounds differently
+        stacking="never",  # without stacks, so that bits agree: a batched product rounds differently
     )
     train(together, params, range(5))
     for half, own in zip(alone, rates, strict=True):
@@ -208,7 +208,7 @@ def test_a_tensor_rate_is_read_at_every_step() -> None:
 
 @every_preset
 def test_a_group_may_come_later(preset: str) -> None:
-    """A parameter that joins at step 3 moves as one that had no gradient until then, and as one that is alone."""
+    """A parameter added at step 3 moves like one without a gradient until then, and like one alone in an optimizer."""
     late = {"mate": SHAPES["mate"], "bias": SHAPES["bias"]}
     params, twins, lone = parameters(), parameters(), parameters(late)
     opt = optimizer(preset, {n: p for n, p in params.items() if n not in late})
@@ -426,7 +426,7 @@ def test_no_gradients_no_change(preset: str) -> None:
 
 @every_preset
 def test_a_missing_gradient_leaves_parameter_and_state_alone(preset: str) -> None:
-    """No decay, no count; and when gradients come again it goes on as if the gap had not been."""
+    """It gets no decay and no count. With the next gradient it goes on as if there had been no gap."""
     params, twins = parameters(), parameters()
     opt, twin = optimizer(preset, params, weight_decay=0.5), optimizer(preset, twins, weight_decay=0.5)
     train(opt, params, range(3))
@@ -460,7 +460,7 @@ def test_a_zero_gradient_moves_no_weight_that_has_no_memory(preset: str) -> None
             p.grad = torch.zeros_like(p)
         opt.step()
     assert all(same_tensor(params[n], before[n]) for n in params)
-    assert all(opt.state[p] for p in params.values())  # yet the state is there, for checkpoints that want a template
+    assert all(opt.state[p] for p in params.values())  # the state exists, because a checkpoint may need it as a template
 
 
 @every_preset
@@ -559,7 +559,7 @@ def test_state_dict_hooks_fire_in_order_and_may_edit(preset: str) -> None:
     assert order == ["first", "pre", "early True", "post True"]
     assert "note" in saved
     assert other.param_groups[0]["lr"] == saved["param_groups"][0]["lr"] / 2
-    assert other.param_groups[0]["lr"] != saved["param_groups"][0]["lr"]  # the caller's dictionary is left as it was
+    assert other.param_groups[0]["lr"] != saved["param_groups"][0]["lr"]  # the caller's dictionary is unchanged
 
 
 # ------------------------------------------------------------------------------------------------------------- copies, text, disk
@@ -620,7 +620,7 @@ def test_a_state_dict_passes_through_a_file_without_pickled_objects(preset: str)
 
 @every_preset
 def test_state_dicts_are_deterministic(preset: str) -> None:
-    """A clone loaded from the state and the original give equal weights and equal dictionaries ten steps on."""
+    """The original and a clone loaded from its state give equal weights and equal dictionaries ten steps later."""
     params = parameters()
     opt = optimizer(preset, params)
     train(opt, params, range(3))
@@ -655,7 +655,7 @@ def test_state_holds_only_plain_tensors_and_their_storages_nothing_else(preset: 
 def test_states_load_from_named_and_unnamed_into_named_and_unnamed(preset: str, source: str, into: str) -> None:
     def made(params: dict[str, nn.Parameter], named: str) -> SubspaceOptimizer:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # that modules are not known is what unnamed means here
+            warnings.simplefilter("ignore", UserWarning)  # without names the modules are unknown
             return SubspaceOptimizer(params.items() if named == "named" else params.values(), small(preset))
 
     params = parameters()
@@ -667,10 +667,10 @@ def test_states_load_from_named_and_unnamed_into_named_and_unnamed(preset: str, 
     assert [v for _, v in flat(opt)]
     for p, q in zip(params.values(), twins.values(), strict=True):
         assert same(opt.state[p], twin.state[q])
-    # Names are saved and survive; a dictionary without them leaves those there are.
+    # Names are saved and loaded. A dictionary without names keeps the optimizer's names.
     names = list(params) if "named" in (source, into) else None
     assert twin.param_groups[0].get("param_names") == names
-    # Draws depend on names: a run that had some goes on to the bit.
+    # Draws depend on names, so a run with names resumes to the bit.
     train(opt, params, range(3, 7))
     train(twin, twins, range(3, 7))
     if source == "named" or into == "unnamed":
@@ -760,7 +760,7 @@ def check_moves_like_its_contiguous_twin(spec: Any, make: Callable[[], Tensor]) 
     for step in range(5):
         give(params, step)
         give(twins, step)
-        if step % 2:  # as autograd may leave it
+        if step % 2:  # autograd may return such a gradient
             p.grad = torch.empty_strided(p.shape, p.stride(), dtype=p.dtype).copy_(p.grad)
         opt.step()
         twin.step()
@@ -787,13 +787,13 @@ def test_every_shape_and_storage_moves_like_its_contiguous_twin(preset: str, kin
     ],
 )
 def test_a_cut_or_turned_weight_may_be_stored_in_any_way(preset: str, route: dict[str, Any], kind: str) -> None:
-    """Also where its matrices cannot be seen in the storage and are copied out and back."""
+    """This includes storage that cannot be viewed as matrices, so they are copied out and back."""
     spec = small(preset)
     own = subspace_opt.spec.Route(use=next(iter(spec.pipelines)), **route)
     check_moves_like_its_contiguous_twin(spec.model_copy(update={"routes": (own, *spec.routes)}), ODD[kind])
 
 
-# -------------------------------------------------------------------------------------------------------------- leaves things alone
+# -------------------------------------------------------------------------------------------------------------- side effects
 
 
 @every_preset
@@ -816,7 +816,7 @@ def test_gradients_are_only_read(preset: str, dtype: torch.dtype, maximize: bool
 
 @every_preset
 def test_no_global_generator_is_touched(preset: str) -> None:
-    """Neither read nor advanced: other seeds give the same run, and the generators stand where they stood."""
+    """Other seeds give the same run, and the generators' states are unchanged."""
     runs = []
     for seed in (1, 2):
         torch.manual_seed(seed)
@@ -846,7 +846,7 @@ def test_the_order_of_parameters_does_not_matter(preset: str) -> None:
 
 
 class Eventful:
-    """A run in which much happens: rates that jump, a parameter that is frozen and thawed, state that is loaded again."""
+    """A run with many events: the rates jump, a parameter is frozen and unfrozen, and state is loaded again."""
 
     def __init__(self, preset: str) -> None:
         self.params = parameters({"tall": (6, 3), "mate": (6, 3), "bias": (3,)})
@@ -867,7 +867,9 @@ class Eventful:
 @pytest.mark.slow
 @pytest.mark.usefixtures("new_objects_only")
 def test_memory_does_not_grow() -> None:
-    """As many tensors after 60 steps as before them, and no larger state, for all presets together; if not, for each."""
+    """After 60 steps there are no more tensors and no larger state than before. All presets are tested together, and each alone if that
+    fails.
+    """
     runs = {preset: Eventful(preset) for preset in PRESETS}
     for run in runs.values():
         run.go(range(30))

@@ -1,6 +1,6 @@
-"""The certificate: ranks that do what one process does pass, ranks that do not are caught, ranks that die are told of.
+"""The certificate passes ranks that agree with one process, fails ranks that differ, and reports ranks that die.
 
-Ranks are started once for many trials: starting them takes longer than all that they do.
+Ranks are started once for many trials, because starting them takes longer than the trials.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from subspace_opt.lab.verify import Certificate, CertificateError, Difference, R
 
 pytestmark = pytest.mark.slow  # ranks
 
-SMALL = {"matrix.selector.rank": 16}  # less than the model's width: something is left to the complement
+SMALL = {"matrix.selector.rank": 16}  # less than the model's width, so there is a complement
 TRIALS = [
     Trial("cosmos", "fsdp", 2, steps=4, overrides=SMALL),
     Trial("cosmos", "tp", 2, steps=4, overrides=SMALL),
     Trial("cosmos", "hsdp", 2, (2, 1), steps=2, overrides=SMALL),
     Trial("galore", "ddp", 2, steps=3, dtype="float32", overrides=SMALL),
-    Trial("galore", "fsdp", 2, steps=3, overrides=SMALL),  # some of its matrices send coordinates alone
+    Trial("galore", "fsdp", 2, steps=3, overrides=SMALL),  # some of its matrices send only coordinates
     Trial("soap", "fsdp+tp", 2, (2, 1), steps=2),
     Trial("muon", "fsdp+tp", 2, (1, 2), steps=2, dtype="bfloat16"),
     Trial("adamw", "fsdp", 2, steps=2, vocab=257),  # rows that two ranks do not divide
@@ -41,15 +41,15 @@ def certificates() -> list[Certificate]:
 
 @pytest.mark.parametrize("number", range(len(TRIALS)), ids=lambda i: f"{TRIALS[i].spec}-{TRIALS[i].mesh}{'-train' * TRIALS[i].train}")
 def test_ranks_do_what_one_process_does(number: int, certificates: list[Certificate]) -> None:
-    """Weights on every rank, and to the byte what each held and sent: measured against a plan that asked no process group."""
+    """Weights on every rank agree, and the measured bytes of state and traffic are those of a plan made without a process group."""
     certificate = certificates[number]
     assert certificate.trial == TRIALS[number]
     assert certificate.weights_hold, certificate.largest
     moved = [each.way > 0 or (certificate.trial.dtype == "bfloat16" and "norm" in each.name) for each in certificate.differences]
-    assert all(moved)  # a norm's weight of 1 does not feel a small update in bfloat16
+    assert all(moved)  # a small update does not change a norm's weight of 1 in bfloat16
     for rank in certificate.ranks:
         assert (rank.held, rank.sent_first) == (rank.planned, rank.expected_first), rank
-        assert rank.sent_least == rank.expected, rank  # no trial is so short that every later step has a refresh
+        assert rank.sent_least == rank.expected, rank  # every trial has later steps without a refresh
         assert rank.sent_most in (rank.expected, rank.expected_first), rank
     assert certificate.holds
     assert verdict(certificate).startswith("equal: ")
@@ -69,11 +69,11 @@ def test_a_full_basis_is_told(certificates: list[Certificate]) -> None:
     assert certificates[0].full == ()
 
 
-# --- what must be caught
+# --- ranks that differ
 
 
 def go_astray(rank: int) -> None:
-    """An optimizer that is wrong on rank 1 alone: a weight a little off, and a message more."""
+    """Break the optimizer on rank 1 alone: it changes a weight a little and sends one message more."""
     from subspace_opt.distributed import step as distributed
 
     step = distributed.take_step
@@ -118,7 +118,7 @@ def test_a_byte_more_or_less_does_not_hold(number: int, by: int) -> None:
     assert not RankBytes(*good).holds
 
 
-# --- ranks that do not come to the end
+# --- ranks that do not finish
 
 
 def fail(rank: int) -> None:

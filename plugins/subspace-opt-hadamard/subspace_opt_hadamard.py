@@ -18,7 +18,7 @@ from subspace_opt.algebra import Order
 
 @register
 class Hadamard(LowRank):
-    """The `rank` columns of H with the largest norm in `X H`, of all choices the one that captures most of X."""
+    """The `rank` columns of H with the largest norm in `X H`. No other choice of columns captures more of X."""
 
     kind: Literal["hadamard"] = "hadamard"
 
@@ -35,7 +35,7 @@ class Hadamard(LowRank):
     def refresh(self, x: Tensor, state: State, step: Step) -> tuple[State, Order | None]:
         (table,) = step.constants.values()
         energy = torch.linalg.vector_norm(x @ table, dim=-2)  # (B, n)
-        # In ascending order a column that stays selected moves little in position.
+        # In ascending order, a column that stays selected keeps nearly its position.
         return {"index": energy.topk(state["index"].size(-1)).indices.sort().values}, None
 
 

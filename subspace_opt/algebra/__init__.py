@@ -4,15 +4,14 @@ In: a gradient, the state, the step. Out: an update and the new state. `core` is
 `pipeline` names the places, `frame` runs them. Nothing here knows parameters, devices or files.
 """
 
+from .averages import averaged, averaged_square
 from .core import (
     Basis,
     Constants,
     Coords,
     Dim,
     Kernel,
-    LowRank,
     Order,
-    Rank,
     Refreshed,
     Rule,
     RuleTraits,
@@ -24,10 +23,9 @@ from .core import (
     State,
     Step,
     Transport,
-    averaged,
-    averaged_square,
 )
 from .linear import Linear
+from .low_rank import LowRank, Rank
 from .projection import add_lift, lift, project
 from .transport import Change
 

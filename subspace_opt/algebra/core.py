@@ -1,4 +1,4 @@
-"""What a plugin author meets: dimensions, slots, bases, steps, and the two families `Rule` and `Selector`.
+"""The interface for plugin authors: dimensions, slots, bases, steps, and the two families `Rule` and `Selector`.
 
 Everything works on stacks of matrices `(B, rows, cols)`. The matrices of a stack are independent: row `b` of a result depends on row `b`
 of the inputs alone. Rules and selectors see a right-hand (column) basis only; a pipeline with `orient: left` gives them transposes.
@@ -6,13 +6,11 @@ of the inputs alone. Rules and selectors see a right-hand (column) basis only; a
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from pydantic import Field, NonNegativeInt, PlainValidator, PositiveInt
-from pydantic_core import PydanticCustomError
+from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor, dtype
 
 from ..registry import Component
@@ -83,7 +81,7 @@ class Coords(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What a rule or a selector may know of the present update."""
+    """The context of an update that rules and selectors may use."""
 
     t: Tensor  # 0-d float64, 1-based count of applied updates
     age: Tensor  # 0-d float64, 1-based count of updates since the last refresh
@@ -107,13 +105,13 @@ class Step(NamedTuple):
 
 
 class RuleTraits(NamedTuple):
-    """What a rule declares about its `apply`. Every default is safe: a rule that declares nothing is correct.
+    """The declarations of a rule about its `apply`. Every default is safe: a rule that declares nothing is correct.
 
-    The first three change what is computed, the others only how fast.
+    The first three change the result, the others only the speed.
     """
 
     scale_free: bool = False  # the size of the output does not depend on the size of the input
-    takes_whole: bool = False  # as the first rule of a complement, it starts from `step.whole` and not from the residual
+    takes_whole: bool = False  # as the first rule of a complement, it starts from `step.whole`, not from the residual
     decomposes: bool = False  # `apply` takes a decomposition, which may fail: NaN in its result is then an error
     reads_grad: bool = True  # `apply` reads `grad`
     elementwise: bool = False  # an entry depends on the same entry of signal, gradient and state, which have one shape
@@ -167,7 +165,7 @@ class Rule(Component, family="rule"):
         """
 
     def traits(self, rows: Dim, cols: Dim) -> RuleTraits:
-        """What holds of `apply` for matrices of `rows` x `cols`."""
+        """The traits of `apply` for matrices of `rows` x `cols`."""
         return RuleTraits()
 
     def flops(self, rows: Dim, cols: Dim) -> float:
@@ -199,18 +197,8 @@ Kernel = Callable[[list[Tensor], list[Tensor], dict[str, list[Tensor]], int, flo
 # --------------------------------------------------------------------------------------------------------------- selectors
 
 
-def _check_rank(value: Any) -> Any:
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not number or not (0 < value < 1 or value == int(value) >= 1):
-        raise PydanticCustomError("rank", "should be a number of columns, 1 or more, or a part of the short side between 0 and 1")
-    return value if value < 1 else int(value)
-
-
-Rank = Annotated[float, PlainValidator(_check_rank, json_schema_input_type=PositiveInt | Annotated[float, Field(gt=0, lt=1)])]
-
-
 class SelectorTraits(NamedTuple):
-    """What a selector declares about itself. The defaults fit a selector that keeps an orthonormal basis in its state."""
+    """The declarations of a selector. The defaults fit a selector that keeps an orthonormal basis in its state."""
 
     decomposes: bool = True  # a refresh takes a decomposition, which may fail; False: it cannot fail
     orthonormal: bool = True  # the basis has orthonormal columns, so the residual is orthogonal to the subspace
@@ -228,7 +216,7 @@ class SelectorFlops(NamedTuple):
 
 
 class Refreshed(NamedTuple):
-    """The result of a refresh. A pair `(state, order)` will do as well."""
+    """The result of a refresh. `refresh` may also return a pair `(state, order)`."""
 
     state: State
     order: Order | None = None  # the places of kept coordinates in the new basis; None: unchanged
@@ -287,7 +275,7 @@ class Selector(Component, family="selector"):
         """A new basis from the source `x` `(B, rows, cols)`; pure."""
 
     def traits(self) -> SelectorTraits:
-        """What holds of this selector."""
+        """The traits of this selector."""
         return SelectorTraits()
 
     def observe(self, x: Tensor, c: Tensor, state: State, step: Step) -> State:
@@ -328,42 +316,3 @@ class Selector(Component, family="selector"):
 
     def _offset(self, turn: float) -> int:
         return int(turn * (self.every or 0)) if self.offset == "spread" else self.offset
-
-
-class LowRank(Selector):
-    """A selector with a column basis of a given rank. Its subclasses need `refresh` alone, if they keep the basis in slot `basis`."""
-
-    rank: Rank = Field(
-        128, description="Number of columns of the basis, at most the short side; a number below 1 is that part of the most there can be."
-    )
-
-    def limit(self, rows: Dim, cols: Dim) -> int:
-        """The largest useful rank: by default the largest rank that a gradient can have."""
-        return min(rows.size, cols.size)
-
-    def columns(self, rows: Dim, cols: Dim) -> int:
-        """The rank for one shape, clamped to `limit`."""
-        most = self.limit(rows, cols)
-        return max(1, min(most, int(self.rank) if self.rank >= 1 else math.floor(self.rank * most + 0.5)))
-
-    def coords(self, rows: Dim, cols: Dim) -> tuple[Dim, Dim]:
-        return rows, Dim("rank", self.columns(rows, cols))
-
-    def slots(self, rows: Dim, cols: Dim) -> dict[str, Slot]:
-        return {"basis": Slot((cols, self.coords(rows, cols)[1]))}
-
-    def basis(self, state: State, step: Step) -> Basis:
-        return Basis(right=state["basis"])
-
-
-# ---------------------------------------------------------------------------------------------------------------- averages
-
-
-def averaged(m: Tensor, x: Tensor, beta: float, step: Step) -> Tensor:
-    """`beta M + (1 - beta) X`, written over M if the step allows it."""
-    return m.lerp_(x, 1 - beta) if step.in_place else m.lerp(x, 1 - beta)
-
-
-def averaged_square(v: Tensor, x: Tensor, beta: float, step: Step) -> Tensor:
-    """`beta V + (1 - beta) X.X`, written over V if the step allows it."""
-    return (v.mul_(beta) if step.in_place else v * beta).addcmul_(x, x, value=1 - beta)

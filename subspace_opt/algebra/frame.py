@@ -20,7 +20,7 @@ from .projection import project
 from .shaped import Shaped, keyed, part, store
 from .transport import Change, shared_atoms
 
-_COORDS = "coords of the source"  # travels beside a selector's slots through the check of its new state
+_COORDS = "coords of the source"  # `keep_usable` checks this value together with the selector's new state
 
 
 class Opened(NamedTuple):
@@ -53,7 +53,7 @@ class Frame(Shaped):
             weight: The weights, if the pipeline `needs_weight`.
             state: One tensor `(B, *dims)` for each of `slots`.
 
-        Evaluate the update before anything is written to `grad` or the state: it may be made of them.
+        Evaluate the update before you write to `grad` or the state, because the expression may refer to them.
         """
         p, new = self.pipeline, dict(state)
         if p.feedback is not None:
@@ -194,7 +194,7 @@ class Frame(Shaped):
     def update_coordinates(self, c: Tensor, state: State, step: Step) -> tuple[Tensor, float, State]:
         """`update` in coordinates alone: coordinates of the update, a factor for them, and the new state.
 
-        It holds between refreshes of a pipeline without momentum, complement and feedback, whose `finish` multiplies by known numbers.
+        It is valid between refreshes, for a pipeline without momentum, complement and feedback whose `finish` multiplies by known numbers.
         """
         new = dict(state)
         inner = self._run("inside", c, c, new, step)

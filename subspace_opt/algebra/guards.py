@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from . import linalg
+from .. import linalg
 from .core import State
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from . import linalg
+from .. import linalg
 from .core import Basis
 from .projection import add_lift, lift, transposed
 

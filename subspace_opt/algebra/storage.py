@@ -18,7 +18,7 @@ LEAST = 4096  # entries below which the table of codes and the scales are not wo
 
 
 class Codes(NamedTuple):
-    """How the entries of a slot are kept: `bits` an entry, a float32 scale a block, and the table of what the codes stand for."""
+    """The layout of a coded slot: `bits` per entry, a float32 scale per block, and a table of the values of the codes."""
 
     bits: Literal[4, 8]
     signed: bool
@@ -37,14 +37,14 @@ class Codes(NamedTuple):
 
 
 def codes(wanted: StateDtype | None, entries: int, *, signed: bool) -> Codes | None:
-    """The codes for a slot of `entries` a matrix; None where it is kept in a dtype."""
+    """The codes for a slot of `entries` per matrix; None if it is stored in a dtype."""
     if wanted not in BITS or why_not(wanted, entries):
         return None
     return Codes(BITS[wanted], signed)
 
 
 def why_not(wanted: StateDtype, entries: int) -> str | None:
-    """What keeps a slot of `entries` a matrix from being kept as codes."""
+    """The reason why a slot of `entries` per matrix is not stored as codes."""
     if wanted not in BITS:
         return None
     if entries < LEAST:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import linalg
+from .. import linalg
 from .core import Basis, Dim, Order, Slot
 from .projection import by_modes, picks
 

@@ -4,7 +4,7 @@ In: a saved state dictionary and this optimizer's plan. Out: state and groups re
 differences. Nothing changes before everything is checked.
 """
 
-from .keys import keys_in, names_in, saved_keys
+from .keys import differing, keys_in, names_in, saved_keys
 from .migrations import MIGRATIONS, STATE_VERSION, CheckpointError, migrated
 from .state_dict import MOST, distinct, equal, matched
 
@@ -13,6 +13,7 @@ __all__ = [
     "MOST",
     "STATE_VERSION",
     "CheckpointError",
+    "differing",
     "distinct",
     "equal",
     "keys_in",

@@ -158,7 +158,7 @@ def distinct(groups: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def equal(a: Any, b: Any) -> bool:
-    """Whether two group options are equal. A learning rate may be a tensor."""
+    """True if two group options are equal. A learning rate may be a tensor."""
     return bool(torch.equal(a, b)) if isinstance(a, Tensor) and isinstance(b, Tensor) else bool(a == b)
 
 

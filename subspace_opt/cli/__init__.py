@@ -1,5 +1,6 @@
 """The command `subspace-opt`: show specs, plan their memory, train with them.
 
+In: the arguments of one call. Out: text or JSON, and an exit status.
 Exit status: 0 success; 1 a run started and failed or was interrupted; 2 bad input. Bad input gives one message on stderr; a bug gives a
 traceback. Results go to stdout and progress to stderr, so that `--json` can be piped.
 """

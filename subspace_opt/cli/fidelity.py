@@ -22,7 +22,7 @@ def parity(
 
     Replays recorded trajectories of that code. Exits with status 1 if one differs by more than its tolerance.
     """
-    from ..testing.parity import measure_all  # numpy is not a core dependency
+    from ..testing.trajectories.parity import measure_all  # numpy is not a core dependency
 
     try:
         measured = measure_all(golden)

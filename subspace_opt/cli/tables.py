@@ -21,7 +21,7 @@ from ..lab.report import readable_bytes
 from ..plan import Plan, Row, adamw_bytes, said
 
 if TYPE_CHECKING:
-    from ..testing.parity import Parity
+    from ..testing.trajectories.parity import Parity
 
 PIPE_WIDTH = 160  # width if the output is a file or pipe: wide, so that `grep` finds whole rows
 

@@ -33,7 +33,7 @@ class Box(NamedTuple):
         return Box(start, stop) if all(a < b for a, b in zip(start, stop, strict=True)) else None
 
     def contains(self, other: Box) -> bool:
-        """Whether every entry of `other` is in this box."""
+        """True if every entry of `other` is in this box."""
         return self == other or all(a <= c and d <= b for a, b, c, d in zip(self.start, self.stop, other.start, other.stop, strict=True))
 
     def slices_in(self, outer: Box) -> tuple[slice, ...]:

@@ -53,7 +53,7 @@ def make_buckets(params: list[ShardedParam], options: Options, group: RankGroup)
     kinds: dict[Any, list[ShardedParam]] = defaultdict(list)
     for param in params:
         row, sharding = param.sharding.row, param.sharding
-        needs_weight = any(split.needs_weight for _, split in row.splits)
+        needs_weight = any(frame.needs_weight for _, frame in row.splits)
         exchange = (sharding.updates_in_place, needs_weight, sharding.basis_dim is None, param.weight.dtype, row.compute_dtype)
         kinds[exchange, row.entry.shape, row.pipeline].append(param)
     waiting: dict[Any, list[ShardedParam]] = {}
@@ -85,7 +85,7 @@ def send_gradients(group: RankGroup, bucket: Bucket) -> None:
         return param.weight[message.box.slices_in(param.box)]
 
     bucket.gradients = Exchange(group, own, has_traffic, gradient, first.weight.dtype, first.weight.device)
-    if any(split.needs_weight for _, split in first.sharding.row.splits):
+    if any(frame.needs_weight for _, frame in first.sharding.row.splits):
         bucket.weights = Exchange(group, own, has_traffic, weight, first.weight.dtype, first.weight.device)
 
 

@@ -25,9 +25,9 @@ from .shards import ShardedParam, rank_messages, update_shard
 
 
 def needs_refresh(param: ShardedParam) -> bool:
-    """Whether this step refreshes the basis, so that the whole gradient must be sent. Every rank computes the same answer."""
-    split = param.sharding.row.splits[0][1]
-    return due(param.work, split, Phase.BEGUN)
+    """True if this step refreshes the basis, so that the whole gradient must be sent. Every rank computes the same answer."""
+    frame = param.sharding.row.splits[0][1]
+    return due(param.work, frame, Phase.BEGUN)
 
 
 def batches(params: Sequence[ShardedParam], limit: float = math.inf) -> Iterator[list[ShardedParam]]:

@@ -52,7 +52,7 @@ class RankGroup:
 
 
 def is_dtensor(tensor: Tensor) -> bool:
-    """Whether a tensor is a DTensor."""
+    """True if a tensor is a DTensor."""
     return isinstance(tensor, DTensor)
 
 

@@ -231,7 +231,7 @@ def total_bytes_sent(shardings: Sequence[Sharding], ranks: int, *, refresh: bool
 
 
 def _is_computed_by_holders(sharding: Sharding) -> bool:
-    """Whether the parts are the shards and every holder of a shard computes it, so that nothing is sent."""
+    """True if the parts are the shards and every holder of a shard computes it, so that nothing is sent."""
     return tuple((part.box, part.owners) for part in sharding.parts) == box_holders(sharding.boxes)
 
 
@@ -272,7 +272,7 @@ def _add_bytes_sent(total: Tensor, sharding: Sharding, overlap: Overlap) -> None
     at_home = overlap.box_of[owner][:, None] == torch.arange(common.size(1))  # the box that the owner itself holds
     near = overlap.first + overlap.replica_index[owner][:, None] % overlap.count  # as `Sharding._holder_near`
     source = overlap.holders[near]
-    size = row.entry.dtype.itemsize * (2 if any(split.needs_weight for _, split in row.splits) else 1)
+    size = row.entry.dtype.itemsize * (2 if any(frame.needs_weight for _, frame in row.splits) else 1)
     total.index_add_(0, source.flatten(), common.masked_fill(at_home, 0).flatten() * size)
     compute = row.compute_dtype.itemsize
     total.index_add_(0, owner, common.masked_fill(at_home, 0).sum(1) * compute)

@@ -23,13 +23,13 @@ class Part:
     box: Box
     owners: tuple[int, ...]
     whole_row: Row  # the plan of the whole parameter
-    splits: dict[tuple[int, int, int], Frame] = field(default_factory=dict, repr=False, compare=False)  # a cache of the layout
+    frames: dict[tuple[int, int, int], Frame] = field(default_factory=dict, repr=False, compare=False)  # a cache of the layout
 
     # `row` and `state` are computed on first use: a rank needs them for its own part only, and there may be thousands of parts.
     @cached_property
     def row(self) -> Row:
         """The plan of the box alone."""
-        return part_row(self.whole_row, self.box, self.splits)
+        return part_row(self.whole_row, self.box, self.frames)
 
     @cached_property
     def state(self) -> dict[str, Box]:
@@ -50,11 +50,11 @@ class Part:
 
 
 def is_elementwise(row: Row) -> bool:
-    """Whether the update of every entry depends on that entry alone, so that the parameter may be cut anywhere."""
+    """True if the update of every entry depends on that entry alone, so that the parameter may be cut anywhere."""
     if len(row.splits) != 1:
         return False
-    block, split = row.splits[0]
-    return strategies.is_elementwise(split) and block.heads == 1 and not block.name
+    block, frame = row.splits[0]
+    return strategies.is_elementwise(frame) and block.heads == 1 and not block.name
 
 
 def matrix_axis(row: Row) -> tuple[int, int, int]:
@@ -118,28 +118,28 @@ def _merged_range(box: Box, shape: Sequence[int], dims: Sequence[int]) -> tuple[
     return low, high + 1
 
 
-def part_row(row: Row, box: Box, splits: dict[tuple[int, int, int], Frame]) -> Row:
+def part_row(row: Row, box: Box, frames: dict[tuple[int, int, int], Frame]) -> Row:
     """The plan of a box alone: the same pipeline on fewer matrices, or on a piece of one matrix if the pipeline is elementwise.
 
-    `splits` caches the pipelines of pieces by pipeline and shape; the function adds to it.
+    `frames` caches the pipelines of pieces by pipeline and shape; the function adds to it.
     """
     if box == full_box(row.entry.shape):
         return row
-    return _elementwise_row(row, box, splits) if is_elementwise(row) else _run_row(row, box)
+    return _elementwise_row(row, box, frames) if is_elementwise(row) else _run_row(row, box)
 
 
-def _elementwise_row(row: Row, box: Box, splits: dict[tuple[int, int, int], Frame]) -> Row:
+def _elementwise_row(row: Row, box: Box, frames: dict[tuple[int, int, int], Frame]) -> Row:
     viewed = box_in_view(row, box)
     assert viewed is not None
     count, rows, cols = viewed.shape
-    block, split = row.splits[0]
-    key = (id(split.pipeline), rows, cols)
-    if key not in splits:
-        splits[key] = Frame.of(split.pipeline, rows, cols)
+    block, frame = row.splits[0]
+    key = (id(frame.pipeline), rows, cols)
+    if key not in frames:
+        frames[key] = Frame.of(frame.pipeline, rows, cols)
     window = (viewed.start[1], viewed.start[2], block.rows, block.cols)
     own = replace(block, count=count, rows=rows, cols=cols, first=viewed.start[0], of=block.count, window=window)
     view = View(count, rows, cols, row.view.transposed, (own,))
-    return replace(row, entry=replace(row.entry, shape=box.shape), view=view, splits=((own, splits[key]),))
+    return replace(row, entry=replace(row.entry, shape=box.shape), view=view, splits=((own, frames[key]),))
 
 
 def _run_row(row: Row, box: Box) -> Row:
@@ -153,15 +153,15 @@ def _run_row(row: Row, box: Box) -> Row:
     count = held if row.view.count > 1 else 1
     rows = row.view.rows if row.view.count > 1 else held * length
     view = replace(row.view, count=count, rows=rows, blocks=tuple(blocks))
-    splits = tuple(zip(blocks, (split for _, split in row.splits), strict=True))
-    return replace(row, entry=replace(row.entry, shape=box.shape), view=view, splits=splits)
+    frames = tuple(zip(blocks, (frame for _, frame in row.splits), strict=True))
+    return replace(row, entry=replace(row.entry, shape=box.shape), view=view, splits=frames)
 
 
 def state_boxes(row: Row, box: Box) -> dict[str, Box]:
     """For each slot of the parameter, the box that belongs to the part `box`."""
     out: dict[str, Box] = {}
-    for block, split in row.splits:
-        for key in split.slots:
+    for block, frame in row.splits:
+        for key in frame.slots:
             name = state_key(block, key)
             out[name] = _state_box(row, box, block, row.state[name][0])
     if row.compensated:

@@ -49,12 +49,12 @@ class Sharding:
 
     @cached_property
     def updates_in_place(self) -> bool:
-        """Whether every owner holds the weights of its part: it then updates them in place and sends new weights instead of updates."""
+        """True if every owner holds the weights of its part: it then updates them in place and sends new weights instead of updates."""
         return all(self.boxes[owner].contains(part.box) for part in self.parts for owner in part.owners)
 
     @cached_property
     def is_local(self) -> bool:
-        """Whether every rank updates its own shard and no rank sends anything."""
+        """True if every rank updates its own shard and no rank sends anything."""
         return self.updates_in_place and not any(True for _ in self.update_messages())
 
     @cached_property
@@ -81,8 +81,8 @@ class Sharding:
     @property
     def coordinates(self) -> Box:
         """The full box of the coordinates, `(m, r)`, if the parameter is cut along its basis."""
-        split = self.row.splits[0][1]
-        return full_box((split.inner[0].size, split.inner[1].size))
+        frame = self.row.splits[0][1]
+        return full_box((frame.inner[0].size, frame.inner[1].size))
 
     def gradient_messages(self) -> Iterator[Message]:
         """Gradients from shards to owners."""
@@ -189,7 +189,7 @@ class Sharding:
         grad, compute = self.row.entry.dtype.itemsize, self.row.compute_dtype.itemsize
         if self.basis_dim is not None and not refresh:
             return compute * _entries_sent(itertools.chain(self.projection_messages(), self.lift_messages()), rank)
-        weights = 2 if any(split.needs_weight for _, split in self.row.splits) else 1
+        weights = 2 if any(frame.needs_weight for _, frame in self.row.splits) else 1
         sent = weights * grad * _entries_sent(self.gradient_messages(), rank)
         sent += (grad if self.updates_in_place else compute) * _entries_sent(self.update_messages(), rank)
         sent += compute * _entries_sent(self.replica_messages(), rank)
@@ -221,7 +221,7 @@ class Layout:
     ranks: int
     replicated: bool = False  # every rank holds the whole parameters (DDP), and the ranks divide work and state
     loads: list[int] = field(default_factory=list)  # bytes of state that each rank keeps so far
-    splits: dict[tuple[int, int, int], Frame] = field(default_factory=dict)  # pipelines of pieces, by pipeline and shape
+    frames: dict[tuple[int, int, int], Frame] = field(default_factory=dict)  # pipelines of pieces, by pipeline and shape
 
     def __post_init__(self) -> None:
         self.loads = self.loads or [0] * self.ranks
@@ -232,7 +232,7 @@ class Layout:
         Parameters that were added before keep their owners.
         """
         found: dict[int, Sharding] = {}
-        for i in sorted(range(len(rows)), key=lambda i: (-_state_bytes(rows[i]), rows[i].entry.name)):
+        for i in sorted(range(len(rows)), key=lambda i: (-_state_bytes(rows[i]), rows[i].key)):
             sharding = Sharding(rows[i], boxes[i], tuple(self._parts(rows[i], boxes[i])), cuts[i])
             sharding = found[i] = replace(sharding, basis_dim=_find_basis_dim(sharding))
             add_state_bytes(self.loads, sharding)
@@ -244,7 +244,7 @@ class Layout:
         if is_elementwise(row):
             pieces = self._elementwise_pieces(row, boxes)
             if pieces is not None:
-                yield from (Part(box, owners, row, self.splits) for box, owners in pieces)
+                yield from (Part(box, owners, row, self.frames) for box, owners in pieces)
                 return
         order = owner_order(boxes)
         least = sorted(range(self.ranks), key=lambda rank: (self.loads[rank], order[rank]))
@@ -257,7 +257,7 @@ class Layout:
             holders = [rank for shard, ranks in held if shard.contains(box) for rank in ranks if rank not in taken]
             owner = min(holders, key=place.__getitem__) if holders else next(rank for rank in free if rank not in taken)
             taken.add(owner)
-            yield Part(box, (owner,), row, self.splits)
+            yield Part(box, (owner,), row, self.frames)
 
     def _elementwise_pieces(self, row: Row, boxes: tuple[Box, ...]) -> Sequence[tuple[Box, tuple[int, ...]]] | None:
         """Boxes and owners of an elementwise parameter: the shards themselves, or equal chunks if it is replicated.
@@ -295,10 +295,10 @@ def _find_basis_dim(sharding: Sharding) -> int | None:
         return None
     if len(row.splits) != 1 or row.splits[0][0].count != 1:
         return None
-    block, split = row.splits[0]
-    if block.name or not strategies.is_in_coordinates(split):
+    block, frame = row.splits[0]
+    if block.name or not strategies.is_in_coordinates(frame):
         return None
-    dim = 0 if split.turned != row.view.transposed else 1  # the stored dimension of the columns in the working orientation
+    dim = 0 if frame.turned != row.view.transposed else 1  # the stored dimension of the columns in the working orientation
     held = [box for box in sharding.boxes if box.numel]
     if any(box.shape[1 - dim] != row.entry.shape[1 - dim] for box in held):
         return None

@@ -48,8 +48,8 @@ class ShardedParam:
 
     @property
     def needs_status(self) -> bool:
-        """Whether an owner must report the outcome to all ranks, because a decomposition may fail."""
-        return any(split.opens or strategies.decomposes(split) for _, split in self.sharding.row.splits)
+        """True if an owner must report the outcome to all ranks, because a decomposition may fail."""
+        return any(frame.opens or strategies.decomposes(frame) for _, frame in self.sharding.row.splits)
 
     @property
     def filled_grad(self) -> Tensor:

@@ -68,7 +68,7 @@ def _by_group(params: Sequence[ShardedParam]) -> dict[RankGroup, list[ShardedPar
 
 
 def _needs_size(param: ShardedParam, options: Options) -> bool:
-    """Whether the size of the gradient matters: always at the first update, later unless the policy is `propagate`."""
+    """True if the size of the gradient matters: always at the first update, later unless the policy is `propagate`."""
     return options.nonfinite != "propagate" or param.work.count == 0
 
 
@@ -140,7 +140,7 @@ def _sizes(grads: Sequence[Tensor | None], *, norms: bool) -> list[float]:
 
 
 def _is_replicated(sharding: Sharding) -> bool:
-    """Whether two ranks hold the same shard."""
+    """True if two ranks hold the same shard."""
     held = [box for box in sharding.boxes if box.numel]
     return len(set(held)) < len(held)
 
@@ -161,7 +161,7 @@ def take_step(params: list[ShardedParam], state: Any, options: Options, memory: 
 
 
 def _step(group: RankGroup, params: list[ShardedParam], options: Options, memory: Memory, failures: dict[str, int]) -> None:
-    params = sorted(params, key=lambda param: param.name)
+    params = sorted(params, key=lambda param: param.sharding.row.key)
     for param in params:
         _allocate(group, param)
     errors: dict[str, Exception] = {}

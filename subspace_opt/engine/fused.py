@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..algebra import linalg
+from .. import linalg
 from . import strategies
 from .work import Work
 

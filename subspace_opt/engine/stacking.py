@@ -41,13 +41,13 @@ def _grouped(work: list[Work], options: Options, memory: Memory) -> Iterator[Sta
         for index, (block, frame) in enumerate(item.row.splits):
             most = matrices_at_once(item, block, options)
             kind = (id(frame), item.row.compute_dtype, item.param.device, most)
-            decay = item.weight_decay if frame.pipeline.decay == "coupled" else None  # then rules see it
+            decay = item.weight_decay if frame.pipeline.decay == "coupled" else None  # rules see a coupled decay
             for phase, start, stop in _runs(_phases(item, index, memory.begun), most):
                 number, size = filled.get(kind, (0, 0))
                 number, size = (number, size + stop - start) if size + stop - start <= most else (number + 1, stop - start)
                 filled[kind] = number, size
                 refresh = due(item, frame, phase)
-                last = None if refresh else refreshed(item)  # bias correction counts from there
+                last = None if refresh else refreshed(item)  # bias correction counts from the refresh
                 key = (kind, number, phase, refresh, last, item.count, decay)
                 found.setdefault(key, Stack(frame, phase, refresh, [])).pieces.append(Piece(item, index, start, stop))
     yield from found.values()

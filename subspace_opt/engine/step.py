@@ -3,7 +3,7 @@
     parameters --fused--> updated by one kernel
                --stacking--> stacks of matrices --moment, homes--> Frame.update --weights--> decay and update --homes--> new state
 
-A decomposition that fails costs its matrix the refresh or the update of this step, and nothing else.
+If a decomposition fails, its matrix gets no refresh, or no update, in this step. All other matrices are updated.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def compute(work: list[Work], options: Options, memory: Memory, errors: dict[str
 
 
 def count(name: str, state: dict[str, Any], memory: Memory) -> int:
-    """Updates made so far. The counter in the state is read only if it may have been written to since."""
+    """Updates made so far. The counter in the state is read only if it is new or was written to."""
     step = state["step"]
     known = memory.counts.get(name)
     if known is None or known[0] is not step or known[1] != step._version:

@@ -75,7 +75,9 @@ def decomposes(frame: Frame) -> bool:
 
 
 def fails_first(frame: Frame, *, refresh: bool) -> bool:
-    """True if a failing decomposition of this update fails before anything else is computed, so state may be written in place."""
+    """True if decompositions of this update run before anything else is computed, so a failure leaves the state intact and it may be
+    written in place.
+    """
     return not decomposes(frame) and (not refresh or frame.refreshes_first)
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..algebra import linalg
+from .. import linalg
 from ..algebra.linear import Lift, Linear
 from ..algebra.projection import one_sided, picks
 from .rounding import Rounding, rounding_draw, stochastic
@@ -20,7 +20,7 @@ from .work import Options, Piece, Stack
 
 
 class Rates(NamedTuple):
-    """How a weight meets its update: learning rate, decay, and a number by which the update is multiplied."""
+    """The numbers for updating a weight: learning rate, decay, and a factor for the update."""
 
     lr: float | Tensor
     decay: float

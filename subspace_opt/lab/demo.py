@@ -30,7 +30,7 @@ def demo(out: str | Path, on_event: OnEvent | None = None, *, corpus: Corpus | N
     """Train the four, write `comparison.png` and `comparison.json` into the folder `out`, and return the results.
 
     Raises:
-        LabError: the folder cannot be made; nothing has been trained then.
+        LabError: the folder cannot be made; no training has begun.
     """
     folder = make_folder(Path(out))
     results = compare(configs(), on_event=on_event, corpus=corpus)

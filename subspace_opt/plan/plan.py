@@ -44,10 +44,10 @@ class Plan:
         """Bytes of the tables that matrices share, by name and dtype. Checkpoints do not contain them."""
         out: dict[str, int] = {}
         for row in self.rows:
-            for _, split in row.splits:
-                if not split.opens:
+            for _, frame in row.splits:
+                if not frame.opens:
                     continue
-                for name, make in split.pipeline.selector.constants(split.rows, split.cols).items():
+                for name, make in frame.pipeline.selector.constants(frame.rows, frame.cols).items():
                     key = f"{name} {row.compute_dtype}".replace("torch.", "")
                     if key not in out:
                         # A tensor on the meta device has a size and takes no memory.

@@ -31,7 +31,7 @@ def make_plan(spec: Spec | Sequence[Spec], entries: Sequence[Entry], *, strict: 
         SpecError: No route accepts a parameter, or its shape does not fit its route. With `strict`, also: a route matches no parameter.
     """
     specs = [spec] * len(entries) if isinstance(spec, Spec) else list(spec)
-    splits: dict[Any, Frame] = {}
+    frames: dict[Any, Frame] = {}
     taken: dict[int, set[int]] = {}
     experts = expert_parents([canonical_name(entry.name) for entry in entries])
     rows = []
@@ -39,7 +39,7 @@ def make_plan(spec: Spec | Sequence[Spec], entries: Sequence[Entry], *, strict: 
         role = _role(own, entry, experts)
         index, route = _route(own, entry, role)
         taken.setdefault(id(own), set()).add(index)
-        rows.append(_row(own, entry, role, index, route, splits, compensated))
+        rows.append(_row(own, entry, role, index, route, frames, compensated))
     if strict:
         for own in {id(s): s for s in specs}.values():
             for i, route in enumerate(own.routes):
@@ -113,7 +113,7 @@ def _view(entry: Entry, role: Role, route: Route, pipeline: Pipeline) -> View:
     return make_view(entry.shape, split=dict(role.parts), groups=role.groups, **options)
 
 
-def _row(spec: Spec, entry: Entry, role: Role, index: int, route: Route, splits: dict[Any, Frame], compensated: bool) -> Row:
+def _row(spec: Spec, entry: Entry, role: Role, index: int, route: Route, frames: dict[Any, Frame], compensated: bool) -> Row:
     pipeline = spec.pipelines[route.use]
     try:
         view = _view(entry, role, route, pipeline)
@@ -122,9 +122,9 @@ def _row(spec: Spec, entry: Entry, role: Role, index: int, route: Route, splits:
     pairs = []
     for block in view.blocks:
         key = (id(pipeline), block.rows, block.cols, view.modes)
-        if key not in splits:
-            splits[key] = Frame.of(pipeline, block.rows, block.cols, view.modes)
-        pairs.append((block, splits[key]))
+        if key not in frames:
+            frames[key] = Frame.of(pipeline, block.rows, block.cols, view.modes)
+        pairs.append((block, frames[key]))
     return Row(
         entry=entry,
         view=view,

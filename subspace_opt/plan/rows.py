@@ -84,12 +84,12 @@ class Row:
     def state(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of every tensor of its state."""
         out: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"step": ((), torch.float32)}
-        for block, split in self.splits:
-            for key, slot in split.slots.items():
+        for block, frame in self.splits:
+            for key, slot in frame.slots.items():
                 shape = slot.shape if block.count == 1 else (block.count, *slot.shape)
-                named = torch.float32 if key in split.codes else storage.DTYPES.get(split.wanted.get(key, ""))
+                named = torch.float32 if key in frame.codes else storage.DTYPES.get(frame.wanted.get(key, ""))
                 out[state_key(block, key)] = (shape, named or slot.dtype or self.compute_dtype)
-        if any(slot.transport == "reset" for _, split in self.splits for slot in split.slots.values()):
+        if any(slot.transport == "reset" for _, frame in self.splits for slot in frame.slots.values()):
             out["refreshed"] = ((), torch.float32)  # slots that restart at a refresh are bias-corrected from this update on
         if self.compensated:
             out["compensation"] = (self.entry.shape, self.entry.dtype)
@@ -98,22 +98,22 @@ class Row:
     @cached_property
     def codes(self) -> dict[str, Codes]:
         """The tensors of its state that are stored as codes. Their dtype in `state` is that of the decoded numbers."""
-        return {state_key(block, key): how for block, split in self.splits for key, how in split.codes.items()}
+        return {state_key(block, key): how for block, frame in self.splits for key, how in frame.codes.items()}
 
     @cached_property
     def stored(self) -> dict[str, str]:
         """How each slot named in the spec's `state_dtype` is stored, with the reason if that differs from what was asked."""
         out = {}
-        for block, split in self.splits:
-            for key, wanted in split.wanted.items():
-                why = storage.why_not(wanted, prod(split.slots[key].shape))
+        for block, frame in self.splits:
+            for key, wanted in frame.wanted.items():
+                why = storage.why_not(wanted, prod(frame.slots[key].shape))
                 out[state_key(block, key)] = f"{_short(self.compute_dtype)} ({why})" if why else wanted
         return out
 
     @property
     def converts(self) -> bool:
-        """Whether a slot is stored in another dtype than it is computed in. Fused kernels, which work in place, then cannot be used."""
-        slots = {state_key(block, key): slot for block, split in self.splits for key, slot in split.slots.items()}
+        """True if a slot is stored in another dtype than it is computed in. Fused kernels, which work in place, then cannot be used."""
+        slots = {state_key(block, key): slot for block, frame in self.splits for key, slot in frame.slots.items()}
         return bool(self.codes) or any(self.state[key][1] != (slot.dtype or self.compute_dtype) for key, slot in slots.items())
 
     @property
@@ -134,7 +134,7 @@ class Row:
     @property
     def ranks(self) -> list[int]:
         """Rank of each block after clamping."""
-        return [split.rank for _, split in self.splits if split.rank is not None]
+        return [frame.rank for _, frame in self.splits if frame.rank is not None]
 
     def to_dict(self) -> dict[str, Any]:
         """The row as plain data."""

@@ -1,6 +1,6 @@
 """The built-in rules, one idea a file. Importing this package imports every file in it, and so registers its kinds.
 
-In: a signal, a gradient, the rule's state. Out: the new signal and the new state. A new rule is a new file here, and nothing else.
+In: a signal, a gradient, the rule's state. Out: the new signal and the new state. A new rule needs only a new file here.
 """
 
 from importlib import import_module

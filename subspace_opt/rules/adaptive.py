@@ -8,7 +8,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..algebra import Dim, Kernel, Rule, RuleTraits, Slot, State, Step, Transport, averaged, averaged_square, linalg
+from .. import linalg
+from ..algebra import Dim, Kernel, Rule, RuleTraits, Slot, State, Step, Transport, averaged, averaged_square
 from ..registry import register
 
 FOREVER = 10**9  # an update so late that beta^t is 0

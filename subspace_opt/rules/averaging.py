@@ -8,8 +8,9 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from ..algebra import Dim, Rule, RuleTraits, Slot, State, Step, Transport, averaged, blocks
+from ..algebra import Dim, Rule, RuleTraits, Slot, State, Step, Transport, averaged
 from ..algebra.linear import S
+from ..linalg import codes as blocks
 from ..registry import register
 
 Beta: float = Field(0.95, ge=0.0, lt=1.0, description="Decay rate of the average: the share of it that each update keeps.")

@@ -9,7 +9,8 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from ..algebra import Dim, Rule, RuleTraits, Slot, State, Step, linalg, linear
+from .. import linalg
+from ..algebra import Dim, Rule, RuleTraits, Slot, State, Step, linear
 from ..algebra.linear import S
 from ..registry import register
 

@@ -7,7 +7,8 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from ..algebra import Change, Slot, State, Step, Transport, linalg
+from .. import linalg
+from ..algebra import Change, Slot, State, Step, Transport
 from ..registry import register
 from .adaptive import Adam
 

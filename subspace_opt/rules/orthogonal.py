@@ -9,7 +9,9 @@ import torch
 from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 from torch import Tensor
 
-from ..algebra import Dim, Rule, RuleTraits, State, Step, linalg, polar
+from .. import linalg
+from ..algebra import Dim, Rule, RuleTraits, State, Step
+from ..linalg import polar
 from ..registry import register
 
 Named = Literal["keller", "quintic", "cubic", "classical", "cans"]

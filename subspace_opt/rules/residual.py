@@ -7,7 +7,8 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from ..algebra import Dim, Rule, RuleTraits, State, Step, add_lift, lift, linalg, project
+from .. import linalg
+from ..algebra import Dim, Rule, RuleTraits, State, Step, add_lift, lift, project
 from ..algebra.linear import Linear, S
 from ..registry import register
 

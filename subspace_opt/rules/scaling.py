@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 from pydantic import Field, model_validator
 
-from ..algebra import Dim, Rule, RuleTraits, Slot, State, Step, linalg, linear
+from .. import linalg
+from ..algebra import Dim, Rule, RuleTraits, Slot, State, Step, linear
 from ..algebra.linear import S
 from ..registry import register
 
@@ -63,8 +64,8 @@ class Scale(Rule):
 class NormGrowth(Rule):
     """`X` limited to `gamma` times the norm of the previous result (the limiter of Fira, arXiv:2410.01623, there gamma 1.01).
 
-    The first update passes as it is. So does one whose norm exceeds the previous norm by more than 1 / `restart`: the previous gradients
-    were practically 0, and at a rate of `gamma` the limiter would need thousands of updates to come back. The authors' code has no restart.
+    The first update passes unchanged. An update also passes if its norm exceeds 1 / `restart` times the previous norm. The previous
+    gradients were then practically 0, and growth by `gamma` would need thousands of updates. The authors' code has no restart.
     """
 
     kind: Literal["norm_growth"] = "norm_growth"

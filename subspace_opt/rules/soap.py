@@ -7,7 +7,8 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from ..algebra import Dim, Rule, RuleTraits, Slot, State, Step, averaged_square, linalg
+from .. import linalg
+from ..algebra import Dim, Rule, RuleTraits, Slot, State, Step, averaged_square
 from ..registry import register
 from .adaptive import precondition
 

@@ -1,6 +1,6 @@
 """The built-in selectors, one idea a file. Importing this package imports every file in it, and so registers its kinds.
 
-In: a source matrix and the selector's state. Out: a basis. A new selector is a new file here, and nothing else.
+In: a source matrix and the selector's state. Out: a basis. A new selector needs only a new file here.
 """
 
 from importlib import import_module

@@ -7,7 +7,8 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from ..algebra import Dim, LowRank, Order, Rank, SelectorFlops, Slot, State, Step, linalg
+from .. import linalg
+from ..algebra import Dim, LowRank, Order, Rank, SelectorFlops, Slot, State, Step
 from ..registry import register
 
 

@@ -8,7 +8,8 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
-from ..algebra import Basis, Dim, Order, Selector, SelectorFlops, SelectorTraits, Side, Slot, State, Step, linalg
+from .. import linalg
+from ..algebra import Basis, Dim, Order, Selector, SelectorFlops, SelectorTraits, Side, Slot, State, Step
 from ..registry import register
 
 

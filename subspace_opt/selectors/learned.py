@@ -8,7 +8,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..algebra import Dim, LowRank, Order, SelectorFlops, SelectorTraits, Slot, State, Step, linalg
+from .. import linalg
+from ..algebra import Dim, LowRank, Order, SelectorFlops, SelectorTraits, Slot, State, Step
 from ..registry import register
 
 

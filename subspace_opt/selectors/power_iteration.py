@@ -7,7 +7,8 @@ from typing import Literal
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from ..algebra import Basis, Dim, LowRank, Order, SelectorFlops, SelectorTraits, Slot, State, Step, lift, linalg
+from .. import linalg
+from ..algebra import Basis, Dim, LowRank, Order, SelectorFlops, SelectorTraits, Slot, State, Step, lift
 from ..registry import register
 
 
@@ -54,7 +55,7 @@ class PowerIteration(LowRank):
 class Dion(LowRank):
     """`P = qr(B'Q)`, the basis; `Q <- R / |R|` column by column, `R = B P` its coordinates (arXiv:2504.05295).
 
-    The state is Q, the warm start, from which every update finds P anew. The first Q is drawn from N(0, 1).
+    The state is the warm start Q. Every update computes P from it. The first Q is drawn from N(0, 1).
     """
 
     kind: Literal["dion"] = "dion"

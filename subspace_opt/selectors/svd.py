@@ -8,7 +8,8 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from ..algebra import Basis, Dim, LowRank, Refreshed, SelectorFlops, Slot, State, Step, linalg
+from .. import linalg
+from ..algebra import Basis, Dim, LowRank, Refreshed, SelectorFlops, Slot, State, Step
 from ..registry import register
 
 

@@ -36,7 +36,7 @@ class Switch(Selector):
         return self.first if t <= self.at else self.then
 
     def traits(self) -> SelectorTraits:
-        """What holds of both selectors."""
+        """The traits that both selectors have."""
         a, b = self.first.traits(), self.then.traits()
         if a.primes or b.primes or not (a.keeps_basis and b.keeps_basis):
             raise ValueError("`switch` takes selectors that keep their basis and do not prime")

@@ -203,7 +203,7 @@ class Pending:
         future.add_done_callback(self._report)
 
     def done(self) -> bool:
-        """Whether the save has ended, with or without an error."""
+        """True if the save has ended, with or without an error."""
         return self._future.done()
 
     def result(self, timeout: float | None = None) -> Path:

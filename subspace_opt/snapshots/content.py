@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from ..checkpoint import MOST, distinct, equal, matched
+from ..checkpoint import MOST, differing, distinct, equal, matched, names_in, saved_keys
 from ..optimizer import SubspaceOptimizer
 from .manifest import SnapshotError
 
@@ -147,7 +147,7 @@ def arranged(path: Path, saved: Sequence[Mapping[str, Any]], own: Sequence[Mappi
     out = []
     for index, group in enumerate(own):
         sources = distinct([home[name] for name in group["params"]]) or list(saved[index : index + 1]) or [group]
-        options = [{k: v for k, v in source.items() if k not in ("params", "param_names")} for source in sources]
+        options = [{k: v for k, v in source.items() if k not in ("params", "param_names", "keys")} for source in sources]
         clash = sorted({k for other in options[1:] for k in other if not equal(other[k], options[0].get(k))})
         if clash:
             raise SnapshotError(
@@ -157,6 +157,10 @@ def arranged(path: Path, saved: Sequence[Mapping[str, Any]], own: Sequence[Mappi
         if "param_names" in group or any(name in names for name in group["params"]):
             arranged["param_names"] = list(group.get("param_names") or (names[name] for name in group["params"]))
         out.append({**arranged, "params": list(group["params"])})
+    if all("state_version" in group for group in saved):  # only this package's optimizers have keys
+        keys = saved_keys(saved)
+        for group, called in zip(out, names_in(out), strict=True):
+            group |= differing(called, [keys[name] for name in group["params"]])
     return out
 
 

@@ -1,7 +1,7 @@
 """Specs, presets and overrides: the files and values that a user writes.
 
-Enters: a preset's name, a YAML or JSON file, a mapping, overrides.
-Leaves: a frozen, checked `Spec`, or a `SpecError` with file, line and remedy.
+In: a preset's name, a YAML or JSON file, a mapping, overrides.
+Out: a frozen, checked `Spec`, or a `SpecError` with file, line and remedy.
 """
 
 from .load import load_spec, parse_spec, preset_names, with_roles, with_state_dtype

@@ -82,7 +82,7 @@ class Route(Model):
         return self
 
     def accepts(self, name: str, dims: int, sides: tuple[int, int], modules: frozenset[str], role: str = "") -> bool:
-        """Whether a parameter takes this route. `sides`: the shorter and the longer side of its matrices."""
+        """True if a parameter takes this route. `sides`: the shorter and the longer side of its matrices."""
         return (
             (not self.name or any(fnmatch.fnmatchcase(name, glob) for glob in self.name))
             and (not self.module or bool(modules.intersection(self.module)))

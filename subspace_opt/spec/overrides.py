@@ -78,7 +78,7 @@ def _opened(node: Any, key: int | str, path: str, where: str) -> Any:
 
 
 def has_path(data: Any, path: tuple[int | str, ...]) -> bool:
-    """Whether `data` has an entry at `path`."""
+    """True if `data` has an entry at `path`."""
     for part in path:
         if not isinstance(data, dict | list):
             return False

@@ -1,4 +1,7 @@
-"""For those who write components and specs: a conformance kit. (Golden trajectories are in `golden` and `cases`, and need numpy.)
+"""A conformance kit for authors of components and specs.
+
+In: a rule, a selector or a spec. Out: checks. A check passes, or raises a `ConformanceError` that says what to do. The folder
+`trajectories` holds trajectories of authors' code; it needs numpy.
 
     pytest --pyargs subspace_opt.testing --component my_pkg:MySelector --spec my.yaml
 
@@ -31,7 +34,7 @@ __all__ = ["Check", "ConformanceError", "Subject", "UnknownComponentError", "che
 
 @dataclass(frozen=True)
 class Check:
-    """One question to one component or spec; called, it returns or raises `ConformanceError`."""
+    """One question about one component or spec. A call returns None or raises `ConformanceError`."""
 
     subject: str
     question: str
@@ -40,7 +43,7 @@ class Check:
 
     def __call__(self) -> None:
         threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # the matrices are tiny: threads would only wait for each other
+        torch.set_num_threads(1)  # the matrices are too small to gain from threads
         try:
             self.ask()
         except ConformanceError as error:
@@ -53,10 +56,10 @@ class Check:
 
 
 def checks(asked: str | type[Component] | Rule | Selector) -> list[Check]:
-    """All questions to a component: a class, an instance, or text as `--component` takes it (see `subjects`).
+    """All checks of a component. It is given as a class, an instance, or the text of `--component` (see `subjects`).
 
     Raises:
-        UnknownComponentError: nothing is found under that name, or it cannot be made.
+        UnknownComponentError: no component has that name, or the component cannot be built.
     """
     found = []
     for subject in subjects(asked):
@@ -68,10 +71,10 @@ def checks(asked: str | type[Component] | Rule | Selector) -> list[Check]:
 
 
 def spec_checks(source: Spec | Mapping[str, Any] | str | os.PathLike[str]) -> list[Check]:
-    """All questions to a spec: a preset's name, a file, a mapping or a `Spec`.
+    """All checks of a spec. It is given as a preset's name, a file, a mapping or a `Spec`.
 
     Raises:
-        SpecError: a spec that cannot be used.
+        SpecError: the spec is invalid.
     """
     spec = load_spec(source)
     label = source if isinstance(source, str) else Path(source).name if isinstance(source, os.PathLike) else spec.name

@@ -1,4 +1,4 @@
-"""`python -m subspace_opt.testing --component my_pkg:MySelector`: the conformance kit, with pytest's own options besides."""
+"""`python -m subspace_opt.testing --component my_pkg:MySelector`: the conformance kit. It also takes pytest's options."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ import subprocess
 import sys
 
 if __name__ == "__main__":
-    # A process of its own: pytest wants to see modules before they are imported.
+    # A new process, because pytest rewrites assertions only in modules that are not imported yet.
     pytest = [sys.executable, "-m", "pytest", "-p", "subspace_opt_pytest", "--pyargs", "subspace_opt.testing"]
     sys.exit(subprocess.call([*pytest, *sys.argv[1:]]))

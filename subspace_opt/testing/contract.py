@@ -1,4 +1,4 @@
-"""The questions that every rule and selector is asked, each a function that raises `ConformanceError` with what to do."""
+"""The questions about every rule and selector. Each is a function that raises a `ConformanceError`, which says what to do."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from .places import places
 from .probe import ConformanceError, Notes
 from .subject import Subject
 
-UPDATES = 5  # with a refresh every third one, two refreshes
+UPDATES = 5  # two refreshes, at updates 1 and 4
 
 
 class Examination:
-    """A component under test, and what one run through all its places has shown."""
+    """A component under test, and the findings of one run in each of its places."""
 
     def __init__(self, subject: Subject) -> None:
         self.subject, self.component = subject, subject.component
 
     @cached_property
     def places(self) -> dict[str, Pipeline]:
-        """Pipelines around the component; a failure to make one is a breach of contract."""
+        """Pipelines around the component. If one cannot be built, the component breaks its contract."""
         try:
             return places(self.component)
         except ValidationError as error:
@@ -45,7 +45,7 @@ class Examination:
 
     @cached_property
     def notes(self) -> Notes:
-        """What probes saw in every place, for matrices of several shapes in both precisions."""
+        """The findings of probes in every place, for matrices of several shapes in both precisions."""
         notes = Notes()
         for place, pipeline in self.places.items():
             watched = placed(pipeline, self.component, notes)
@@ -54,32 +54,32 @@ class Examination:
                     grads = [stack((3, *shape), dtype, seed) for seed in range(UPDATES)]
                     try:
                         drive(Frame.of(watched, *shape), grads, notes, where=f"as {place}, ")
-                    except Exception as error:  # foreign code: what it raises is the finding
+                    except Exception as error:  # the component may raise anything; its exception is the finding
                         notes.add("runs", f"{type(error).__name__}: {error}")
                         notes.where, notes.error = "", error
         return notes
 
     def expect(self, *questions: str) -> None:
-        """Nothing was noted under these questions, and the runs came to their end."""
+        """Raise if the notes contain a finding for these questions, or if a run raised."""
         said = [text for question in (*questions, "runs") for text in self.notes.found.get(question, [])]
         if said:
             raise ConformanceError("\n".join(said)) from self.notes.error
 
     def traces(self, grads: list[Tensor], **options: Any) -> dict[str, Trace]:
-        """The run of every place, unwatched."""
+        """A run in every place, without probes."""
         self.expect("slots")
         shape = grads[0].shape[1:]
         return {place: drive(Frame.of(pipeline, *shape), grads, Notes(), **options) for place, pipeline in self.places.items()}
 
-    def splits(self) -> list[tuple[str, Frame]]:
+    def frames(self) -> list[tuple[str, Frame]]:
         return [(place, Frame.of(p, *shape)) for place, p in self.places.items() for shape in SHAPES]
 
 
-# --------------------------------------------------------------------------------------------------------- what it says of itself
+# ------------------------------------------------------------------------------------------------------------------ declarations
 
 
 def documented(exam: Examination) -> None:
-    """Registered; a docstring of its own; a description on every option; a JSON schema; unknown options refused; read back as written."""
+    """The class is registered, has a docstring, described options and a JSON schema, refuses unknown options, and survives JSON."""
     cls = type(exam.component)
     name = kind_of(cls)
     if find(cls.family, name) is not cls:
@@ -91,11 +91,13 @@ def documented(exam: Examination) -> None:
             raise ConformanceError(f"option '{option}' has no description: give it a Field(..., description='...')")
     _schema_has(cls.family, names_of(cls))
     if cls.model_config.get("extra") != "forbid" or not cls.model_config.get("frozen"):
-        raise ConformanceError("`model_config` was loosened: a component is frozen and refuses unknown options")
+        raise ConformanceError("`model_config` must keep frozen=True and extra='forbid': a component refuses unknown options")
     for place, pipeline in exam.places.items():
         spec = trial.spec_of(pipeline)
         if Spec.model_validate_json(spec.to_json()) != spec:
-            raise ConformanceError(f"as {place} the component is not read back from JSON as it was written; keep options plain data")
+            raise ConformanceError(
+                f"as {place}, the component changes when it is written to JSON and read back; use numbers, strings and lists as options"
+            )
 
 
 def _schema_has(family: str, names: tuple[str, ...]) -> None:
@@ -105,21 +107,21 @@ def _schema_has(family: str, names: tuple[str, ...]) -> None:
         raise ConformanceError(f"the JSON schema does not know {missing}")
 
 
-# ------------------------------------------------------------------------------------------------------------------ what it does
+# ---------------------------------------------------------------------------------------------------------------------- behaviour
 
 
 def slots(exam: Examination) -> None:
-    """What `slots` declares and what `apply`, `refresh`, `observe` and `transport` return are the same: keys, shapes, dtypes."""
+    """`apply`, `refresh`, `observe` and `transport` return the keys, shapes and dtypes that `slots` declares."""
     exam.expect("slots")
 
 
 def pure(exam: Examination) -> None:
-    """No method writes to a tensor that it is given."""
+    """No method writes to its inputs."""
     exam.expect("slots", "pure")
 
 
 def precision(exam: Examination) -> None:
-    """The dtype of the signal is kept, and its device: nothing is left on the CPU when it is elsewhere."""
+    """Results have the dtype and the device of the signal."""
     exam.expect("slots", "precision")
     notes = Notes()
     for place, pipeline in exam.places.items():
@@ -129,10 +131,10 @@ def precision(exam: Examination) -> None:
             try:
                 drive(Frame.of(watched, 6, 4), grads, notes, where=f"as {place}, on another device, ")
             except (DataDependentOutputException, DynamicOutputShapeException):
-                continue  # it looks at values, which fake tensors do not have
+                continue  # the component reads values, and fake tensors have none
             except Exception as error:
                 raise ConformanceError(
-                    f"as {place}, with matrices on another device: {type(error).__name__}: {error}. Make new tensors where x is: "
+                    f"as {place}, with matrices on another device: {type(error).__name__}: {error}. Create new tensors on the device of x: "
                     "x.new_zeros(...), torch.arange(n, device=x.device)"
                 ) from error
     for text in notes.found.get("precision", []):
@@ -140,7 +142,7 @@ def precision(exam: Examination) -> None:
 
 
 def stacked(exam: Examination) -> None:
-    """Row b of every result depends on row b alone: copies stay alike, and other matrices of the stack can be anything."""
+    """Matrix b of every result depends on matrix b of the inputs alone."""
     for shape in ((6, 4), (4, 7)):
         grads = [stack((4, *shape), torch.float64, seed, twins=True) for seed in range(UPDATES)]
         others = [grad.clone() for grad in grads]
@@ -150,20 +152,20 @@ def stacked(exam: Examination) -> None:
         for place in before:
             for one, two in zip(_results(before[place]), _results(after[place]), strict=True):
                 name, values = one
-                _alike(values[2], values[0], f"as {place}, {name}: two copies of a matrix in one stack do not stay alike")
-                _alike(two[1][:3], values[:3], f"as {place}, {name}: a matrix changes when another one of the stack does")
+                _alike(values[2], values[0], f"as {place}, {name}: two copies of a matrix in one stack give different results")
+                _alike(two[1][:3], values[:3], f"as {place}, {name}: the result for a matrix changes with another matrix of the stack")
 
 
 def _results(trace: Trace) -> list[tuple[str, Tensor]]:
     found = []
     for call, (update, state) in enumerate(zip(trace.updates, trace.states, strict=True), 1):
-        found += [(f"the update {call}", update)] if update is not None else []
+        found += [(f"update {call}", update)] if update is not None else []
         found += [(f"state '{key}' after update {call}", value) for key, value in state.items()]
     return found
 
 
 def _alike(a: Tensor, b: Tensor, what: str) -> None:
-    """Equal up to the order of summation, which may differ between places in a stack."""
+    """Raise unless `a` and `b` are equal up to round-off: the order of summation may depend on the index in the stack."""
     if a.is_floating_point():
         same = torch.allclose(a, b, rtol=1e-7, atol=1e-7 * float(b.abs().max()) if b.numel() else 0.0)
     else:
@@ -173,7 +175,7 @@ def _alike(a: Tensor, b: Tensor, what: str) -> None:
 
 
 def deterministic(exam: Examination) -> None:
-    """The same inputs give the same outputs, and no global generator of random numbers is touched."""
+    """The same inputs give the same outputs, and no global random number generator is used."""
     grads = [stack((3, 6, 4), torch.float64, seed) for seed in range(UPDATES)]
     kept = torch.get_rng_state()
     try:
@@ -187,23 +189,23 @@ def deterministic(exam: Examination) -> None:
         torch.set_rng_state(kept)
     if touched:
         raise ConformanceError(
-            "the global random number generator is used; a selector declares what it needs in `draws` and finds it in `step.noise`, drawn "
-            "from seed, parameter name and update, the same on all ranks and after a resume"
+            "the global random number generator is used, so ranks and resumed runs would differ; let a selector declare the shape of its "
+            "draws in `draws` and read them from `step.noise`"
         )
     for place in first:
         for (name, a), (_, b) in zip(_results(first[place]), _results(second[place]), strict=True):
             if not torch.equal(a, b):
-                raise ConformanceError(f"as {place}, {name} is another one when the same run is repeated")
+                raise ConformanceError(f"as {place}, {name} differs when the same run is repeated")
 
 
 def finite(exam: Examination) -> None:
-    """Zero, rank-one, tiny and large gradients leave updates and state finite."""
+    """Updates and state stay finite for zero, rank-one, tiny and large gradients."""
     exam.expect("slots")
     for dtype in DTYPES:
         normal = [stack((3, 6, 4), dtype, seed) for seed in range(7)]
         ranked = normal[1][..., :1] @ normal[2][..., :1, :]
         runs = {
-            "gradients that are 0 for one matrix at first and for all later": [
+            "gradients that are 0, first for one matrix and later for all": [
                 normal[0] * torch.tensor([0.0, 1, 1], dtype=dtype).view(3, 1, 1),
                 normal[1],
                 *[torch.zeros_like(ranked)] * 4,
@@ -224,7 +226,7 @@ def finite(exam: Examination) -> None:
 
 
 def basis(exam: Examination) -> None:
-    """`basis` has the shape that `coords` says and orthonormal columns; no rank asked for gives more columns than there can be."""
+    """`basis` has the shape that `coords` declares, and orthonormal columns. `coords` clamps a rank that is too large."""
     selector = exam.component
     if not isinstance(selector, Selector):
         return
@@ -247,22 +249,22 @@ def _ranked(selector: Selector) -> list[Selector]:
 
 
 def planned(exam: Examination) -> None:
-    """Planned from shapes alone, on the meta device, to the byte that is then allocated; costs are finite numbers."""
+    """A plan on the meta device gives the bytes that a step allocates; costs are finite numbers."""
     exam.expect("slots")
-    for place, split in exam.splits():
-        if not all(math.isfinite(cost) and cost >= 0 for cost in flops(split)):
-            raise ConformanceError(f"as {place} the costs in operations are {flops(split)}; `flops` should give numbers, 0 or more")
+    for place, frame in exam.frames():
+        if not all(math.isfinite(cost) and cost >= 0 for cost in flops(frame)):
+            raise ConformanceError(f"as {place}, an update costs {flops(frame)} operations; `flops` should return finite numbers >= 0")
     _each(exam, trial.check_plan)
 
 
 def resumed(exam: Examination) -> None:
-    """Saved after any update and loaded into a new optimizer, training goes on bit by bit as without the cut."""
+    """A run that is saved after any update and loaded into a new optimizer ends in the same bits as a run without a cut."""
     exam.expect("slots")
     _each(exam, trial.check_resume)
 
 
 def optimized(exam: Examination) -> None:
-    """In an optimizer: matrices one by one or together, the same; gradients are read only; a missing one leaves the rest alone."""
+    """In an optimizer, stacking changes no result, gradients are only read, and a parameter without a gradient stays unchanged."""
     exam.expect("slots", "pure")
     for check in (trial.check_stacking, trial.check_gradients_kept, trial.check_missing):
         _each(exam, check)

@@ -1,4 +1,4 @@
-"""Run stacks of gradients through the pure mathematics of a pipeline, as the optimizer would."""
+"""Run stacks of gradients through the mathematics of a pipeline, without an optimizer."""
 
 from __future__ import annotations
 
@@ -19,32 +19,32 @@ DTYPES = (torch.float64, torch.float32)
 
 @dataclass(frozen=True)
 class Trace:
-    """What a run made: the update of every step (None where the first gradient only primes), the state after it."""
+    """The update and the state of every step. An update is None if the first gradient only sets the basis."""
 
     updates: list[Tensor | None]
     states: list[State]
 
 
-def drive(split: Frame, grads: list[Tensor], notes: Notes, *, where: str = "", twins: bool = False) -> Trace:
-    """Run gradients `(B, m, n)` through a pipeline as the optimizer would, with state of its own.
+def drive(frame: Frame, grads: list[Tensor], notes: Notes, *, where: str = "", twins: bool = False) -> Trace:
+    """Run gradients `(B, m, n)` through a pipeline, from a state of zeros.
 
     Args:
-        twins: The stack's matrices 0 and 2 are copies, and so are their draws and places.
+        twins: Matrices 0 and 2 of the stack are copies and get the same draws and the same position.
     """
     first = grads[0]
-    state = {k: first.new_zeros(first.size(0), *s.shape, dtype=s.dtype or first.dtype) for k, s in split.slots.items()}
-    weight = _weights(first, twins) if split.needs_weight else None
+    state = {k: first.new_zeros(first.size(0), *s.shape, dtype=s.dtype or first.dtype) for k, s in frame.slots.items()}
+    weight = _weights(first, twins) if frame.needs_weight else None
     trace = Trace([], [])
     for call, grad in enumerate(grads, 1):
         notes.where = f"{where}update {call} of {grad.size(0)} matrices {grad.size(1)} x {grad.size(2)}, {grad.dtype}"
-        step = moment(split, call, grad, twins)
+        step = moment(frame, call, grad, twins)
         update: Tensor | None = None
-        if step.first and split.primes:
-            new = split.prime(grad, weight, state, step)
+        if step.first and frame.primes:
+            new = frame.prime(grad, weight, state, step)
         else:
-            expression, new = split.update(grad, weight, state, step)
+            expression, new = frame.update(grad, weight, state, step)
             update = expression.dense()
-        state = {key: new[key] for key in split.slots}
+        state = {key: new[key] for key in frame.slots}
         trace.updates.append(update)
         trace.states.append(state)
     notes.where = ""
@@ -55,31 +55,31 @@ def _weights(like: Tensor, twins: bool) -> Tensor:
     return like if is_fake(like) else stack(tuple(like.shape), like.dtype, 99, twins=twins).to(like.device)
 
 
-def moment(split: Frame, call: int, grad: Tensor, twins: bool) -> Step:
-    """The step as the engine hands it to a stack at its `call`-th gradient."""
-    selector, one = split.pipeline.selector, torch.ones((), dtype=torch.float64)
-    t = call - 1 if split.primes else call
+def moment(frame: Frame, call: int, grad: Tensor, twins: bool) -> Step:
+    """The `Step` that the engine would pass to a stack with its gradient number `call`."""
+    selector, one = frame.pipeline.selector, torch.ones((), dtype=torch.float64)
+    t = call - 1 if frame.primes else call
     places = torch.arange(grad.size(0))
     if twins and grad.size(0) > 2:
         places[2] = 0
-    refresh = split.opens and (call == 1 or selector.refreshes(t))
-    tables = selector.constants(split.rows, split.cols) if split.opens else {}
+    refresh = frame.opens and (call == 1 or selector.refreshes(t))
+    tables = selector.constants(frame.rows, frame.cols) if frame.opens else {}
     return Step(
         t=one * t,
         age=one * selector.age(max(t, 1)),
         first=call == 1,
         refresh=refresh,
-        rows=split.rows,
-        cols=split.cols,
+        rows=frame.rows,
+        cols=frame.cols,
         position=torch.stack([places, torch.full_like(places, 4)], dim=1),
-        noise=_draws(split, call, grad, twins) if refresh else None,
+        noise=_draws(frame, call, grad, twins) if refresh else None,
         constants={name: make().to(grad.device, grad.dtype) for name, make in tables.items()},
     )
 
 
-def _draws(split: Frame, call: int, grad: Tensor, twins: bool) -> Tensor | None:
-    selector = split.pipeline.selector
-    shape = selector.draws(split.rows, split.cols, call, call == 1)
+def _draws(frame: Frame, call: int, grad: Tensor, twins: bool) -> Tensor | None:
+    selector = frame.pipeline.selector
+    shape = selector.draws(frame.rows, frame.cols, call, call == 1)
     if shape is None:
         return None
     if is_fake(grad):

@@ -1,4 +1,4 @@
-"""What specs and pipelines are tried on: matrices, parameters and a small model, the same at every start."""
+"""Matrices, parameters and a small model for the checks. They are the same in every run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 def stack(shape: tuple[int, ...], dtype: torch.dtype, seed: int, *, twins: bool = False) -> Tensor:
-    """Standard normal matrices, the same for a seed in every dtype; with `twins` matrix 2 is a copy of matrix 0."""
+    """Standard normal matrices, drawn in float64 and rounded to `dtype`. With `twins`, matrix 2 is a copy of matrix 0."""
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
     if twins and x.size(0) > 2:
         x[2] = x[0]
@@ -15,7 +15,7 @@ def stack(shape: tuple[int, ...], dtype: torch.dtype, seed: int, *, twins: bool 
 
 
 class Shapes(nn.Module):
-    """Parameters of the shapes that a pipeline may meet: two alike, tall, wide, square, a vector, a stack of matrices; float64."""
+    """Float64 parameters: two tall matrices of one shape, a wide one, a square one, a vector, and a stack of matrices."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class Shapes(nn.Module):
 
 
 class Small(nn.Module):
-    """A model with an embedding, a convolution, norms, linear layers and a head, that learns a successor for each of 16 tokens."""
+    """A model with an embedding, a convolution, a norm, linear layers and a head. It learns a successor for each of 16 tokens."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,6 +47,6 @@ class Small(nn.Module):
         return logits
 
     def loss(self) -> Tensor:
-        """Cross-entropy on all the data there is."""
+        """Cross-entropy on the whole data set."""
         tokens = torch.arange(48).view(8, 6) * 5 % 16
         return torch.nn.functional.cross_entropy(self(tokens).flatten(0, 1), (tokens * 3 + 1).flatten() % 16)

@@ -1,4 +1,4 @@
-"""Where a component stands when it is tested: the smallest pipelines in which it does its work."""
+"""The smallest pipelines in which a component can be tested."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SUBSPACE = {"kind": "svd", **SMALL}
 
 
 def places(component: Rule | Selector) -> dict[str, Pipeline]:
-    """Pipelines with the component in every place where it can stand, by what to call the place."""
+    """Pipelines with the component in each place that it can take, by the name of the place in messages."""
     return _around_rule(component) if isinstance(component, Rule) else _around_selector(component)
 
 
@@ -23,7 +23,7 @@ def places(component: Rule | Selector) -> dict[str, Pipeline]:
 
 
 def _around_rule(rule: Rule) -> dict[str, Pipeline]:
-    """Alone as the complement of nothing, and inside subspaces; a rule that looks at a subspace, or is silent, beside one."""
+    """Pipelines for a rule: without a selector, and inside subspaces. A rule that needs a subspace, or makes no update, is a complement."""
     traits = rule.traits(*SAMPLE)
     if traits.silent or traits.takes_whole or _needs_subspace(rule):
         return {"complement of svd": _pipeline(selector=SUBSPACE, inside="adam", complement=rule)}
@@ -35,7 +35,7 @@ def _around_rule(rule: Rule) -> dict[str, Pipeline]:
 
 
 def _transported(rule: Rule) -> dict[str, Rule]:
-    """The rule inside a subspace, once for each thing that may become of its state at a refresh."""
+    """The rule inside a subspace, once for each `on_refresh` that it accepts."""
     if "on_refresh" not in type(rule).model_fields:
         return {"inside svd": rule}
     found = {}
@@ -49,7 +49,7 @@ def _transported(rule: Rule) -> dict[str, Rule]:
 
 
 def _needs_subspace(rule: Rule) -> bool:
-    """Whether the rule works beside a subspace and not without."""
+    """True if the rule raises without a subspace and works beside one."""
     return not _applies(rule, beside=False) and _applies(rule, beside=True)
 
 
@@ -65,7 +65,7 @@ def _applies(rule: Rule, *, beside: bool) -> bool:
     try:
         state = {name: x.new_zeros(1, *slot.shape, dtype=slot.dtype) for name, slot in rule.slots(rows, cols).items()}
         rule.apply(x, x, state, step)
-    except Exception:  # foreign code; what is wrong with it is for the checks to say
+    except Exception:  # the rule may raise anything; the checks report it
         return False
     return True
 
@@ -74,7 +74,7 @@ def _applies(rule: Rule, *, beside: bool) -> bool:
 
 
 def _around_selector(selector: Selector) -> dict[str, Pipeline]:
-    """Around Adam and beside plain SGD; and around a momentum that is carried over, with feedback."""
+    """Pipelines for a selector: around Adam with SGD as the complement, and around a momentum with feedback."""
     sides = selector.coords(Dim("rows", 6), Dim("cols", 4))
     if not sides[0].size * sides[1].size:
         return {"selector of nothing": _pipeline(selector=selector, complement="sgd")}

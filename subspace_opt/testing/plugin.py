@@ -1,4 +1,4 @@
-"""The options of `pytest --pyargs subspace_opt.testing`; a pytest plugin that `subspace_opt_pytest` brings in only then."""
+"""The options of `pytest --pyargs subspace_opt.testing`. `subspace_opt_pytest` loads this pytest plugin for that command only."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from . import Check, UnknownComponentError, checks, spec_checks
 CHECKS = pytest.StashKey[list[Check]]()
 
 HOW = (
-    "give what to test: --component KIND, --component my_pkg:MyRule, --component file.py, --spec my.yaml, or all for everything that is "
-    "installed"
+    "name the components or specs to test: --component KIND, --component my_pkg:MyRule, --component file.py, --spec my.yaml; `all` "
+    "tests everything that is installed"
 )
 
 
@@ -29,7 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Find what is asked for, before anything is collected."""
+    """Make the checks before pytest collects tests, so that a wrong option is a usage error."""
     found: list[Check] = []
     try:
         for name in config.getoption("component"):
@@ -43,5 +43,5 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def asked(config: pytest.Config) -> list[Check]:
-    """The checks of a session; none without options, or where this plugin is not at work."""
+    """The checks of a session; an empty list if no options were given or this plugin is not loaded."""
     return config.stash.get(CHECKS, [])

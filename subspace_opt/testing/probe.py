@@ -1,7 +1,7 @@
-"""Watch a component at work and note down whatever breaks its contract.
+"""Run a component and note every breach of its contract.
 
-The component is replaced by a *probe*, a subclass whose methods call the original's and look at what went in and what came out. What it
-finds is noted under the question it answers, so one run serves all of them.
+A *probe* replaces the component. It is a subclass whose methods call the original methods and check their inputs and results. Each
+finding is noted under the question that it answers, so one run answers several questions.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from ..algebra import Basis, Change, Order, Rule, Selector, Slot, State, Step
+from ..algebra import Basis, Change, Refreshed, Rule, Selector, Slot, State, Step, project
 
 P = TypeVar("P", bound=Rule | Selector)
-Declared = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # of one matrix
+Declared = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # shape and dtype of one matrix, by slot
 
 
 class ConformanceError(AssertionError):
-    """A component or spec that does not keep its contract; the message says what, where, and what to do."""
+    """A component or spec breaks its contract. The message says how, where, and what to do."""
 
 
 @dataclass
 class Notes:
-    """What was seen, by question, each thing once."""
+    """Findings by question, without repetitions."""
 
     where: str = ""
-    error: Exception | None = None  # what ended a run
+    error: Exception | None = None  # the exception that ended a run
     found: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, question: str, message: str) -> None:
-        """Note a breach, with the moment at which it was first seen."""
+        """Note a breach and the update at which it was first seen."""
         said = self.found.setdefault(question, [])
         if not any(text.startswith(message) for text in said):
             said.append(f"{message} ({self.where})" if self.where else message)
@@ -74,16 +74,22 @@ def _selector_methods(cls: type[Any], notes: Notes) -> dict[str, Callable[..., A
     def declared(self: Selector, step: Step, x: Tensor) -> Declared:
         return _declared(self.slots(step.rows, step.cols), x.dtype)
 
-    def refresh(self: Selector, x: Tensor, state: State, step: Step) -> tuple[State, Order | None]:
+    def refresh(self: Selector, x: Tensor, state: State, step: Step) -> Refreshed:
         with _watched(notes, "refresh", x=x, state=state, step=step):
-            new, order = _pair(cls.refresh(self, x, state, step), "refresh", "(state, order or None)")
-        _check_state(notes, "refresh", new, declared(self, step, x), x, whole=True, extras=True)
-        return new, order
+            made = cls.refresh(self, x, state, step)
+        found = made if isinstance(made, Refreshed) else Refreshed(*_pair(made, "refresh", "(state, order or None), or a Refreshed"))
+        _check_state(notes, "refresh", found.state, declared(self, step, x), x, whole=True, extras=True)
+        if found.coords is not None:
+            shape = tuple(dim.size for dim in self.coords(step.rows, step.cols))
+            _check_tensor(notes, "basis", "`coords` of the refresh", found.coords, (x.size(0), *shape), x.dtype, x.device)
+            if not is_fake(x) and not found.state.keys() - declared(self, step, x).keys():
+                _check_coords(notes, found.coords, project(x, cls.basis(self, found.state, step)))
+        return found
 
     def observe(self: Selector, x: Tensor, c: Tensor, state: State, step: Step) -> State:
         with _watched(notes, "observe", x=x, c=c, state=state, step=step):
             new: State = cls.observe(self, x, c, state, step)
-        # What a refresh handed on for this update may be passed through; anything else that is not declared is lost at once.
+        # A refresh may return additional values for this update, and `observe` may pass them on. No other undeclared key is allowed.
         passed = {name: value for name, value in new.items() if value is not state.get(name)}
         _check_state(notes, "observe", passed, declared(self, step, x), x)
         return new
@@ -105,7 +111,7 @@ def _pair(value: Any, method: str, what: str) -> Any:
 
 @contextmanager
 def _watched(notes: Notes, method: str, **inputs: Any) -> Iterator[None]:
-    """Note it if a method writes to what it was given, or looks for a slot that is not declared."""
+    """Note a method that writes to its inputs or reads a slot that is not declared."""
     before = [(name, value, _copy(value)) for name, value in _tensors(inputs)]
     try:
         yield
@@ -121,14 +127,14 @@ def _watched(notes: Notes, method: str, **inputs: Any) -> Iterator[None]:
 def _check_in_place(
     notes: Notes, cls: type[Any], rule: Rule, x: Tensor, grad: Tensor, state: State, step: Step, out: Tensor, new: State
 ) -> None:
-    """Note it if a rule that may write over its state and its signal computes anything else."""
+    """Note a rule that returns different numbers when it may write over its state and its signal."""
     own, spare = {name: value.clone() for name, value in state.items()}, x.clone()
     permitted = step._replace(in_place=True, spare=grad is not x)
     with _watched(notes, "apply", grad=grad, step=step):
         again, kept = cls.apply(rule, spare, spare if grad is x else grad, own, permitted)
     same = _same(again, out) and all(name in kept and _same(kept[name], value) for name, value in new.items())
     if not same:
-        notes.add("pure", "`apply` gives other numbers where `step.in_place` or `step.spare` lets it write over its input")
+        notes.add("pure", "`apply` returns different numbers when `step.in_place` or `step.spare` lets it write over its inputs")
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -139,7 +145,7 @@ def _missing(name: str, method: str, state: State) -> str:
     said = f"`{method}` reads state '{name}', which `slots` does not declare (declared: {', '.join(state) or 'nothing'})"
     if method != "basis":
         return said
-    return f"{said}; declare it, or find the basis anew at every update and let `traits` declare `keeps_basis=False`"
+    return f"{said}; declare it, or let `refresh` return it at every update and let `traits` declare `keeps_basis=False`"
 
 
 def _copy(value: Tensor) -> Tensor | None:
@@ -159,7 +165,7 @@ def _tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
             yield from _tensors(part, f"{name}.{key}")
 
 
-# ------------------------------------------------------------------------------------------------------------ what came back
+# ------------------------------------------------------------------------------------------------------------------- results
 
 
 def _like(state: State) -> Declared:
@@ -173,14 +179,14 @@ def _declared(slots: Mapping[str, Slot], dtype: torch.dtype) -> Declared:
 def _check_state(
     notes: Notes, method: str, new: State, declared: Declared, x: Tensor, *, whole: bool = False, extras: bool = False
 ) -> None:
-    """Keys, shapes and dtypes of a returned state against its declaration; `whole`: all of it, `extras`: and more, for this update."""
+    """Check a returned state against its declaration. `whole`: every declared slot is required. `extras`: other keys are allowed."""
     if not isinstance(new, Mapping):
-        raise ConformanceError(f"`{method}` returned {type(new).__name__} for a state, not a dict of tensors")
+        raise ConformanceError(f"`{method}` returned {type(new).__name__} as the state, not a dict of tensors")
     for name in sorted(set(new) - set(declared)):
         if not extras:
             notes.add("slots", f"`{method}`: returned state has key '{name}' that `slots` does not declare")
         elif not isinstance(new[name], Tensor) or new[name].size(0) != x.size(0):
-            notes.add("slots", f"`{method}`: returned '{name}' is no tensor with one entry for each matrix of the stack")
+            notes.add("slots", f"`{method}`: returned '{name}' is not a tensor with one entry for each matrix of the stack")
     for name in sorted(set(declared) - set(new)) if whole else ():
         notes.add("slots", f"`{method}`: returned state lacks key '{name}' that `slots` declares")
     for name, (shape, dtype) in declared.items():
@@ -203,14 +209,14 @@ def _check_tensor(
 
 
 def _check_basis(notes: Notes, selector: Selector, basis: Basis, step: Step) -> None:
-    """Shapes as `coords` says, and orthonormal columns where they are claimed."""
+    """Check the shapes against `coords`, and the columns for orthonormality if the selector declares it."""
     if not isinstance(basis, Basis):
         raise ConformanceError(f"`basis` returned {type(basis).__name__}, not a Basis")
     coords = selector.coords(step.rows, step.cols)
     for name, side, own, dim in (("left", basis.left, step.rows, coords[0]), ("right", basis.right, step.cols, coords[1])):
         if side is None:
             if dim.size != own.size:
-                notes.add("basis", f"the {name} side is the identity, and `coords` says {dim.size} of {own.size} columns")
+                notes.add("basis", f"the {name} side is None, the identity, so `coords` should give {own.size} there, not {dim.size}")
         elif isinstance(side, tuple):
             for factor in (f for f in side if isinstance(f, Tensor)):
                 _check_side(notes, selector, name, factor, (factor.size(-1), factor.size(-1)))
@@ -225,14 +231,14 @@ def _check_side(notes: Notes, selector: Selector, name: str, u: Tensor, shape: t
         said = f"{tuple(u.shape)}, and `coords` asks for (B, {', '.join(map(str, expected))})"
         notes.add("basis", f"the {name} side of the basis has shape {said}")
         return
-    # A matrix that had no gradient yet has no basis either: zeros stand for it.
+    # The basis of a matrix that had no gradient yet is all zeros.
     u = u[u.flatten(1).ne(0).any(-1)] if not is_fake(u) else u
     if is_fake(u) or not selector.traits().orthonormal or not u.numel():
         return
     if picks:
         distinct = u.sort(dim=-1).values.diff(dim=-1).ne(0).all()
         if not distinct or u.min() < 0 or u.max() >= shape[0]:
-            notes.add("basis", f"the {name} side picks columns twice, or columns that are not there (0 to {shape[0] - 1})")
+            notes.add("basis", f"the {name} side picks a column twice, or an index outside 0 to {shape[0] - 1}")
     else:
         error = (u.mT @ u - torch.eye(u.size(-1), dtype=u.dtype, device=u.device)).abs().max().item()
         if not error <= (1e-10 if u.dtype == torch.float64 else 1e-4):
@@ -243,6 +249,13 @@ def _check_side(notes: Notes, selector: Selector, name: str, u: Tensor, shape: t
             )
 
 
+def _check_coords(notes: Notes, handed: Tensor, computed: Tensor) -> None:
+    """Note a refresh whose `coords` are not the coordinates of its source in the new basis."""
+    far = float((handed - computed).norm() / computed.norm().clamp_min(1e-30))
+    if not far <= (1e-9 if handed.dtype == torch.float64 else 1e-3):
+        notes.add("basis", f"`coords` of the refresh are not the source's coordinates in the new basis: the relative error is {far:.1e}")
+
+
 def is_fake(value: Tensor) -> bool:
-    """Whether a tensor has a shape and a device, and no values."""
+    """True if a tensor has a shape and a device but no values."""
     return type(value) is not Tensor and type(value).__name__ == "FakeTensor"

@@ -1,4 +1,4 @@
-"""What is put to the test: a rule or selector found by name, made with options that fit small matrices."""
+"""Find a rule or selector by name, and build it with options that fit small matrices."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from pydantic import ValidationError
 from ..algebra import Rule, Selector
 from ..registry import Component, RegistryError, find, kind_of, kinds, load_plugin, suggest
 
-# Options that a component gets if it has them and was given none: matrices here have four to seven rows and columns.
+# Defaults for components that have these options, because most matrices here have four to seven rows and columns.
 SMALL: Mapping[str, Any] = {"rank": 2, "every": 3}
 FAMILIES = ("rule", "selector")
 
 
 class UnknownComponentError(ValueError):
-    """What was asked for cannot be found or made; the message says how to ask."""
+    """The component cannot be found or built. The message says how to name it."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """One component, made, and what to call it."""
+    """A component, and its name in messages."""
 
     label: str
     component: Rule | Selector
@@ -40,13 +40,13 @@ class Subject:
 
 
 def subjects(asked: str | type[Component] | Rule | Selector) -> list[Subject]:
-    """The components meant by `asked`: a class, an instance, or text as `--component` takes it.
+    """The components that `asked` names. It is a class, an instance, or the text of `--component`.
 
-    Text is the name of a kind (in both families, if both have it), `module:Class`, `file.py:Class`, `module` or `file.py` for every
-    component it defines, or `all` for every kind that is installed. Options follow as JSON: `switch={"at": 3}`.
+    The text is a kind, `module:Class` or `file.py:Class`. `module` or `file.py` alone names every component that it defines, `all` every
+    installed kind, and a kind that is both a rule and a selector names both. Options follow as JSON: `switch={"at": 3}`.
 
     Raises:
-        UnknownComponentError: nothing is found under that name, or it cannot be made with these options.
+        UnknownComponentError: no component has that name, or it cannot be built with these options.
     """
     if isinstance(asked, Rule | Selector):
         return [Subject(kind_of(type(asked)), asked)]
@@ -77,7 +77,7 @@ def _classes(name: str) -> list[type[Component]]:
     if colon and module:
         found = getattr(_module(module), attribute, None)
         if not (isinstance(found, type) and issubclass(found, Component)) or found.is_family:
-            raise UnknownComponentError(f"'{attribute}' of '{module}' is no rule or selector; it has {_named(_module(module))}")
+            raise UnknownComponentError(f"'{attribute}' of '{module}' is not a rule or selector; the module has {_named(_module(module))}")
         return [found]
     if name.endswith(".py"):
         return _defined(_module(name))
@@ -91,7 +91,7 @@ def _classes(name: str) -> list[type[Component]]:
 
 
 def _module(name: str) -> ModuleType:
-    """A module by its name or its file, from the working directory too."""
+    """Import a module by its name or its file; the working directory is searched too."""
     if name.endswith(".py"):
         try:
             load_plugin(name)
@@ -124,23 +124,23 @@ def _defined(module: ModuleType) -> list[type[Component]]:
         if value.__module__ == module.__name__ and not value.is_family
     ]
     if not found:
-        raise UnknownComponentError(f"'{module.__name__}' defines no rule or selector; it has {_named(module)}")
+        raise UnknownComponentError(f"'{module.__name__}' defines no rule or selector; it imports {_named(module)}")
     return found
 
 
 def _named(module: ModuleType) -> str:
     named = [n for n, v in vars(module).items() if inspect.isclass(v) and issubclass(v, Component) and not v.is_family]
-    return ", ".join(named) or "none at all"
+    return ", ".join(named) or "none"
 
 
-# ------------------------------------------------------------------------------------------------------------------ making
+# ---------------------------------------------------------------------------------------------------------------- building
 
 
 def made(cls: type[Component], options: Mapping[str, Any]) -> Rule | Selector:
-    """A component with these options; what it needs besides comes from its fields' `examples`, and `SMALL` where it fits.
+    """Build a component with these options. Missing ones come from the `examples` of its fields, and from `SMALL` if valid.
 
     Raises:
-        UnknownComponentError: the options are wrong, or a field without a default has no example.
+        UnknownComponentError: an option is invalid, or a field without a default has no example.
     """
     given = dict(options)
     try:
@@ -174,6 +174,6 @@ def _valid(cls: type[Component], options: Mapping[str, Any]) -> bool:
 def _cannot_be_made(cls: type[Component], error: ValidationError) -> str:
     what = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'as a whole'}: {e['msg']}" for e in error.errors(include_url=False))
     return (
-        f"{cls.family} '{kind_of(cls)}' cannot be made: {what}. Give options, --component '{kind_of(cls)}={{...}}' in JSON, or give the "
+        f"{cls.family} '{kind_of(cls)}' cannot be built: {what}. Give options in JSON, --component '{kind_of(cls)}={{...}}', or give the "
         "field an example, Field(description=..., examples=[...])"
     )

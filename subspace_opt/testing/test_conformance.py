@@ -1,4 +1,4 @@
-"""Every question to every component and spec that the command line names, one test each."""
+"""One test for each check of the components and specs that the command line names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Questions to a whole spec in a real optimizer, each a function that raises `ConformanceError`; components are asked some of them too."""
+"""Questions about a spec in a real optimizer. Each is a function that raises `ConformanceError`. Some of them also check components."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from ..spec import Spec
 from .models import Shapes, Small, stack
 from .probe import ConformanceError
 
-RANK, EVERY = 3, 3  # what large ranks and periods of a spec become
-UPDATES = 7  # with a refresh every third one, two of them after the first
+RANK, EVERY = 3, 3  # larger ranks and periods of a spec are reduced to these
+UPDATES = 7  # three refreshes, at updates 1, 4 and 7
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A spec and the model that it is tried on."""
+    """A spec, and a function that makes the model to train with it."""
 
     spec: Spec
     model: Callable[[], nn.Module]
@@ -40,7 +40,7 @@ class Trial:
 
 @dataclass
 class Run:
-    """A model, its optimizer, and how many gradients it has had."""
+    """A model, its optimizer, and the number of steps so far."""
 
     model: nn.Module
     optimizer: SubspaceOptimizer
@@ -51,7 +51,13 @@ class Run:
         return dict(self.model.named_parameters())
 
     def step(self, *, missing: Sequence[str] = (), spoiled: Sequence[str] = (), noise: float = 0.0) -> None:
-        """One update from prescribed gradients; some may be missing, hold a NaN, or all be off by a little relative noise."""
+        """Make one update from gradients that depend on names and counts alone.
+
+        Args:
+            missing: Parameters without a gradient.
+            spoiled: Parameters with a NaN in their gradient.
+            noise: Relative noise of all gradients.
+        """
         self.count += 1
         for name, p in self.parameters.items():
             p.grad = None if name in missing else _gradient(name, self.count, p)
@@ -80,23 +86,23 @@ def spec_of(pipeline: Pipeline) -> Spec:
 
 
 def of_pipeline(pipeline: Pipeline) -> Trial:
-    """A pipeline on parameters of all shapes."""
+    """A trial of a pipeline on parameters of several shapes."""
     return Trial(spec_of(pipeline), Shapes)
 
 
 def of_spec(spec: Spec) -> Trial:
-    """A spec on a small model."""
+    """A trial of a spec on a small model."""
     return Trial(spec, Small)
 
 
 def shrunk(spec: Spec) -> Spec:
-    """The spec with ranks and periods so small that a small model has something outside its subspaces, and sees them change."""
+    """The spec with ranks and periods so small that a small model has a residual and sees several refreshes."""
     data = spec.model_dump(mode="json")
     for pipeline in data["pipelines"].values():
         _shrink(pipeline["selector"])
     try:
         return Spec.model_validate(data)
-    except ValidationError:  # a kind that has its own idea of small; it is taken as it is
+    except ValidationError:  # a selector may refuse these values; its spec stays unchanged
         return spec
 
 
@@ -111,9 +117,9 @@ def _shrink(selector: dict[str, Any]) -> None:
 
 
 def _unlike(a: dict[str, Tensor], b: dict[str, Tensor]) -> str | None:
-    """The first thing in which two pictures differ."""
+    """The name of the first tensor in which two pictures differ; None if they are equal."""
     for name in sorted(set(a) ^ set(b)):
-        return f"{name} (which only one of them has)"
+        return f"{name} (only one of the two has it)"
     return next((name for name in a if not torch.equal(a[name].nan_to_num(), b[name].nan_to_num())), None)
 
 
@@ -121,7 +127,7 @@ def _unlike(a: dict[str, Tensor], b: dict[str, Tensor]) -> str | None:
 
 
 def check_plan(trial: Trial) -> None:
-    """The plan is made on the meta device, and its bytes are those that are kept, parameter by parameter and in all storages together."""
+    """The bytes of a plan made on the meta device are those of the allocated state, for each parameter and for all storages together."""
     run = trial.start()
     run.step()
     storages: dict[int, int] = {}
@@ -136,11 +142,11 @@ def check_plan(trial: Trial) -> None:
             raise ConformanceError(f"'{name}' {row.entry.shape}: {row.state_bytes} bytes planned, {allocated} allocated: {shown}")
     total = sum(row.state_bytes for row in planned.rows)
     if sum(storages.values()) != total:
-        raise ConformanceError(f"{total} bytes planned, {sum(storages.values())} held by the storages of the state")
+        raise ConformanceError(f"{total} bytes planned, {sum(storages.values())} allocated by the storages of the state")
 
 
 def check_resume(trial: Trial) -> None:
-    """Cut after any update: saved, loaded into a new optimizer and continued, it ends in the same bits."""
+    """A run that is saved after any update and continued by a new optimizer ends in the same bits."""
     whole = trial.start()
     saved = []
     for _ in range(UPDATES):
@@ -153,7 +159,7 @@ def check_resume(trial: Trial) -> None:
         what = _unlike(whole.picture(), resumed.picture())
         if what:
             raise ConformanceError(
-                f"resumed after update {cut}, training ends with another {what}; whatever outlives an update belongs into a slot"
+                f"a run resumed after update {cut} ends with a different {what}; keep everything that outlives an update in a slot"
             )
 
 
@@ -173,7 +179,7 @@ def _restored(trial: Trial, data: bytes, count: int) -> Run:
 
 
 def check_stacking(trial: Trial) -> None:
-    """Matrices of one shape computed together move as they do one by one."""
+    """Matrices of one shape get the same updates together as one by one."""
     single, together, shaken = trial.start(stacking="never"), trial.start(stacking="always"), trial.start(stacking="never")
     for _ in range(UPDATES):
         single.step()
@@ -182,12 +188,12 @@ def check_stacking(trial: Trial) -> None:
     start = dict(trial.model().named_parameters())
     for name, p in single.parameters.items():
         gap = (p - together.parameters[name]).detach().abs().max()
-        # What round-off alone does, where it decides: the eigenvectors of a covariance without full rank are arbitrary.
+        # Round-off alone may cause a large gap: it decides the eigenvectors of a covariance without full rank. `shaken` measures it.
         allowed = torch.finfo(p.dtype).eps ** 0.5 * (p - start[name]).abs().max() + 10 * (p - shaken.parameters[name]).abs().max()
         if not gap <= allowed + 1e-12:
             raise ConformanceError(
-                f"'{name}' moves in another way, by {float(gap):.1e}, when matrices of its shape are computed together: reduce over the "
-                "last two dimensions only"
+                f"'{name}' differs by {float(gap):.1e} when matrices of its shape are computed together; reduce over the last two "
+                "dimensions only"
             )
 
 
@@ -201,7 +207,7 @@ def _generators_untouched() -> Iterator[None]:
 
 
 def check_gradients_kept(trial: Trial) -> None:
-    """`p.grad` is only read, and the global random number generator is not touched."""
+    """A step only reads `p.grad`, and does not use the global random number generator."""
     run = trial.start()
     with _generators_untouched():
         for _ in range(4):
@@ -212,7 +218,7 @@ def check_gradients_kept(trial: Trial) -> None:
 
 
 def check_missing(trial: Trial) -> None:
-    """A parameter without a gradient stays as it is, with its state, and goes on later."""
+    """A parameter without a gradient keeps its value and its state, and its next update is finite."""
     run = trial.start()
     names = list(run.parameters)[::2]
     for missing in (names, (), names, ()):
@@ -230,7 +236,7 @@ def check_missing(trial: Trial) -> None:
 
 
 def check_loss(trial: Trial) -> None:
-    """At the spec's own learning rate the loss of a small model falls."""
+    """The loss of a small model falls at the spec's own learning rate."""
     run = trial.start(nonfinite="propagate")
     assert isinstance(run.model, Small)
     losses = []
@@ -245,7 +251,7 @@ def check_loss(trial: Trial) -> None:
 
 
 def check_nonfinite(trial: Trial) -> None:
-    """A NaN in a gradient raises before anything changes, or, if asked, leaves that one parameter alone."""
+    """A NaN in a gradient raises before anything changes; with `nonfinite: skip` only that parameter gets no update."""
     run = trial.start()
     run.step()
     spoiled = [next(iter(run.parameters))]
@@ -256,7 +262,7 @@ def check_nonfinite(trial: Trial) -> None:
         if what := _unlike(before, run.picture()):
             raise ConformanceError(f"a NaN in a gradient raises after '{what}' was changed") from None
     else:
-        raise ConformanceError("a NaN in a gradient is not noticed")
+        raise ConformanceError("a NaN in a gradient raises no error")
     run = trial.start(nonfinite="skip")
     run.step()
     before = run.picture()
@@ -270,7 +276,7 @@ def check_nonfinite(trial: Trial) -> None:
 
 
 def check_plan_as_it_is(trial: Trial) -> None:
-    """The plan is made on the meta device, and its bytes are those that are allocated, with the spec's own ranks and with small ones."""
+    """The planned bytes are the allocated bytes, with the spec's own ranks and with small ones."""
     check_plan(trial)
     check_plan(_small(trial))
 
@@ -280,7 +286,7 @@ def _small(trial: Trial) -> Trial:
 
 
 def _when_small(question: Callable[[Trial], None]) -> Callable[[Trial], None]:
-    """The question to the spec with small ranks and periods."""
+    """The same question about the spec with small ranks and periods."""
 
     @functools.wraps(question)
     def ask(trial: Trial) -> None:

@@ -1,4 +1,4 @@
-"""The rule keeps the contract of every rule, is torch's Adafactor, and costs what it says; a spec finds it by its name alone."""
+"""The rule passes the conformance kit, equals torch's Adafactor, and has the state that it declares; a spec finds it by its name."""
 
 from pathlib import Path
 

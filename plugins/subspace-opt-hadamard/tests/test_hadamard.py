@@ -1,4 +1,4 @@
-"""The dictionary is orthonormal, the choice is the best one, and a spec finds the selector by its name alone."""
+"""The dictionary is orthonormal, the chosen columns capture the most, and a spec finds the selector by its name."""
 
 from itertools import combinations
 from pathlib import Path

@@ -52,7 +52,7 @@ class RankBytes:
 
     @property
     def holds(self) -> bool:
-        """Whether all bytes are as planned; later steps must send between `expected` and `expected_first`."""
+        """True if all bytes are as planned; later steps must send between `expected` and `expected_first`."""
         later = sorted((self.expected, self.expected_first))
         between = later[0] <= self.sent_least <= self.sent_most <= later[1]
         return self.held == self.planned and self.sent_first == self.expected_first and between
@@ -79,17 +79,17 @@ class Certificate:
 
     @property
     def weights_hold(self) -> bool:
-        """Whether every parameter is within the tolerance."""
+        """True if every parameter is within the tolerance."""
         return all(each.part <= self.tolerance for each in self.differences)
 
     @property
     def bytes_hold(self) -> bool:
-        """Whether the bytes of every rank are as planned."""
+        """True if the bytes of every rank are as planned."""
         return all(rank.holds for rank in self.ranks)
 
     @property
     def holds(self) -> bool:
-        """Whether weights and bytes hold."""
+        """True if weights and bytes hold."""
         return self.weights_hold and self.bytes_hold
 
     def to_dict(self) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def examine(trial: Trial, device: torch.device) -> Certificate:
         spec_name=optimizer.spec.name,
         device=device.type,
         parameters=sum(p.numel() for p in begun),
-        full=tuple(row.entry.name for row in placed.plan if any(_has_full_rank(split) for _, split in row.splits)),
+        full=tuple(row.entry.name for row in placed.plan if any(_has_full_rank(frame) for _, frame in row.splits)),
         one_process_bytes=one_process_bytes,
         tolerance=TOLERANCES[trial.dtype],
         differences=tuple(differences),
@@ -59,8 +59,8 @@ def examine(trial: Trial, device: torch.device) -> Certificate:
     )
 
 
-def _has_full_rank(split: Any) -> bool:
-    return bool(split.rank is not None and split.pipeline.complement and split.rank == min(split.rows.size, split.cols.size))
+def _has_full_rank(frame: Any) -> bool:
+    return bool(frame.rank is not None and frame.pipeline.complement and frame.rank == min(frame.rows.size, frame.cols.size))
 
 
 def _gather_bytes(

@@ -1,11 +1,13 @@
 """The presets: YAML files in this folder, and in installed packages with an entry point of group `subspace_opt.presets`.
 
+In: the name of a preset. Out: its file, or a `PresetError`.
 An entry point names a package that holds YAML files. Each file is a preset, named like the file. Packages are searched only for a name that
 is not built in, and when all presets are listed. A package that cannot be imported is left out with a warning.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.resources
 import os
 import warnings
@@ -34,12 +36,20 @@ class Preset:
 
     def read(self) -> Document:
         """Read the file as a document."""
+        if not self.package:
+            return _read_built_in(self.name)
         with importlib.resources.as_file(self.file) as path:
             return read_document(path)
 
 
 _failures: dict[str, str] = {}
 _searched: dict[str, tuple[Preset, ...]] = {}  # by entry point
+
+
+@functools.cache
+def _read_built_in(name: str) -> Document:
+    """A built-in preset, parsed once. Readers copy its data before they change it."""
+    return read_document(BUILT_IN / f"{name}.yaml")
 
 
 def built_in() -> dict[str, Preset]:

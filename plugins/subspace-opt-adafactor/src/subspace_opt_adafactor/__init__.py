@@ -14,7 +14,8 @@ from subspace_opt import Dim, Rule, RuleTraits, Slot, State, Step, Transport, re
 class Adafactor(Rule):
     """`R <- b R + (1 - b) mean_j G_ij^2; C <- b C + (1 - b) mean_i G_ij^2; X_ij / sqrt(R_i C_j / mean R)` (arXiv:1804.04235).
 
-    b is 1 - t^-decay. The quotient is exact if G.G has rank one, as for a vector. The root mean square of the result is at most `clip`.
+    b is 1 - t^-decay. The approximation is exact if G.G has rank one, for example for
+    a vector. The root mean square of the result is at most `clip`.
     """
 
     kind: Literal["adafactor"] = "adafactor"
@@ -36,7 +37,7 @@ class Adafactor(Rule):
         squares = grad.square() + self.eps  # (B, m, n)
         row = state["row"] + weight * (squares.mean(-1) - state["row"])  # (B, m)
         col = state["col"] + weight * (squares.mean(-2) - state["col"])  # (B, n)
-        # The product of both would underflow in single precision; each root by itself does not.
+        # Take the roots before the product: the product itself would underflow in single precision.
         out = x * (row / row.mean(-1, keepdim=True)).rsqrt().unsqueeze(-1) * col.rsqrt().unsqueeze(-2)
         if self.clip is not None:
             rms = out.square().mean((-2, -1), keepdim=True).sqrt()

@@ -9,7 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .linalg import SAFE, addmm, divisor, eigh, mm, norm, svd, symmetric, unit
+from .bases import eigh, svd
+from .products import addmm, mm, symmetric
+from .sizes import SAFE, divisor, norm, unit
 
 Polynomial = tuple[float, float, float]
 
@@ -71,8 +73,11 @@ SCHEDULES: dict[str, tuple[tuple[Polynomial, ...], Literal["cycle", "repeat"]]] 
 
 @functools.cache
 def schedule(coefficients: str | tuple[Polynomial, ...], steps: int, safety: float = 1.0) -> tuple[Polynomial, ...]:
-    """The polynomials of `steps` iterations. `safety` s > 1 evaluates every one but the last listed at x / s, which moves the
-    point of divergence from 1 to s (a / s, b / s^3, c / s^5)."""
+    """The polynomials of `steps` iterations.
+
+    `safety` s > 1 evaluates every polynomial but the last listed one at x / s (a / s, b / s^3, c / s^5): the iteration then diverges above
+    s instead of 1.
+    """
     if isinstance(coefficients, str):
         listed, after = SCHEDULES[coefficients]
     else:
@@ -91,24 +96,24 @@ def newton_schulz(
 ) -> Tensor:
     """`X <- a X + b (XX') X + c (XX')^2 X`, repeated: an approximation of the polar factor `U V'` of `X = U S V'`.
 
-    Every product is taken on the short side. Where the long side is much longer, a few polynomials in a row are evaluated on the Gram
-    matrix alone and applied to X together (`_group`).
+    Every product is taken on the short side. If the long side is much longer, a few polynomials in a row are evaluated on the Gram matrix
+    alone and applied to X together (`_group`).
 
     Args:
         x: `(B, m, n)`.
-        eps: Added to the Frobenius norm by which X is divided; with `floor`, the least norm to divide by.
-        dtype: In which to iterate (default: that of `x`). The result has it too, and may be laid out by columns.
+        eps: Added to the Frobenius norm that divides X; with `floor`, the least divisor.
+        dtype: Dtype of the iteration and of the result (default: that of `x`). The result may be column-major.
     """
     dtype = dtype or x.dtype
-    if eps < SAFE:  # a norm whose squares vanish would be divided by
+    if eps < SAFE:  # the squares of a norm may underflow to 0
         x = unit(x)
     size = divisor(norm(x)) if eps < SAFE else norm(x)
     size = size.clamp_min(eps) if floor else size + eps
-    # Not as a factor in the first polynomial, which would save a pass: oneDNN compiles a product anew for every number it is scaled by.
-    if dtype == torch.bfloat16 and x.dtype == torch.float32:  # of the same range, so it can be divided where it is half as large
+    # The division is a pass of its own: as a factor of the first polynomial it would make oneDNN compile a product for every new number.
+    if dtype == torch.bfloat16 and x.dtype == torch.float32:  # bfloat16 has the same range, so the division can run on half the bytes
         inverse = 1.0 / size
         alone = x.size(0) == 1 and x.device.type == "cpu"
-        y = x.to(dtype).mul_(inverse.item() if alone else inverse)  # by a tensor of another dtype it would be copied there and back
+        y = x.to(dtype).mul_(inverse.item() if alone else inverse)  # a factor of another dtype would copy y there and back
     else:
         y = (x / size).to(dtype)
     y = y[0] if x.size(0) == 1 else y
@@ -122,16 +127,16 @@ def newton_schulz(
     return y.unsqueeze(0) if x.size(0) == 1 else y
 
 
-#: By how much a value may be off after one polynomial on the Gram matrix alone, as a part of it: measured, with a margin.
+#: The relative error of a value after one polynomial on the Gram matrix alone: measured, with a margin.
 OFF = {torch.bfloat16: 0.03, torch.float16: 0.03, torch.float32: 1e-3, torch.float64: 0.0}
 
 
 def _together(short: int, long: int, polynomials: tuple[Polynomial, ...], dtype: torch.dtype) -> int:
-    """How many polynomials to apply as one.
+    """The number of polynomials to apply as one.
 
-    On the Gram matrix small singular values are lost in the round-off of large ones, and every polynomial multiplies that by up to 12:
-    after two in bfloat16, or three in float32, the Gram matrix is taken afresh, and the result is as accurate as without. Polynomials that
-    throw a value just above their range far out (Polar Express, CANS) leave no room for that in bfloat16, and go one by one.
+    On the Gram matrix, round-off of large singular values hides small ones, and every polynomial multiplies it by up to 12. Computing the
+    Gram matrix again after two polynomials in bfloat16, or three in float32, keeps the accuracy of the plain iteration. Polar Express and
+    CANS send a value just above their range far out, which leaves no room for this error in bfloat16: their polynomials go one by one.
     """
     if long < ELONGATED * short:
         return 1
@@ -141,7 +146,7 @@ def _together(short: int, long: int, polynomials: tuple[Polynomial, ...], dtype:
 
 @functools.cache
 def _bounded(polynomials: tuple[Polynomial, ...], together: int, off: float) -> bool:
-    """Whether an iteration that starts in [0, 1] ends below 1.6 although values are off by a part between two polynomials of a group."""
+    """True if an iteration from [0, 1] ends below 1.6, even with a relative error of `off` between two polynomials of a group."""
     x = torch.linspace(0.0, 1.0, 2001, dtype=torch.float64)
     for i, (a, b, c) in enumerate(polynomials):
         if i % together:
@@ -151,7 +156,7 @@ def _bounded(polynomials: tuple[Polynomial, ...], together: int, off: float) -> 
 
 
 def flops(short: int, long: int, polynomials: Sequence[Polynomial], dtype: torch.dtype) -> float:
-    """Floating-point operations of `newton_schulz` on one matrix, a symmetric product counted by the half that has to be made."""
+    """Floating-point operations of `newton_schulz` on one matrix; a symmetric product counts half."""
     k, wide = float(short), float(long)
     total, together = 0.0, _together(short, long, tuple(polynomials), dtype)
     for start in range(0, len(polynomials), together):
@@ -164,7 +169,7 @@ def flops(short: int, long: int, polynomials: Sequence[Polynomial], dtype: torch
 def _group(y: Tensor, polynomials: Sequence[Polynomial]) -> Tensor:
     """`p_k(...p_1(Y))`, with `p(Y) = P Y`, `P = a I + b A + c A^2` and `A = YY'`, and `A <- P A P` from one to the next.
 
-    All are polynomials of A, so they commute and their products are symmetric.
+    All factors are polynomials of A, so they commute and their products are symmetric.
     """
     gram = symmetric(y, y.mT)
     product: Tensor | None = None  # of the polynomials so far
@@ -196,7 +201,7 @@ def polar(x: Tensor) -> Tensor:
 def _polar_by_gram(x: Tensor, tau: float) -> Tensor:
     """`X V S^-1 V'` of a tall float32 matrix, from `X'X = V S^2 V'` in float64: half the time of an SVD in float32, and more accurate.
 
-    Squares of singular values from 1 down to the round-off of float32 have digits to spare in float64.
+    In float64 the squares of all singular values above the round-off of float32 are exact enough.
     """
     y = unit(x).double()
     energy, v = eigh(mm(y.mT, y))  # descending

@@ -1,4 +1,4 @@
-"""Replay a golden trajectory: initial parameters, gradients, and what the authors' own code made of them, in float64.
+"""Replay a golden trajectory: initial parameters, gradients, and the parameters after each step of the authors' code, in float64.
 
 Error of a step: the largest over parameters of |p - reference| / |reference - start|, relative to how far the reference has moved.
 """
@@ -16,15 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..algebra import Order, State, Step, linalg
-from ..engine import moment as draws
-from ..engine.work import Piece
-from ..selectors.fft import Fft
+from ...algebra import Order, State, Step
+from ...engine import moment as draws
+from ...engine.work import Piece
+from ...linalg import bases
+from ...selectors.fft import Fft
 
 
 @dataclass
 class Golden:
-    """One file, in memory."""
+    """The contents of one golden file."""
 
     path: Path
     meta: dict[str, Any] = field(init=False)
@@ -96,10 +97,10 @@ def replay(
 def signs_of(golden: Golden, moment: dict[str, int]) -> Iterator[None]:
     """Give basis vectors the signs that they have in the file.
 
-    A singular vector's sign is arbitrary: the library fixes it by a rule of its own, the authors take what LAPACK returns. Where moments
-    stay in old coordinates at a refresh the trajectory depends on it, so parity is compared under the same choice.
+    A singular vector's sign is arbitrary. This library has a rule for it; the authors take the sign that LAPACK returns. The trajectory
+    depends on the sign if moments stay in old coordinates at a refresh, so the comparison uses the authors' signs.
     """
-    own = linalg.fix_signs
+    own = bases.fix_signs
 
     def like_the_file(u: torch.Tensor) -> torch.Tensor:
         vectors = []
@@ -115,16 +116,16 @@ def signs_of(golden: Golden, moment: dict[str, int]) -> Iterator[None]:
         sure = best.abs() > 1 - 1e-6
         return torch.where(sure, u * best.sign(), own(u))
 
-    linalg.fix_signs = like_the_file
+    bases.fix_signs = like_the_file
     try:
         yield
     finally:
-        linalg.fix_signs = own
+        bases.fix_signs = own
 
 
 @contextlib.contextmanager
 def draws_of(golden: Golden, moment: dict[str, int]) -> Iterator[None]:
-    """Give refreshes the random draws of the file: Gaussian or orthonormal bases, picked coordinates, Dion's first factor."""
+    """Replace the draws of refreshes by those of the file: Gaussian or orthonormal bases, picked coordinates, Dion's first factor."""
     if not golden.meta["needs_injection"]:
         yield
         return
@@ -155,7 +156,7 @@ def draws_of(golden: Golden, moment: dict[str, int]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def order_of(golden: Golden, moment: dict[str, int]) -> Iterator[None]:
-    """Give selected atoms the order that they have in the file, where moments are kept by position and the reference leaves it open."""
+    """Give selected atoms their order in the file. It matters if moments are kept by position and the reference does not fix the order."""
     if not golden.meta["order_sensitive"]:
         yield
         return
@@ -167,7 +168,7 @@ def order_of(golden: Golden, moment: dict[str, int]) -> Iterator[None]:
         for key, value in golden.arrays.items():
             if key.startswith(f"basis/{moment['t']}/") and key.endswith("/indices") and set(value.tolist()) == chosen:
                 return {"index": torch.from_numpy(value)[None]}, order
-        raise AssertionError(f"step {moment['t']}: the file selects no such atoms as {sorted(chosen)}")
+        raise AssertionError(f"step {moment['t']}: the file does not select the atoms {sorted(chosen)}")
 
     Fft.refresh = in_the_files_order  # type: ignore[method-assign]
     try:

@@ -1,6 +1,6 @@
-"""Which golden file belongs to which preset, and how the reference's options are said in a spec.
+"""The preset of each golden file, and the spec options for the options of its reference.
 
-A row of `CASES` is all that a new parity test needs: a function from the file's options to an optimizer, and what is left out and why.
+A new parity test needs one row of `CASES`: a function from the file's options to an optimizer, and the parameters left out with the reason.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from typing import Any
 
 import torch
 
-from ..optimizer import SubspaceOptimizer
-from ..spec import load_spec
+from ...optimizer import SubspaceOptimizer
+from ...spec import load_spec
 from .golden import Golden
 
 Make = Callable[[Golden, dict[str, torch.nn.Parameter]], SubspaceOptimizer]
 
 
 def options(golden: Golden, group: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The reference's options in force for a group, in its own words."""
+    """The reference's options for a group, by the reference's names."""
     return {**golden.meta["reference_defaults"], **golden.meta["optimizer_kwargs"], **(group or {})}
 
 
 def built(golden: Golden, params: dict[str, torch.nn.Parameter], spec: Any, groups: list[dict[str, Any]]) -> SubspaceOptimizer:
-    """An optimizer of groups given by parameter names."""
+    """An optimizer whose groups are given by parameter names."""
     named = [{**g, "params": [(n, params[n]) for n in g["params"]]} for g in groups if g["params"]]
     return SubspaceOptimizer(named, spec)
 
@@ -67,7 +67,7 @@ def cosmos(golden: Golden, params: dict[str, torch.nn.Parameter]) -> SubspaceOpt
     )
 
 
-# Presets take a randomized basis and spread refreshes over steps; the references take a thin SVD, all at once.
+# Presets use a randomized basis and spread refreshes over steps. The references use a thin SVD and refresh everything at one step.
 EXACT: dict[str, Any] = {"matrix.selector.method": "exact", "matrix.selector.offset": 0}
 
 
@@ -112,7 +112,7 @@ def muon_keller(golden: Golden, params: dict[str, torch.nn.Parameter]) -> Subspa
             rates = {"lr": o["lr"], "weight_decay": o["weight_decay"]}
             groups.append({"params": [n for n in o["params"] if n not in flat], "use": "matrix", "overrides": overrides, **rates})
             if flat:
-                # The authors take the shape factor of the unflattened gradient, kh / kw = 1, where they mean out / in: a defect.
+                # A defect of the authors' code: it takes the shape factor from the unflattened gradient, kh / kw = 1, not out / in.
                 overrides = {**overrides, "matrix.finish": {"kind": "scale", "by": "none"}}
                 groups.append({"params": flat, "use": "matrix", "overrides": overrides, **rates})
         else:
@@ -151,7 +151,7 @@ def muon_torch(golden: Golden, params: dict[str, torch.nn.Parameter]) -> Subspac
     return built(golden, params, "muon", [{"params": list(params), "use": "matrix", "overrides": overrides, **rates}])
 
 
-# The published polynomials with a safety of 1.01, to the four places that the reference has.
+# The published polynomials with a safety factor of 1.01, rounded to the four decimals of the reference.
 NEMO_POLAR_EXPRESS = [
     [8.2051, -22.9019, 16.4607],
     [4.0664, -2.8612, 0.5184],
@@ -222,7 +222,7 @@ def adamw(golden: Golden, params: dict[str, torch.nn.Parameter]) -> SubspaceOpti
 Groups = list[dict[str, Any]]
 Params = dict[str, torch.nn.Parameter]
 
-# Sides of the references in terms of ours.
+# The references' names of sides -> the names of this library.
 SIDES: dict[str, dict[str, Any]] = {
     "std": {"matrix.orient": "short"},
     "reverse_std": {"matrix.orient": "long", "matrix.square": "left"},
@@ -235,7 +235,7 @@ SIDES: dict[str, dict[str, Any]] = {
 
 
 def adam_at(place: str, o: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
-    """The options of an Adam at a place, and of the bias correction in `finish`."""
+    """The overrides of Adam at a place, and of the bias correction in `finish`."""
     b1, b2 = o.get("betas") or o["beta"]
     out = {f"{place}.beta1": b1, f"{place}.beta2": b2, f"{place}.eps": o["eps"]}
     return out if finish is None else {**out, f"{finish}.beta1": b1, f"{finish}.beta2": b2}
@@ -246,12 +246,12 @@ def rates(o: dict[str, Any]) -> dict[str, Any]:
 
 
 def other(o: dict[str, Any], place: str = "other.complement", finish: str | None = "other.finish") -> dict[str, Any]:
-    """A group for what is no matrix."""
+    """A group for parameters that are not matrices."""
     return {**rates(o), "use": "other", "overrides": adam_at(place, o, finish)}
 
 
 def low_rank(preset: str, extra: Callable[[dict[str, Any]], dict[str, Any]]) -> Make:
-    """Groups with a `rank` take the matrix pipeline with Adam inside and the overrides of `extra`, the rest Hugging Face's AdamW."""
+    """Groups with a `rank` get the matrix pipeline with Adam inside and the overrides of `extra`; the others get Hugging Face's AdamW."""
 
     def make(golden: Golden, params: Params) -> SubspaceOptimizer:
         groups: Groups = []
@@ -409,7 +409,7 @@ def trion(golden: Golden, params: Params) -> SubspaceOptimizer:
                 "matrix.feedback": o["momentum"],
                 "matrix.selector.rank": o["rank"],
                 "matrix.selector.transform": "fft" if fft else "table",
-                # Their table mode takes the DCT-III for tall and square weights, the DCT-II for wide ones.
+                # The authors' table mode uses the DCT-III for tall and square weights and the DCT-II for wide ones.
                 "matrix.selector.dictionary": "dct2" if fft or rows < cols else "dct3",
                 "matrix.finish.by": {"kj": "keller", "dion": "spectral"}[o["scaling_type"]],
             }
@@ -452,7 +452,7 @@ def subset_norm(golden: Golden, params: Params) -> SubspaceOptimizer:
             size = o["subset_size"]
             finish.append({"kind": "subset_norm", "subsets": "lines" if size == "heuristics" else size, "beta2": b2, "eps": o["eps"]})
         elif b2 and "rank" in o:
-            # A full second moment is a subset norm of subsets of one entry.
+            # A full second moment is a subset norm whose subsets have one entry each.
             finish.append({"kind": "subset_norm", "subsets": 1, "beta2": b2, "eps": o["eps"]})
         if o["correct_bias"]:
             finish.append({"kind": "debias", "beta1": b1, "beta2": b2})
@@ -569,7 +569,7 @@ def sumo(golden: Golden, params: Params) -> SubspaceOptimizer:
 
 @dataclass(frozen=True)
 class Case:
-    """One golden file: how to build its optimizer, and parameters that pin a defect of the reference, with the defect."""
+    """One golden file: its preset, a function that builds its optimizer, and the parameters left out, with the defect of the reference."""
 
     preset: str
     make: Make
@@ -581,10 +581,10 @@ def _all(names: str, why: str) -> dict[str, str]:
 
 
 DISCARDED = "without Nesterov the momentum is updated and never read"
-GAIN = "the first moment takes 0.1 of the gradient and is corrected for 0.9, whatever beta1"
-STALE = "at a refresh the momentum before it is used once more in the new basis, and what is kept is 0"
-ONE_SHOT = "at a refresh the carried first moment is used for that update and not kept"
-UNSORTED = "columns are sorted after the QR, the second moment that belongs to them is not"
+GAIN = "the first moment takes 0.1 of the gradient and is corrected for beta1 = 0.9, even if beta1 is another number"
+STALE = "a refresh uses the old momentum once more in the new basis, and stores 0"
+ONE_SHOT = "a refresh uses the carried first moment for one update and does not store it"
+UNSORTED = "the columns are sorted after the QR, but their second moment is not"
 
 CASES: dict[str, Case] = {
     "cosmos_nesterov_wd": Case("cosmos", cosmos, {"bias": GAIN}),

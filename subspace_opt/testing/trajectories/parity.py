@@ -1,4 +1,4 @@
-"""Parity with the authors' code, measured: one line for each golden trajectory."""
+"""Measure the distance from the authors' code for each golden trajectory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .golden import Golden, replay
 
 @dataclass(frozen=True)
 class Parity:
-    """How far a preset is from the trajectory of one file."""
+    """The distance of a preset from the trajectory of one file."""
 
     preset: str
     file: str
@@ -49,7 +49,7 @@ def measure(name: str, folder: Path) -> Parity:
 
 
 def measure_all(folder: Path) -> list[Parity]:
-    """Every known file that is in `folder`, by preset.
+    """The parity of every known file in `folder`, by preset.
 
     Raises:
         FileNotFoundError: the folder holds none.
