@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import math
 import os
 import sys
@@ -106,6 +107,13 @@ def check_rates(group: Mapping[str, Any]) -> None:
         number = isinstance(value, int | float | Tensor) and not isinstance(value, bool)
         if not number or not math.isfinite(float(value)) or float(value) < 0:
             raise ValueError(f"Invalid {name}: {value}; it must be a finite number, 0 or more")
+
+
+def check_globs(roles: Mapping[str, str], names: Sequence[str]) -> None:
+    """Raise a ValueError if a glob of `roles` matches no parameter: it would change nothing and nobody would notice."""
+    for glob in roles:
+        if not any(fnmatch.fnmatchcase(name, glob) for name in names):
+            raise ValueError(f"roles: '{glob}' matches no parameter; {suggest(glob, names)}")
 
 
 def caller_level() -> int:

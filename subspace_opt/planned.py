@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import functools
 import warnings
 from collections import Counter
@@ -17,7 +16,6 @@ from .engine import lowbit
 from .engine.work import Options
 from .plan import Entry, Plan, Role, Row, counts, make_plan
 from .plan.names import canonical_name
-from .registry import suggest
 from .spec import Spec, load_spec
 from .spec.summary import html_table
 
@@ -96,10 +94,7 @@ class PlannedOptimizer(torch.optim.Optimizer):
             ValueError: A glob matches no parameter.
         """
         rows = self.plan.rows
-        names = [canonical_name(row.entry.name) for row in rows]
-        for glob in roles:
-            if not fnmatch.filter(names, glob):
-                raise ValueError(f"roles: '{glob}' matches no parameter; {suggest(glob, names)}")
+        arguments.check_globs(roles, [canonical_name(row.entry.name) for row in rows])
         specs = [_spec_of(g["spec"]) for g in self.param_groups for _ in g["params"]]
         guessed = [
             row

@@ -27,7 +27,7 @@ ARROWS: dict[str, set[str]] = {
     "distributed": {"algebra", "engine", "plan"},
     "checkpoint": {"engine", "plan", "spec"},
     "arguments": {"algebra", "plan", "registry", "spec"},
-    "planned": {"arguments", "checkpoint", "engine", "plan", "registry", "spec"},
+    "planned": {"arguments", "checkpoint", "engine", "plan", "spec"},
     "optimizer": {"algebra", "arguments", "checkpoint", "distributed", "engine", "plan", "planned", "spec"},
     "in_backward": {"arguments", "engine", "optimizer", "plan"},
     "public": {"algebra", "checkpoint", "engine", "in_backward", "optimizer", "plan", "registry", "spec"},

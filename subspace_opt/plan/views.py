@@ -120,10 +120,7 @@ def make_view(
     if math.prod(shape) == 0:
         return View(count, rows, cols, transposed, ())
     if split is not None:
-        if sum(split.values()) != rows:
-            parts = " + ".join(f"{name} {size}" for name, size in split.items())
-            raise ViewError(f"has {rows} rows, and `split` ({parts} = {sum(split.values())}) does not fill them")
-        return View(count, rows, cols, transposed, _cut(split, count, cols, groups), groups=groups)
+        return View(count, rows, cols, transposed, _cut(split, count, rows, cols, groups), groups=groups)
     if heads is not None:
         if transposed and count > 1:
             raise ViewError("is a stack of transposed matrices, whose rows `heads` cannot cut")
@@ -144,7 +141,10 @@ def _matrices(shape: tuple[int, ...], layout: str, conv: bool) -> tuple[int, int
     return math.prod(shape[:-2]), shape[-2], shape[-1]
 
 
-def _cut(split: dict[str, int], count: int, cols: int, groups: int) -> tuple[Block, ...]:
+def _cut(split: dict[str, int], count: int, rows: int, cols: int, groups: int) -> tuple[Block, ...]:
+    if sum(split.values()) != rows:
+        parts = " + ".join(f"{name} {size}" for name, size in split.items())
+        raise ViewError(f"has {rows} rows, and `split` ({parts} = {sum(split.values())}) does not fill them")
     blocks, start = [], 0
     for name, size in split.items():
         blocks.append(Block(name, count, size, cols, start, 1))
