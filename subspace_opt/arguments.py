@@ -125,9 +125,9 @@ def caller_level() -> int:
 
 
 def check_group(group: Any, version: int) -> None:
-    """Raise if a parameter group is no dict, has an unknown key, or belongs to another version of the state.
+    """Raise if a parameter group is not a dict, has an unknown key, or belongs to another version of the state.
 
-    An unknown key is an error because it would change nothing and nobody would notice.
+    An unknown key is an error, because ignoring it would hide a typing error.
     """
     if not isinstance(group, dict):
         raise TypeError(f"a parameter group is a dict, such as {{'params': [weight], 'lr': 1e-3}}, and this is a {type(group).__name__}")

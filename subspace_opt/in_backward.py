@@ -76,7 +76,7 @@ class BackwardOptimizer(SubspaceOptimizer):
             except NonFiniteGradient as error:
                 raise NonFiniteGradient(
                     f"the gradient of {name} holds NaN or infinity and was not used, but {len(self._updated)} parameters whose gradients "
-                    "came before it in this backward() have been updated. Go on from a checkpoint, or build with nonfinite='skip', which "
+                    "came before it in this backward() have been updated. Resume from a checkpoint, or build with nonfinite='skip', which "
                     "leaves such parameters out of the step"
                 ) from error
             self._updated.add(id(p))
@@ -94,7 +94,7 @@ class BackwardOptimizer(SubspaceOptimizer):
 
     @torch._disable_dynamo
     def _advance(self) -> None:
-        """End the iteration. Parameters that still have a gradient, which somebody set by hand, are updated now."""
+        """End the iteration. Parameters that still have a gradient, because it was set by hand, are updated now."""
         places = self._iteration()
         for key in self._updated & places.keys():
             if places[key][1].grad is not None:
@@ -166,7 +166,7 @@ def step_in_backward(
     """
     if isinstance(model, nn.Module) and any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()):
         raise ValueError(
-            "the gradients of a model in DistributedDataParallel are averaged after they would have been used here; use the ordinary "
+            "DistributedDataParallel averages gradients after this optimizer would use them; use the ordinary "
             "optimizer (subspace_opt.build)"
         )
     params, known = named_parameters(model)

@@ -50,7 +50,7 @@ class SubspaceOptimizer(PlannedOptimizer):
         modules: Kinds of module by parameter name. `build` finds them in a model. Without them, routes with `module` match nothing.
         model_roles: Roles by parameter name. `build` finds them in a model. Without them, roles come from names and shapes.
         maximize: Maximize the objective.
-        nonfinite: What happens if a gradient holds NaN or infinity. `raise`: an error, before anything changes. `skip`: the parameter is
+        nonfinite: The policy for a gradient with NaN or infinity. `raise`: an error, before anything changes. `skip`: the parameter is
             left out of this step and counted in `skipped`. `propagate`: the gradient is used.
         rounding: How a bf16 or fp16 parameter is rounded: `nearest`, `stochastic`, `kahan`.
         stacking: Whether matrices of one shape are computed together. `auto` decides by device and size.
@@ -160,7 +160,7 @@ class SubspaceOptimizer(PlannedOptimizer):
         self._update(work, sharded)
 
     def _count_empty_steps(self, has_gradient: bool) -> None:
-        """Warn, once, when steps in a row find no gradient. For distributed parameters that means: on no rank."""
+        """Warn once if several steps in a row find no gradient. For distributed parameters that means: on no rank."""
         self._empty_steps = 0 if has_gradient else self._empty_steps + 1
         if self._empty_steps == EMPTY_STEPS and not self._has_warned and any(group["params"] for group in self.param_groups):
             self._has_warned = True
@@ -189,7 +189,7 @@ class SubspaceOptimizer(PlannedOptimizer):
             from .distributed import step as distributed
         for group, p, row in given:
             if id(p) in shardings:
-                if p.requires_grad:  # the ranks find out together whether there is a gradient
+                if p.requires_grad:  # other ranks may have a gradient, so all ranks join
                     sharded.append(shards.sharded_param(*shardings[id(p)], p, self._work(group, p, row), group["maximize"]))
             elif p.grad is not None and p.numel():
                 work.append(self._work(group, p, row))
@@ -238,7 +238,9 @@ class SubspaceOptimizer(PlannedOptimizer):
         )
 
     def refresh_bases(self) -> None:
-        """Make every selector take a new basis at the next step, whatever its schedule, as when a new task begins (arXiv:2504.07097)."""
+        """Make every selector take a new basis at the next step, outside its schedule, for example when a new task begins
+        (arXiv:2504.07097).
+        """
         for group in self.param_groups:
             group["refresh"] = True
 
@@ -288,7 +290,7 @@ class SubspaceOptimizer(PlannedOptimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.defaults.pop("differentiable", None)  # torch's class adds it; it is no option here and would enter later groups
+        self.defaults.pop("differentiable", None)  # torch's class adds it; it is not an option here, and later groups would get it
         self._planned = self._placed = None
         self._memory = Memory()
         if any(lowbit.found(value) for slots in self.state.values() for value in slots.values()):

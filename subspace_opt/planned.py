@@ -1,4 +1,4 @@
-"""An optimizer's parameter groups and the plan made from them: what is checked when a group is added, and how both are shown."""
+"""An optimizer's parameter groups and the plan made from them: the checks of a new group, and the tables that show both."""
 
 from __future__ import annotations
 
@@ -74,7 +74,9 @@ class PlannedOptimizer(torch.optim.Optimizer):
         for said, values in (("are named", [e.name for e in entries]), ("have the key", [e.key for e in entries])):
             twice = [value for value, count in Counter(values).items() if count > 1]
             if twice:
-                raise ValueError(f"two parameters {said} '{twice[0]}'; state and random draws go by name, so give each its own")
+                raise ValueError(
+                    f"two parameters {said} '{twice[0]}'; state and random draws depend on the name, so give each parameter its own"
+                )
         # A parameter without a route and codes without torchao must raise now, not at the first step.
         own = entries[-len(group["params"]) :] if group["params"] else []
         if any(row.codes for row in make_plan(_spec_of(group["spec"]), own)):

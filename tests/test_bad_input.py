@@ -597,7 +597,7 @@ def with_site(site: Path, code: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 def test_installed_plugins_good_broken_and_doubled(tmp_path: Path) -> None:
-    """Of three plugins one is good, one raises, and one has the good one's kind. The good one works, and warnings name the others."""
+    """One of three plugins is good, one raises, and one has the good one's kind. The good one works, and warnings name the others."""
     site = tmp_path / "site"
     install(site, "good_plugin", KIND.format(name="Good", kind="twice"))
     install(site, "raising_plugin", "raise OSError('no licence')")

@@ -392,5 +392,5 @@ def test_a_model_whose_gradients_are_averaged_later_is_refused() -> None:
             nn.Module.__init__(self)
             self.module = Net()
 
-    with pytest.raises(ValueError, match="DistributedDataParallel are averaged after they would have been used here"):
+    with pytest.raises(ValueError, match="DistributedDataParallel averages gradients after this optimizer would use them"):
         step_in_backward(Wrapped(), "cosmos")

@@ -330,7 +330,7 @@ def test_a_selector_that_fails_although_it_says_it_cannot_is_found_out(monkeypat
     opt = optimizer("dct-adamw", params)
     train(opt, params, range(2))
     monkeypatch.setattr(Fft, "refresh", fails)
-    with pytest.raises(RuntimeError, match="a decomposition for 'tall' failed in selector 'fft', which says that its refresh takes none"):
+    with pytest.raises(RuntimeError, match="a decomposition for 'tall' failed in selector 'fft', whose traits declare `decomposes=False`"):
         train(opt, params, range(2, 3))
 
 

@@ -280,7 +280,7 @@ def test_a_shape_that_does_not_fit_its_route_is_an_error(route: dict[str, Any], 
 
 def test_a_group_may_name_only_a_pipeline_of_its_spec() -> None:
     params = parameters({"w": (4, 4)})
-    with pytest.raises(SpecError, match="parameter group of 'w': use 'matrices' is no pipeline of 'muon'; known: matrix, other"):
+    with pytest.raises(SpecError, match="parameter group of 'w': use 'matrices' is not a pipeline of 'muon'; known: matrix, other"):
         SubspaceOptimizer([{"params": list(params.items()), "use": "matrices"}], "muon")
 
 

@@ -93,3 +93,17 @@ def test_a_norm_limiter_comes_back_after_gradients_of_nearly_0(restart: float | 
         opt.step()
     moved = float((params["w"].detach() - start).norm())
     assert moved > 1e-2 if restart is None else moved < 1e-4
+
+
+def test_a_norm_limiter_stops_a_spike() -> None:
+    """A signal 1e8 times the previous one passes with a growth of gamma only."""
+    params = parameters({"w": (8, 6)})
+    spec = {"pipelines": {"all": {"complement": [{"kind": "norm_growth", "gamma": 1.5}]}}, "routes": [{"use": "all"}]}
+    opt = SubspaceOptimizer(params.items(), spec, lr=1.0, weight_decay=0.0)
+    moved = []
+    for size in (1.0, 1e8, 1e8):
+        before = params["w"].detach().clone()
+        params["w"].grad = torch.ones(8, 6) * size
+        opt.step()
+        moved.append(float((params["w"].detach() - before).abs().mean()))
+    assert moved == pytest.approx([1.0, 1.5, 2.25], rel=1e-5)

@@ -217,7 +217,7 @@ def test_state_of_the_version_before_keys_goes_on_to_the_bit() -> None:
     ("keys", "said"),
     [
         ({"mate": "tall"}, "two parameters of the checkpoint have the key 'tall', so their random draws would be equal"),
-        (["tall"], r"the checkpoint's `keys` must map names to keys, and are \['tall'\]"),
+        (["tall"], r"the checkpoint's `keys` must map names to keys, but the file is damaged and has \['tall'\]"),
         ({"mate": 3}, "the checkpoint's `keys` must map names to keys"),
         ({"mate": ""}, "the checkpoint's `keys` must map names to keys"),
     ],

@@ -1,7 +1,7 @@
 """The mathematics, pure, on stacks of matrices `(B, m, n)`.
 
-In: a gradient, the state, the step. Out: an update and the new state. `core` is what a rule or a selector is written against;
-`pipeline` names the places, `frame` runs them. Nothing here knows parameters, devices or files.
+In: a gradient, the state, the step. Out: an update and the new state. `core` is the interface for rules and selectors; `pipeline` names the
+places, `frame` runs them. Nothing here knows parameters, devices or files.
 """
 
 from .averages import averaged, averaged_square

@@ -189,8 +189,8 @@ class Rule(Component, family="rule"):
         return None
 
 
-# `W <- W (1 - lr decay) - lr apply(G)` in place, for many weights of any shape, and their state:
-# (weights, gradients, state by slot, t, lr, decay). `t` is the 1-based number of the update.
+# `W <- W (1 - lr decay) - lr apply(G)` in place, for many weights of any shape and their state. Arguments: (weights, gradients, state by
+# slot, t, lr, decay). `t` is the 1-based number of the update.
 Kernel = Callable[[list[Tensor], list[Tensor], dict[str, list[Tensor]], int, float | Tensor, float], None]
 
 

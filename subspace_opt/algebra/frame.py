@@ -233,7 +233,7 @@ class Frame(Shaped):
 
     @cached_property
     def _guards_residual(self) -> bool:
-        """True if a rule of the complement would blow round-off in the residual up to full size."""
+        """True if a rule of the complement would amplify round-off in the residual to full size."""
         traits = [traits for *_, traits in self._rules["complement"]]
         return any(t.scale_free for t in traits) and not traits[0].takes_whole
 

@@ -12,7 +12,7 @@ from .core import State
 
 
 def silence_round_off(residual: Tensor, coords: Tensor) -> Tensor:
-    """The residual `X - P X`, set to 0 for matrices in which it is only round-off: a scale-free rule would blow it up to full size.
+    """The residual `X - P X`, set to 0 for matrices in which it is only round-off: a scale-free rule would amplify it to full size.
 
     Coordinates in an orthonormal basis have the norm of `P X`, which is that of X if the residual is small.
     """
@@ -25,7 +25,7 @@ def silence_round_off(residual: Tensor, coords: Tensor) -> Tensor:
 def keep_usable(before: State, after: State, source: Tensor) -> State:
     """The selector's new state, or the old one for matrices whose source is 0 or not finite.
 
-    Only on a CPU is the new state searched for NaN; elsewhere the host would have to wait.
+    The new state is searched for NaN on a CPU only, because on other devices the host would wait.
 
     Raises:
         LinAlgError: a finite source gave NaN or infinity. A QR returns these where other decompositions raise.

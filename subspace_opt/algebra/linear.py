@@ -101,7 +101,7 @@ class Linear:
         return Linear(Sum(rows, cols, None, 1.0, (Lift(coords, basis),)))
 
     def unless_shared(self, *others: Tensor) -> Linear:
-        """The same expression, computed over its dense matrix unless that shares its storage with one of `others`."""
+        """The same expression, whose value may be written over its dense matrix unless that shares its storage with one of `others`."""
         s = self.sum
         if s.dense is None or any(same_storage(s.dense, other) for other in others):
             return self
@@ -171,8 +171,8 @@ class Linear:
     def is_finite(self, known: Tensor) -> bool:
         """True if every tensor of the expression is finite. Waits for the device.
 
-        Two searches are left out: of a dense matrix with the storage of `known`, which is finite, and of bases on a CPU, which are searched
-        when they are made.
+        It skips a dense matrix with the storage of `known`, which is finite. On a CPU it skips bases, which are searched when they are
+        made.
         """
         s, numbers = self.sum, [] if self.number is None else [self.number]
         dense = [] if s.dense is None or same_storage(s.dense, known) else [s.dense]

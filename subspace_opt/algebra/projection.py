@@ -43,7 +43,7 @@ def project(x: Tensor, basis: Basis) -> Tensor:
     if basis.right is not None:
         x = _project_right(x, basis.right)
     if isinstance(basis.left, Tensor) and not picks(basis.left):
-        x = linalg.mm(basis.left.mT, x)  # not (X' P)': its column-major layout would slow down all that follows
+        x = linalg.mm(basis.left.mT, x)  # not (X' P)': its column-major layout would slow down later operations
     elif basis.left is not None:
         x = _project_right(x.mT, basis.left).mT
     return _gated(x, basis)

@@ -16,7 +16,9 @@ from .storage import Codes, StateDtype
 
 @dataclass(frozen=True)
 class Shaped:
-    """A pipeline for matrices of `rows` x `cols`, the sides in the working orientation; `turned`: that is the transpose of the weight's."""
+    """A pipeline for matrices of `rows` x `cols`, in the working orientation. `turned`: this is the transpose of the weight's
+    orientation.
+    """
 
     pipeline: Pipeline
     rows: Dim

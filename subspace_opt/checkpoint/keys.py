@@ -1,7 +1,7 @@
 """Keys of parameters: the words that seed their random draws and spread their refreshes.
 
 A parameter's key is its canonical name when the optimizer is built, or `group0.param1` if it has no name. Loading a checkpoint gives it the
-key under which its state was made, and it keeps that key for the rest of the run, whatever its name is. Groups and checkpoints carry
+key under which its state was made, and it keeps that key for the rest of the run, under any name. Groups and checkpoints carry
 `keys`, a mapping from name to key, for the parameters whose key is not their name.
 """
 
@@ -54,7 +54,7 @@ def saved_keys(groups: Sequence[Mapping[str, Any]]) -> dict[Any, str]:
     for group in groups:
         kept = group.get("keys") or {}
         if not isinstance(kept, Mapping) or not all(isinstance(word, str) and word for pair in kept.items() for word in pair):
-            raise CheckpointError(f"the checkpoint's `keys` must map names to keys, and are {kept!r}: the file is damaged")
+            raise CheckpointError(f"the checkpoint's `keys` must map names to keys, but the file is damaged and has {kept!r}")
     keys = [key for some in keys_in(groups) for key in some]
     twice = [key for key, count in Counter(keys).items() if count > 1]
     if twice:

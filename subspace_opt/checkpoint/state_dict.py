@@ -190,7 +190,7 @@ def _is_same_layout(saved: str, rows: Sequence[Row]) -> bool:
 
 
 def _filled(text: str) -> str:
-    """A saved spec with the fields that specs have gained since. Their default values mean what the code did before."""
+    """A saved spec with the fields that specs have gained since. With their default values the code behaves as before."""
     try:
         return Spec.model_validate_json(text).to_json()
     except ValidationError:

@@ -111,7 +111,7 @@ def demo(
     from ..lab.run.journal import make_folder
 
     runs = [config if steps is None else config.model_copy(update={"steps": steps}) for config in configs()]
-    _check_picture()  # before the runs, not after two minutes
+    _check_picture()  # before the runs, so that a missing package raises at once
     folder = make_folder(out)
     with _running(runs) as progress:
         results = compare(runs, on_event=progress)

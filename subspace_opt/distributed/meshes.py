@@ -113,7 +113,7 @@ def _axes_and_cuts(entry: Entry, kind: MeshKind) -> tuple[tuple[int, ...], tuple
         case "tp":
             return ((), ()) if own is None else ((0,), own)
         case "fsdp+tp":
-            # FSDP2 cuts the shards of tensor parallelism: where both cut rows, a rank holds one chunk of a chunk.
+            # FSDP2 cuts the shards of tensor parallelism: if both cut rows, a rank holds one chunk of a chunk.
             return ((0,), (Cut(0),)) if own is None else ((0, 1), (Cut(0, strided=own[0] == Cut(0)), *own))
 
 

@@ -132,7 +132,7 @@ class Sharding:
 
     @cached_property
     def replica_index(self) -> tuple[int, ...]:
-        """`boxes.replica_index` of these boxes. Kept here: the lookup by thousands of boxes takes as long as the computation."""
+        """`boxes.replica_index` of these boxes. Cached here, because a cache keyed by thousands of boxes is as slow as the computation."""
         return replica_index(self.boxes)
 
     @cached_property
@@ -274,7 +274,7 @@ class Layout:
         return pieces if all(box_in_view(row, box) for box, _ in pieces) else None
 
     def _run_sizes(self, row: Row, boxes: tuple[Box, ...]) -> list[int]:
-        """The number of matrices, or heads, in each run: as the shards divide them if these hold whole ones, else equally."""
+        """The number of matrices, or heads, in each run. Runs follow the shards if these hold whole matrices; otherwise they are equal."""
         axis, size, count = matrix_axis(row)
         if count == 1:
             return [1]

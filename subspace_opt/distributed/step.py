@@ -182,7 +182,7 @@ def _step(group: RankGroup, params: list[ShardedParam], options: Options, memory
         if number + 1 < len(buckets):
             send_gradients(group, buckets[number + 1])
         here = receive_gradients(group, bucket)
-        # Stacks keep their storage between steps, so a basis that is whole in this step only must not go into one.
+        # Stacks keep their storage between steps, so a basis that is whole in this step only must not become part of a stack.
         unstacked = bucket.params[0].sharding.basis_dim is not None
         engine.compute(here, replace(options, stacking="never") if unstacked else options, memory, errors)
         engine.write_back(here)

@@ -31,7 +31,7 @@ def stochastic(y: Tensor, dtype: torch.dtype, noise: Tensor) -> Tensor:
 def rounding_draw(key: str, block: Block, i: int, count: int, seed: int, like: Tensor) -> Tensor:
     """Uniform draws for matrix `i` of a block, or for the cut of it that a rank holds.
 
-    They depend on (seed, parameter's key, matrix, update) alone, and not on how stacks and shards are cut.
+    They depend on (seed, parameter's key, matrix, update) alone, so other stacks or shards give the same draws.
     """
     top, left, rows, cols = block.window or (0, 0, block.rows, block.cols)
     words = (seed, "rounding", key, block.name, block.first + i, count)

@@ -56,7 +56,7 @@ def _grouped(work: list[Work], options: Options, memory: Memory) -> Iterator[Sta
 def _in_passes(stack: Stack, options: Options) -> Iterator[Stack]:
     """Cut a large matrix whose entries or rows are updated independently, such as an embedding, into runs of rows: temporaries stay small.
 
-    Not on a GPU, where launches cost more than bytes, and not with stochastic rounding, which draws a whole matrix at once.
+    A GPU does not do this, because launches cost more than bytes. Stochastic rounding excludes it, because it draws a whole matrix at once.
     """
     piece = stack.pieces[0]
     rows, cols = piece.block.rows, piece.block.cols
@@ -129,7 +129,7 @@ def _runs(phases: list[Phase], most: int) -> Iterator[tuple[Phase, int, int]]:
 
 
 def matrices_at_once(item: Work, block: Block, options: Options) -> int:
-    """The most matrices of a stack: as `batch_bytes` allows and, on a CPU, as the cache holds."""
+    """The largest number of matrices in a stack. `batch_bytes` limits it and, on a CPU, the cache."""
     if options.stacking == "never":
         return 1
     entries = block.rows * block.cols

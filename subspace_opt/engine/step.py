@@ -100,7 +100,7 @@ def report(work: list[Work], errors: dict[str, Exception], failures: dict[str, i
     for name, error in errors.items():
         if failures[name] >= MOST_FAILURES:
             raise torch.linalg.LinAlgError(
-                f"the decomposition for '{name}' failed {failures[name]} times in a row; its basis was kept until now: {error}"
+                f"the decomposition for '{name}' failed {failures[name]} times in a row; its basis is unchanged: {error}"
             ) from error
 
 

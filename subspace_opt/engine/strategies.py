@@ -1,4 +1,4 @@
-"""Questions that fast paths ask of a pipeline for one shape. Each strategy is held equal to the plain frame by tests."""
+"""Questions that fast paths ask of a pipeline for one shape. Tests compare each strategy with the plain frame."""
 
 from __future__ import annotations
 
@@ -75,9 +75,7 @@ def decomposes(frame: Frame) -> bool:
 
 
 def fails_first(frame: Frame, *, refresh: bool) -> bool:
-    """True if decompositions of this update run before anything else is computed, so a failure leaves the state intact and it may be
-    written in place.
-    """
+    """True if decompositions run before the rest of the update. The rest may then write over the state."""
     return not decomposes(frame) and (not refresh or frame.refreshes_first)
 
 

@@ -98,7 +98,7 @@ class Piece:
     index: int
     start: int
     stop: int
-    rows: tuple[int, int] | None = None  # first row, and first row beyond
+    rows: tuple[int, int] | None = None  # the first row, and the first row after the piece
 
     @property
     def block(self) -> Block:
@@ -118,7 +118,7 @@ class Piece:
         return self.size == self.block.count
 
     def of(self, blocks: list[Tensor]) -> Tensor:
-        """Its part of the parameter's weights, gradients or compensations, `(count, rows, cols)`."""
+        """This piece of the parameter's weights, gradients or compensations, `(count, rows, cols)`."""
         part = blocks[self.index][self.start : self.stop]
         return part if self.rows is None else part[:, slice(*self.rows)]
 
@@ -151,7 +151,7 @@ class Piece:
             self.slot(key).copy_(value)
 
     def _entries(self, shape: tuple[int, ...]) -> tuple[int, int]:
-        """First entry of the piece in the block's flat state tensor, and first entry beyond."""
+        """Indices of the piece's first entry in the block's flat state tensor, and of the first entry after the piece."""
         each = prod(shape)
         if self.rows is None:
             return self.start * each, self.stop * each

@@ -68,7 +68,7 @@ class TrainConfig(BaseModel):
         """Check that this run can resume after `done` updates of the saved one. Both must make these updates in the same way.
 
         Raises:
-            LabError: they would differ; the message names the fields that cause it.
+            LabError: these updates would differ; the message names the fields that differ.
         """
         before = TrainConfig.model_validate(saved)
         old, new = before.model_dump(mode="json"), self.model_dump(mode="json")

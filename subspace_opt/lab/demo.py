@@ -27,7 +27,7 @@ def configs() -> list[TrainConfig]:
 
 
 def demo(out: str | Path, on_event: OnEvent | None = None, *, corpus: Corpus | None = None) -> list[Result]:
-    """Train the four, write `comparison.png` and `comparison.json` into the folder `out`, and return the results.
+    """Train the four runs, write `comparison.png` and `comparison.json` into the folder `out`, and return the results.
 
     Raises:
         LabError: the folder cannot be made; no training has begun.

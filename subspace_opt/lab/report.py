@@ -126,7 +126,7 @@ def _bars(axes: Axes, results: Sequence[Result], values: Sequence[float], title:
 
 
 def smooth(curve: Curve) -> Curve:
-    """The running mean over a fiftieth of the run; over fewer steps at the start, so that the first loss is unchanged."""
+    """The running mean over a fiftieth of the run. At the start it covers fewer steps, so the first loss is unchanged."""
     width = max(1, len(curve) // 50)
     losses = [loss for _, loss in curve]
     windows = [losses[max(0, at - width + 1) : at + 1] for at in range(len(losses))]

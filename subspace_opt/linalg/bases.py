@@ -12,7 +12,7 @@ from .sizes import divisor, magnitude, unit
 
 
 def svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Thin SVD; retried in float64 where it does not converge."""
+    """A thin SVD. It is retried in float64 if it does not converge."""
     try:
         u, s, vh = torch.linalg.svd(x, full_matrices=False)
     except torch.linalg.LinAlgError:
@@ -46,8 +46,8 @@ def _signs(u: Tensor) -> Tensor:
 def orthonormal(y: Tensor) -> Tensor:
     """Orthonormal columns with the span of `Y` `(B, n, r)`, n >= r: Q of `Y = Q R` with a diagonal of R >= 0.
 
-    That sign makes Q continuous in Y, so a warm-started basis moves little. A CPU computes it by Householder reflections. A GPU would take
-    these one column at a time, and uses `cholesky_qr`, which is products.
+    That sign makes Q continuous in Y, so a warm-started basis moves little. A CPU computes it by Householder reflections. On a GPU these
+    would run one column at a time, so a GPU uses `cholesky_qr`, which consists of products.
     """
     return _signed(*_reflected(y)) if y.device.type == "cpu" else cholesky_qr(y)
 
@@ -112,7 +112,7 @@ def leading_right(x: Tensor, rank: int, method: Method = "exact", start: Tensor 
 
     `exact`: a thin SVD. `gram`: eigh of the smaller of XX' and X'X; several times cheaper, and exact for singular values above
     sqrt(round-off) of the largest. `randomized`: power iterations from `start` `(B, n, rank + p)`, which holds draws, or a basis and draws.
-    One iteration from draws captures 0.99 of the possible energy of a gradient with a decaying spectrum, and 0.8 of pure noise's.
+    One iteration from draws captures 0.99 of the possible energy of a gradient with a decaying spectrum, and 0.8 of that of pure noise.
     """
     if method == "exact":
         u = svd(unit(x))[2][..., :rank, :].mT
@@ -128,8 +128,8 @@ def leading_right(x: Tensor, rank: int, method: Method = "exact", start: Tensor 
 def singular_bases(x: Tensor) -> tuple[Tensor, Tensor]:
     """All left and all right singular vectors of `X` `(B, m, n)`, in descending order, as `(B, m, m)` and `(B, n, n)`.
 
-    Uses eigh of the smaller Gram matrix. Directions in which X is only round-off are replaced by a completion of the others by Householder
-    reflections, which depends on X and not on round-off.
+    Uses eigh of the smaller Gram matrix. Directions in which X is only round-off are replaced. Householder reflections complete the other
+    directions, so the basis depends on X, not on round-off.
     """
     if x.size(-2) > x.size(-1):
         right, left = singular_bases(x.mT)
@@ -168,7 +168,7 @@ def _by_gram(x: Tensor, rank: int) -> Tensor:
 
 
 def sketched_right(x: Tensor, rank: int, start: Tensor, iterations: int = 1) -> tuple[Tensor, Tensor]:
-    """Nearly `leading_right`, by power iterations from `start` `(B, n, rank + p)`, and the coordinates `X U` `(B, m, rank)`."""
+    """An approximation of `leading_right` by power iterations from `start` `(B, n, rank + p)`, and the coordinates `X U` `(B, m, rank)`."""
     size = magnitude(x)
     if size.numel() == 1 and size.device.type == "cpu" and 1e-6 < size.item() < 1e6:
         scale = None  # the fourth power stays in range

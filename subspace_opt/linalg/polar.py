@@ -15,7 +15,7 @@ from .sizes import SAFE, divisor, norm, unit
 
 Polynomial = tuple[float, float, float]
 
-#: Odd polynomials `a x + b x^3 + c x^5`, one per step, and what follows the last: `cycle` through the list or `repeat` its end.
+#: Odd polynomials `a x + b x^3 + c x^5`, one per step, and the continuation after the last: `cycle` through the list or `repeat` its end.
 SCHEDULES: dict[str, tuple[tuple[Polynomial, ...], Literal["cycle", "repeat"]]] = {
     # Keller Jordan's Muon: largest slope at 0 that still converges into about [0.7, 1.2].
     "keller": (((3.4445, -4.7750, 2.0315),), "repeat"),
@@ -30,7 +30,7 @@ SCHEDULES: dict[str, tuple[tuple[Polynomial, ...], Literal["cycle", "repeat"]]] 
         ),
         "cycle",
     ),
-    # Cubic by step: two products instead of three, a wider output range.
+    # A cubic polynomial for each step takes two products instead of three, and has a wider output range.
     "cubic": (
         (
             (3.3657, -3.3421, 0.0),

@@ -87,5 +87,5 @@ def symmetric(a: Tensor, b: Tensor, c: Tensor | None = None, *, beta: float = 1.
 
 
 def _turned(block: Tensor) -> Tensor:
-    """The transpose of a block. Rows a multiple of 2 KiB apart compete for few cache lines, so such a block is copied together first."""
+    """The transpose of a block. Rows a multiple of 2 KiB apart share few cache lines, so they are copied first."""
     return block.contiguous().mT.contiguous() if block.stride(0) * block.itemsize % 2048 == 0 else block.mT

@@ -46,7 +46,7 @@ SAFE = 1e-20  # an eps from which a quotient cannot overflow
 
 
 def ratio(a: Tensor | float, size: Tensor, eps: float) -> Tensor:
-    """`a / (size + eps)`; with an eps near 0, a quotient that overflows is 0: a size of 0 or a subnormal size makes no infinite number."""
+    """`a / (size + eps)`; if the quotient overflows, the result is 0. A size of 0, or a subnormal size, therefore gives no infinity."""
     found: Tensor = a / (size + eps)
     return found if eps >= SAFE else found.masked_fill(found.isinf() | (size == 0), 0.0)
 
@@ -58,7 +58,7 @@ def quotient(x: Tensor, size: Tensor) -> Tensor:
 
 
 def unit(x: Tensor) -> Tensor:
-    """Every matrix divided by its size, so that products of entries neither overflow nor vanish; 0 stays 0."""
+    """Every matrix divided by its size, so that products of entries neither overflow nor underflow; 0 stays 0."""
     return x / divisor(magnitude(x))
 
 

@@ -1,4 +1,4 @@
-"""The plan: what will be computed and stored, known before there is a tensor.
+"""The plan: the computation and the state of each parameter, known before any tensor exists.
 
 In: a spec, and the parameters' names, shapes, dtypes and kinds of module. Out: a `Plan` with one `Row` per parameter: its route, its view
 as matrices, its ranks after clamping, its state to the byte.

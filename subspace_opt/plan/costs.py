@@ -6,7 +6,7 @@ from ..algebra.frame import Frame
 
 
 def flops(frame: Frame) -> tuple[float, float]:
-    """Operations of one update of one matrix: of an update without a refresh, and of the refresh alone."""
+    """Operations for one matrix: those of an update without a refresh, and those of the refresh alone."""
     p, selector, dims = frame.pipeline, frame.pipeline.selector, (frame.rows, frame.cols)
     rules = sum(rule.flops(rows, cols) for _, rule, rows, cols in frame.places())
     if not frame.opens:

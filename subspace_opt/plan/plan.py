@@ -1,4 +1,4 @@
-"""The plan: one row for every parameter, with totals, and how both are printed. No tensors."""
+"""The plan: one row for every parameter, totals, and their printed form. No tensors."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class Plan:
 
 
 def counts(rows: Sequence[Row]) -> str:
-    """How many parameters and matrices some rows are, and their bytes of state."""
+    """The numbers of parameters and matrices in some rows, and their bytes of state."""
     frozen = sum(row.entry.frozen for row in rows)
     said_frozen = f" ({frozen:,} frozen)" if frozen else ""
     matrices = plural(sum(row.matrices for row in rows), "matrix", "matrices")

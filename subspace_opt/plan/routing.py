@@ -28,7 +28,7 @@ def make_plan(spec: Spec | Sequence[Spec], entries: Sequence[Entry], *, strict: 
         compensated: Parameters in bf16 or fp16 keep a Kahan compensation.
 
     Raises:
-        SpecError: No route accepts a parameter, or its shape does not fit its route. With `strict`, also: a route matches no parameter.
+        SpecError: No route accepts a parameter, or its shape does not fit its route. With `strict`, also if a route matches no parameter.
     """
     specs = [spec] * len(entries) if isinstance(spec, Spec) else list(spec)
     frames: dict[Any, Frame] = {}
@@ -79,7 +79,8 @@ def _route(spec: Spec, entry: Entry, role: Role) -> tuple[int, Route]:
     if entry.use is not None:
         if entry.use not in spec.pipelines:
             raise SpecError(
-                f"parameter group of '{entry.name}': use '{entry.use}' is no pipeline of '{spec.name}'; known: {', '.join(spec.pipelines)}"
+                f"parameter group of '{entry.name}': use '{entry.use}' is not a pipeline of '{spec.name}'; known: "
+                f"{', '.join(spec.pipelines)}"
             )
         return -1, Route(use=entry.use)
     dims = len(entry.shape)

@@ -1,4 +1,4 @@
-"""Rows of a plan: what one parameter is, how it is viewed, and which state it keeps. No tensors."""
+"""Rows of a plan: the kind, the view and the state of one parameter. No tensors."""
 
 from __future__ import annotations
 

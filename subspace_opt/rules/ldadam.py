@@ -19,7 +19,7 @@ class LDAdam(Adam):
 
     `M <- M C;  V <- c2 |(V^ - M^.M^) (C.C) + (M^ C).(M^ C)|`, M^ and V^ debiased, c2 = 1 - b2^(t-1).
 
-    The variance is carried as that of independent coordinates, the mean exactly.
+    The mean is carried exactly, and the variance as if the coordinates were independent.
     """
 
     kind: Literal["ldadam"] = "ldadam"  # type: ignore[assignment]

@@ -64,18 +64,19 @@ class Scale(Rule):
 class NormGrowth(Rule):
     """`X` limited to `gamma` times the norm of the previous result (the limiter of Fira, arXiv:2410.01623, there gamma 1.01).
 
-    The first update passes unchanged. An update also passes if its norm exceeds 1 / `restart` times the previous norm. The previous
-    gradients were then practically 0, and growth by `gamma` would need thousands of updates. The authors' code has no restart.
+    The first update passes unchanged, and so does an update after one of norm 0. If the previous norm is below `restart` times the present
+    one, the limit is at least the norm of an update with root mean square 1. Otherwise gradients of practically 0 would hold the weight for
+    thousands of updates, because the limit grows only by `gamma`. The authors' code has no restart.
     """
 
     kind: Literal["norm_growth"] = "norm_growth"
     gamma: float = Field(1.01, gt=1.0, description="The largest growth of the norm from one update to the next.")
     eps: float = Field(1e-8, ge=0.0, description="Added to the norm of the previous update.")
     restart: float = Field(
-        1e-6,
+        1e-3,
         ge=0.0,
         lt=1.0,
-        description="Begin anew if the previous norm is below this share of the present one; 0 never begins anew.",
+        description="Restart the limit if the previous norm is below this share of the present one; 0 never restarts it.",
     )
 
     def slots(self, rows: Dim, cols: Dim) -> dict[str, Slot]:
@@ -86,8 +87,10 @@ class NormGrowth(Rule):
 
     def apply(self, x: S, grad: S, state: State, step: Step) -> tuple[S, State]:
         size, before = linear.norm(x), state["norm"].view(-1, 1, 1)
-        limit = ((before + self.eps) * self.gamma / size).clamp_max(1.0)
-        shrink = torch.where(before > self.restart * size, limit, 1.0)
+        limit = (before + self.eps) * self.gamma
+        anew = torch.maximum(limit, size.clamp_max(math.sqrt(x.size(-2) * x.size(-1))))
+        limit = torch.where(before < self.restart * size, anew, limit)
+        shrink = torch.where(before > 0, (limit / size).clamp_max(1.0), 1.0)
         return x * shrink, {"norm": (size * shrink).view(-1)}
 
 

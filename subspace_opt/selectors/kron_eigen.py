@@ -112,7 +112,7 @@ class KronEigen(Selector):
                 new[f"{mode.name}.basis"] = linalg.eigenbasis(p)
                 continue
             turned = linalg.mm(p, q)
-            # Directions without gradient so far hold round-off, whose order is random: set to 0, they keep their order.
+            # Estimates of directions without a gradient so far are round-off in random order. Set to 0, these directions keep their order.
             energy = (q * turned).sum(-2)  # diag(Q'PQ)
             energy = energy * (energy > mode.size * torch.finfo(p.dtype).eps * energy.amax(-1, keepdim=True))
             if self.sort:

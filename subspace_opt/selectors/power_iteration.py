@@ -59,7 +59,7 @@ class Dion(LowRank):
     """
 
     kind: Literal["dion"] = "dion"
-    every: Literal[1] = Field(1, description="Every update finds the basis anew.")
+    every: Literal[1] = Field(1, description="Every update computes a new basis.")
     iterations: PositiveInt = Field(1, description="Power iterations per update.")
     eps: float = Field(1e-8, ge=0.0, description="Added to the norm of a column of R.")
 

@@ -1,4 +1,4 @@
-"""A random subspace, drawn anew at every refresh from (seed, parameter name, step): the same on all ranks and after a resume."""
+"""A random subspace, drawn at every refresh from (seed, parameter name, step): the same on all ranks and after a resume."""
 
 from __future__ import annotations
 

@@ -165,7 +165,7 @@ def arranged(path: Path, saved: Sequence[Mapping[str, Any]], own: Sequence[Mappi
 
 
 def _on_device_of(own: Any, value: Any) -> Any:
-    """The saved option `value`; a tensor, such as a learning rate, on the device of the optimizer's `own` one."""
+    """The saved option `value`. A tensor, such as a learning rate, moves to the device of `own`, the optimizer's value."""
     return value.to(own.device) if isinstance(value, Tensor) and isinstance(own, Tensor) else value
 
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from ..algebra import Basis, Change, Refreshed, Rule, Selector, Slot, State, Step, project
+from ..algebra import Basis, Change, Linear, Refreshed, Rule, Selector, Slot, State, Step, project
 
 P = TypeVar("P", bound=Rule | Selector)
 Declared = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # shape and dtype of one matrix, by slot
@@ -51,7 +51,13 @@ def probed(component: P, notes: Notes) -> P:
 
 
 def _rule_methods(cls: type[Any], notes: Notes) -> dict[str, Callable[..., Any]]:
-    def apply(self: Rule, x: Tensor, grad: Tensor, state: State, step: Step) -> tuple[Tensor, State]:
+    def apply(self: Rule, x: Tensor | Linear, grad: Tensor, state: State, step: Step) -> tuple[Tensor | Linear, State]:
+        if isinstance(x, Linear):  # a lazy rule: check it on the matrix, then compare its result for the expression
+            entries = x.dense()
+            out, new = apply(self, entries, entries, state, step)
+            lazily, kept = cls.apply(self, x, x, state, step)
+            _check_lazy(notes, lazily.dense() if isinstance(lazily, Linear) else lazily, out, kept, new)
+            return lazily, kept
         with _watched(notes, "apply", x=x, grad=grad, state=state, step=step):
             out, new = _pair(cls.apply(self, x, grad, state, step), "apply", "(update, state)")
         _check_tensor(notes, "slots", "the update of `apply`", out, tuple(x.shape), x.dtype, x.device)
@@ -135,6 +141,15 @@ def _check_in_place(
     same = _same(again, out) and all(name in kept and _same(kept[name], value) for name, value in new.items())
     if not same:
         notes.add("pure", "`apply` returns different numbers when `step.in_place` or `step.spare` lets it write over its inputs")
+
+
+def _check_lazy(notes: Notes, lazily: Tensor, out: Tensor | Linear, kept: State, new: State) -> None:
+    """Note a lazy rule whose result or state for an expression differs from that for its matrix."""
+    pairs = [(lazily, out), *((value, new[name]) for name, value in kept.items())]
+    for a, b in pairs:
+        assert isinstance(b, Tensor)  # a matrix was given
+        if not is_fake(a) and not torch.allclose(a, b, rtol=1e-4, atol=1e-30, equal_nan=True):
+            notes.add("pure", "`apply` of a lazy rule returns a different result for an expression than for its matrix")
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -76,7 +76,7 @@ def _wait(ranks: Sequence[Any], deadline: float) -> list[int]:
 
 
 def _check_ended(codes: Sequence[int | None], late: Sequence[int], folder: Path, time_limit: float) -> None:
-    """Raise CertificateError for the rank that caused the end, if a rank did not succeed."""
+    """Raise CertificateError unless every rank succeeded. The message names the rank that failed first."""
     found = {rank: file.read_text(encoding="utf-8") for rank in range(len(codes)) if (file := folder / f"{rank}.error").exists()}
     killed = [] if late else [(rank, -code) for rank, code in enumerate(codes) if code is not None and code < 0]
     first = min(found, key=lambda rank: (folder / f"{rank}.error").stat().st_mtime_ns, default=None)
