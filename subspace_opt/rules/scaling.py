@@ -90,7 +90,7 @@ class NormGrowth(Rule):
         limit = (before + self.eps) * self.gamma
         anew = torch.maximum(limit, size.clamp_max(math.sqrt(x.size(-2) * x.size(-1))))
         limit = torch.where(before < self.restart * size, anew, limit)
-        shrink = torch.where(before > 0, (limit / size).clamp_max(1.0), 1.0)
+        shrink = (limit / size).clamp_max(1.0).masked_fill(before == 0, 1.0)
         return x * shrink, {"norm": (size * shrink).view(-1)}
 
 
