@@ -14,7 +14,8 @@
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
 
 PYTHON ?= python3
-WORKERS ?= 2
+# More than two cores have: tests on several ranks wait more than they compute.
+WORKERS ?= 3
 BIN := .venv/bin
 READY := .venv/.ready
 
