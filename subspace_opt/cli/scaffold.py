@@ -218,7 +218,9 @@ pipelines:
   other:
     complement: {kind: adam, beta1: 0.9, beta2: 0.999}
 routes:
-  - {role: [hidden, fused, conv], use: matrix}
+  - {module: [embedding, head], use: other}
+  - {name: "*head*", use: other}
+  - {min_dims: 2, use: matrix}
   - {use: other}
 """
 
