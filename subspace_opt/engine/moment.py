@@ -41,7 +41,7 @@ def step_of(stack: Stack, options: Options, tables: dict[Any, Tensor]) -> Step:
 
 
 # Constant tensors, cached: making one takes longer than most operations on it.
-@functools.lru_cache(maxsize=1024)  # with spread refreshes, every parameter has an age of its own
+@functools.lru_cache(maxsize=8)
 def _clock(t: int) -> Tensor:
     return torch.tensor(float(t), dtype=torch.float64)
 
