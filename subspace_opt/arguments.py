@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import math
 import os
 import sys
@@ -12,9 +13,12 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from .algebra import Rule, Selector
-from .plan.modules import canonical_name, module_kinds, refuse_flat
+from .algebra.storage import StateDtype
+from .plan.modules import module_kinds, refuse_flat
+from .plan.names import canonical_name
+from .plan.roles import find_roles
 from .registry import Component, kind_of, suggest
-from .spec import Spec, SpecError
+from .spec import RoleName, Spec, SpecError, with_roles, with_state_dtype
 
 SpecLike = Spec | Mapping[str, Any] | str | os.PathLike[str]
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
@@ -59,7 +63,7 @@ NOT_NEEDED = {
 
 
 def named_parameters(model_or_params: nn.Module | Params) -> tuple[Params, dict[str, Any]]:
-    """Parameters as an optimizer takes them, and the options that a model implies: `modules` and, for DDP, `process_group`."""
+    """Parameters as an optimizer takes them, and the options that a model implies: `modules`, `model_roles`, under DDP `process_group`."""
     if not isinstance(model_or_params, nn.Module):
         return model_or_params, {}
     module = model_or_params
@@ -68,15 +72,23 @@ def named_parameters(model_or_params: nn.Module | Params) -> tuple[Params, dict[
         known["process_group"] = module.process_group
         module = module.module
     refuse_flat(module)
-    found = module_kinds(module)
+    found, roles = module_kinds(module), find_roles(module)
     named = OrderedDict((canonical_name(name), p) for name, p in module.named_parameters())
     if not named:
         raise SpecError("the model has no parameters")
     known["modules"] = {name: found.get(id(p), frozenset()) for name, p in named.items()}
+    known["model_roles"] = {name: roles[id(p)] for name, p in named.items()}
     return named.items(), known
 
 
 # ------------------------------------------------------------------------------------------------------------------- checks
+
+
+def with_options(spec: Spec, roles: Mapping[str, RoleName] | None, state_dtype: StateDtype | Mapping[str, StateDtype] | None) -> Spec:
+    """The spec with the roles and state dtypes that options of the optimizer give."""
+    if roles:
+        spec = with_roles(spec, roles)
+    return spec if state_dtype is None else with_state_dtype(spec, state_dtype)
 
 
 def chosen(name: str, value: Any, kind: Any) -> Any:
@@ -95,6 +107,13 @@ def check_rates(group: Mapping[str, Any]) -> None:
         number = isinstance(value, int | float | Tensor) and not isinstance(value, bool)
         if not number or not math.isfinite(float(value)) or float(value) < 0:
             raise ValueError(f"Invalid {name}: {value}; it must be a finite number, 0 or more")
+
+
+def check_globs(roles: Mapping[str, str], names: Sequence[str]) -> None:
+    """Raise a ValueError if a glob of `roles` matches no parameter: it would change nothing and nobody would notice."""
+    for glob in roles:
+        if not any(fnmatch.fnmatchcase(name, glob) for name in names):
+            raise ValueError(f"roles: '{glob}' matches no parameter; {suggest(glob, names)}")
 
 
 def caller_level() -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NoReturn, overload
 
 import torch
@@ -20,9 +21,9 @@ from .engine.gradients import survey
 from .engine.homes import Memory
 from .engine.rounding import Rounding
 from .engine.work import Nonfinite, Options, Stacking, Work, allocate
-from .plan import Plan, Row
+from .plan import Plan, Role, Row
 from .planned import PlannedOptimizer
-from .spec import load_spec, with_state_dtype
+from .spec import RoleName, load_spec
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -45,7 +46,9 @@ class SubspaceOptimizer(PlannedOptimizer):
         overrides: Values by dotted path into the spec, such as `{"matrix.selector.rank": 128}`.
         state_dtype: How the rules' slots are stored, in all pipelines. One of `fp32`, `bf16`, `8bit`, `4bit` for all moments, or a mapping
             by slot, `{"exp_avg": "bf16", "exp_avg_sq": "8bit"}`. None leaves the choice to the spec.
+        roles: Corrects roles: glob of parameter names to role, as `roles` in a spec, and before it.
         modules: Kinds of module by parameter name. `build` finds them in a model. Without them, routes with `module` match nothing.
+        model_roles: Roles by parameter name. `build` finds them in a model. Without them, roles come from names and shapes.
         maximize: Maximize the objective.
         nonfinite: The policy for a gradient with NaN or infinity. `raise`: an error, before anything changes. `skip`: the parameter is
             left out of this step and counted in `skipped`. `propagate`: the gradient is used.
@@ -64,6 +67,7 @@ class SubspaceOptimizer(PlannedOptimizer):
         ValueError: A bad lr or weight decay, an unknown key in a group, a complex parameter, or two parameters with one name.
     """
 
+    _model_roles: Mapping[str, Role] = MappingProxyType({})
     _planned: tuple[Any, Plan] | None = None
     _placed: tuple[Any, Plan, dict[int, tuple[RankGroup, Sharding]]] | None = None
     _mesh_groups: MeshGroups | None = None
@@ -80,7 +84,9 @@ class SubspaceOptimizer(PlannedOptimizer):
         weight_decay: float | None = None,
         overrides: Mapping[str, Any] | None = None,
         state_dtype: StateDtype | Mapping[str, StateDtype] | None = None,
+        roles: Mapping[str, RoleName] | None = None,
         modules: Mapping[str, frozenset[str]] | None = None,
+        model_roles: Mapping[str, Role] | None = None,
         maximize: bool = False,
         nonfinite: Nonfinite = "raise",
         rounding: Rounding = "nearest",
@@ -92,7 +98,7 @@ class SubspaceOptimizer(PlannedOptimizer):
         **unknown: NoReturn,
     ) -> None:
         self._overrides = dict(overrides or {})
-        self._modules = dict(modules or {})
+        self._modules, self._model_roles = dict(modules or {}), dict(model_roles or {})
         self._strict = strict
         self._options = _options(nonfinite, rounding, stacking, batch_bytes, seed)
         self._memory = Memory()
@@ -101,15 +107,13 @@ class SubspaceOptimizer(PlannedOptimizer):
         self.failures: dict[str, int] = {}
         self.spec = load_spec(spec, self._overrides)
         arguments.refuse_options(unknown, self.spec, OPTIONS)
-        if state_dtype is not None:
-            self.spec = with_state_dtype(self.spec, state_dtype)
+        self.spec = arguments.with_options(self.spec, roles, state_dtype)
         usual = self.spec.defaults
         rates = {"lr": usual.lr if lr is None else lr, "weight_decay": usual.weight_decay if weight_decay is None else weight_decay}
         arguments.check_rates(rates)
         own = {"spec": self.spec.to_json(), "use": None, "refresh": False, "state_version": STATE_VERSION}
         super().__init__(params, {**rates, "maximize": maximize, **own})
-        self._warn_if_no_modules()
-        self.plan  # noqa: B018  with `strict`, a route that matches no parameter raises here
+        self._check_roles(roles or {})  # with `strict`, a route that matches no parameter raises here
 
     # ---------------------------------------------------------------------------------------------------------------- sharding
 
@@ -281,7 +285,7 @@ class SubspaceOptimizer(PlannedOptimizer):
             after(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("spec", "skipped", "failures", "_overrides", "_modules", "_strict", "_options")
+        own = ("spec", "skipped", "failures", "_overrides", "_modules", "_model_roles", "_strict", "_options")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -315,7 +319,7 @@ def build(
     overrides: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> SubspaceOptimizer:
-    """An optimizer from a spec, for a model or for parameters. A model's modules tell which parameters are embeddings and heads.
+    """An optimizer from a spec, for a model or for parameters. A model tells the role of each parameter.
 
     Example:
         >>> import torch, subspace_opt

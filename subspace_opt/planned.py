@@ -14,10 +14,12 @@ from . import arguments
 from .checkpoint import STATE_VERSION, keys_in, names_in
 from .engine import lowbit
 from .engine.work import Options
-from .plan import Entry, Plan, Row, counts, make_plan
-from .plan.modules import canonical_name
+from .plan import Entry, Plan, Role, Row, counts, make_plan
+from .plan.names import canonical_name
 from .spec import Spec, load_spec
 from .spec.summary import html_table
+
+MOST_NAMES = 5  # in one warning
 
 
 @functools.lru_cache(maxsize=64)
@@ -30,6 +32,7 @@ class PlannedOptimizer(torch.optim.Optimizer):
 
     spec: Spec
     _modules: dict[str, frozenset[str]]
+    _model_roles: Mapping[str, Role]
     _strict: bool
     _options: Options
     _planned: tuple[Any, Plan] | None
@@ -83,15 +86,34 @@ class PlannedOptimizer(torch.optim.Optimizer):
         """The spec in force for a parameter group."""
         return _spec_of(group["spec"])
 
-    def _warn_if_no_modules(self) -> None:
-        by_module = any(route.module for g in self.param_groups for route in _spec_of(g["spec"]).routes)
-        matrices = sum(p.dim() >= 2 for g in self.param_groups if g["use"] is None for p in g["params"])
-        if by_module and not self._modules and matrices > 1:
+    def _check_roles(self, roles: Mapping[str, str]) -> None:
+        """Warn, once, of matrices whose role is a guess and decides their pipeline.
+
+        Args:
+            roles: The roles that were given to the optimizer; each must match a parameter.
+
+        Raises:
+            ValueError: A glob matches no parameter.
+        """
+        rows = self.plan.rows
+        arguments.check_globs(roles, [canonical_name(row.entry.name) for row in rows])
+        specs = [_spec_of(g["spec"]) for g in self.param_groups for _ in g["params"]]
+        guessed = [
+            row
+            for row, spec in zip(rows, specs, strict=True)
+            if row.role.is_guess and row.entry.use is None and any(route.role or route.module for route in spec.routes)
+        ]
+        if len(guessed) > (0 if self._modules else 1):  # a single matrix without a model is an experiment
+            first, *more = [f"'{canonical_name(row.entry.name)}'" for row in guessed[:MOST_NAMES]]
+            listed = ", ".join([first, *more]) + (f" and {len(guessed) - MOST_NAMES} more" if len(guessed) > MOST_NAMES else "")
+            route = guessed[0].why.partition(";")[0]
             warnings.warn(
-                f"spec '{self.spec.name}' routes embeddings and output heads by their module, and no model was given, so they are treated "
-                "like any other matrix. Use subspace_opt.build(spec, model), or put them into a group with `use`",
+                f"spec '{self.spec.name}' routes parameters by role, and "
+                + ("neither module nor name" if self._modules else "no model was given, and no name")
+                + f" tells the role of {listed}. {first} goes to '{guessed[0].pipeline}' as a hidden matrix ({route}). "
+                f"Say what it is, roles={{{first}: 'hidden'}}" + ("" if self._modules else ", or use subspace_opt.build(spec, model)"),
                 UserWarning,
-                stacklevel=3,
+                stacklevel=arguments.caller_level(),
             )
 
     # -------------------------------------------------------------------------------------------------------------------- plan
@@ -106,6 +128,7 @@ class PlannedOptimizer(torch.optim.Optimizer):
                         shape=tuple(p.shape),
                         dtype=p.dtype,
                         modules=self._modules.get(canonical_name(name), frozenset()),
+                        role=self._model_roles.get(canonical_name(name)),
                         frozen=not p.requires_grad,
                         lr=float(group["lr"]),
                         weight_decay=float(group["weight_decay"]),

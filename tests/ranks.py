@@ -44,6 +44,52 @@ class Zoo(nn.Module):
         self.head.weight = self.embedding.weight
 
 
+class HeadByHead(nn.Module):
+    """A fused attention weight in which the rows of q, k and v alternate: q, k and v of one head after another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = {"model_type": "gpt_neox", "num_attention_heads": 2}
+        self.query_key_value = nn.Linear(8, 24)
+
+
+class GateUpExperts(nn.Module):
+    """A stack of experts, each with gate and up in one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_transposed = False
+        self.gate_up_proj = nn.Parameter(torch.randn(3, 10, 6) / 6**0.5)
+
+
+class Conv1D(nn.Module):
+    """A fused attention weight stored as (in, out), as in GPT-2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nf = 12
+        self.weight = nn.Parameter(torch.randn(4, 12) / 2)
+
+
+class Fused(nn.Module):
+    """Weights that are cut into parts, whose rows no mesh respects."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(6, 2)
+        self.lstm = nn.LSTM(5, 7)
+        self.by_head = HeadByHead()
+        self.experts = GateUpExperts()
+        self.c_attn = Conv1D()
+
+
+def make_fused(dtype: torch.dtype = torch.float64) -> Fused:
+    """The same weights on every rank."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(8)
+        return Fused().to(dtype)
+
+
 def make_zoo(dtype: torch.dtype = torch.float64) -> Zoo:
     """The same weights on every rank."""
     with torch.random.fork_rng(devices=[]):

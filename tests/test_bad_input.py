@@ -327,7 +327,7 @@ def test_no_file(source: Any, message: str) -> None:
             3,
             "override 'matrix.inside.kind.x': pipelines.matrix.inside.kind is 'soap', a value without fields; shorten the path",
         ),
-        ("routes.9.use", "x", "override 'routes.9.use': routes is a list of 4; give an index below 4, or replace the whole list"),
+        ("routes.9.use", "x", "override 'routes.9.use': routes is a list of 2; give an index below 2, or replace the whole list"),
         ("routes.0.use", "x", "override 'routes.0.use': routes.0.use: no pipeline is named 'x'; known: matrix, other"),
         ("matrix..rank", 3, "override 'matrix..rank': give a dotted path, such as 'matrix.selector.rank'"),
         ("", 3, "override '': give a dotted path, such as 'matrix.selector.rank'"),
@@ -493,7 +493,7 @@ def test_validate_names_every_bad_file(tmp_path: Path, capsys: pytest.CaptureFix
         (tmp_path / name).write_text(text)
     status, out, error = left(capsys, "validate", *(str(tmp_path / name) for name in ("a.yaml", "b.yaml", "c.yaml")))
     assert status == 2
-    assert out == f"{tmp_path}/b.yaml: ok, unnamed: pipelines other, matrix; 5 routes\n"
+    assert out == f"{tmp_path}/b.yaml: ok, unnamed: pipelines other, matrix; 2 routes\n"
     assert [line.split(": ")[1] for line in error.splitlines()] == [f"{tmp_path}/a.yaml:1:1", f"{tmp_path}/c.yaml"]
 
 

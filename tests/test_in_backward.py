@@ -135,7 +135,7 @@ def test_with_parameters_that_are_frozen_and_thawed(preset: str) -> None:
     assert_same(*found)
 
 
-@pytest.mark.filterwarnings("ignore:spec .* routes embeddings and output heads by their module")
+@pytest.mark.filterwarnings("ignore:spec .* routes parameters by role")
 @pytest.mark.parametrize("preset", ["cosmos", "galore", "muon"])
 def test_with_groups_and_a_schedule(preset: str) -> None:
     found = []

@@ -270,7 +270,7 @@ def test_the_text_of_a_spec_is_in_its_own_words() -> None:
         "  matrix  momentum=heavy_ball(nesterov=True, debias=True), selector=eigen(rank=4), inside=soap, "
         "complement=[muon(steps=3), scale], mix={complement: 0.2}, finish=rms_normalize(scale=0.2)",
         "  other   complement=adam(beta1=0.95, beta2=0.95)",
-        "  routes  module embedding|head -> other; name *head* -> other; min_dims 2 -> matrix; everything else -> other",
+        "  routes  role hidden|fused|conv -> matrix; everything else -> other",
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from subspace_opt import Entry, Spec, SpecError, SubspaceOptimizer, build, load_spec, make_plan
 from subspace_opt.engine.work import Piece
 from subspace_opt.plan import COUNTERS
-from subspace_opt.plan.modules import canonical_name, module_kinds
+from subspace_opt.plan.modules import module_kinds
+from subspace_opt.plan.names import canonical_name
 from subspace_opt.spec import Route
 
 every_preset = pytest.mark.parametrize("preset", PRESETS)
@@ -109,7 +111,7 @@ def test_a_frozen_parameter_is_planned_without_state() -> None:
 
 @pytest.mark.parametrize(
     ("rank", "shape", "shown"),
-    [(128, (7, 4), 4), (3, (7, 4), 3), (1, (7, 4), 1), (128, (1, 9), 1), (0.5, (16, 10), 5), (0.25, (6, 6), 2), (0.01, (8, 8), 1)],
+    [(128, (7, 4), 4), (3, (7, 4), 3), (1, (7, 4), 1), (0.5, (16, 10), 5), (0.25, (6, 6), 2), (0.01, (8, 8), 1)],
 )
 def test_the_rank_is_clamped_and_shown(rank: float, shape: tuple[int, int], shown: int) -> None:
     row = optimizer(small("galore", rank), parameters({"w": shape})).plan.by_name["w"]
@@ -147,6 +149,7 @@ def test_explain_tells_of_every_parameter_where_it_goes_and_why() -> None:
     assert next(iter(plan)).to_dict() == {
         "name": "tall",
         "shape": [7, 4],
+        "role": "hidden",
         "view": "7x4",
         "pipeline": "matrix",
         "rank": [],
@@ -155,17 +158,17 @@ def test_explain_tells_of_every_parameter_where_it_goes_and_why() -> None:
         "state_bytes": 7 * 4 * 4 + 4,
         "stored": {},
         "adamw_bytes": 2 * 7 * 4 * 4 + 4,
-        "why": "routes.3: min_dims 2",
+        "why": "routes.1: role hidden|fused|conv; hidden by module kind linear",
     }
     lines = [" ".join(line.split()) for line in str(plan).splitlines()]
     assert lines[:4] == [
-        "parameter shape seen as pipeline rank lr x decay state why",
-        "tall 7x4 7x4 matrix - 0.5 0.125 116 routes.3: min_dims 2",
-        "head.weight 9x4 9x4 other - 0.015 0 292 routes.2: name *head*",
-        "bias 4 1x4 other - 0.015 0 36 routes.4: everything else",
+        "parameter shape role seen as pipeline rank lr x decay state why",
+        "tall 7x4 hidden 7x4 matrix - 0.5 0.125 116 routes.1: role hidden|fused|conv; hidden by module kind linear",
+        "head.weight 9x4 head 9x4 other - 0.015 0 292 routes.2: everything else; head by name head",
+        "bias 4 bias 1x4 other - 0.015 0 36 routes.2: everything else; bias by name bias",
     ]
-    why = "routes.0: name qkv, split {'q': 6, 'k': 3, 'v': 3}"
-    assert lines[4] == f"qkv 12x4 q 6x4 + k 3x4 + v 3x4 matrix - 0.5 0.5 196 {why}"
+    why = "routes.0: name qkv, split {'q': 6, 'k': 3, 'v': 3}; hidden by module kind linear"
+    assert lines[4] == f"qkv 12x4 hidden q 6x4 + k 3x4 + v 3x4 matrix - 0.5 0.5 196 {why}"
     total = plan.total_bytes
     assert lines[5] == f"total state {total:,} bytes ({total / plan.adamw_bytes:.2f} x AdamW's {plan.adamw_bytes:,})"
     assert len(lines) == 6
@@ -245,7 +248,9 @@ def test_all_conditions_of_a_route_must_hold() -> None:
 
 
 def test_a_parameter_that_no_route_accepts_is_an_error() -> None:
-    with pytest.raises(SpecError, match=r"parameter 'bias' of shape \(4,\) is accepted by no route of 'unnamed'; add a route without"):
+    with pytest.raises(
+        SpecError, match=r"parameter 'bias' of shape \(4,\) and role bias is accepted by no route of 'unnamed'; add a route without"
+    ):
         routed([{"min_dims": 2, "use": "a"}], parameters({"w": (4, 4), "bias": (4,)}))
 
 
@@ -327,6 +332,9 @@ class Model(nn.Module):
             self.get_output_embeddings = lambda: self.unembed
 
 
+FREE = {"free": "hidden"}  # otherwise a guess, and a warning
+
+
 def kinds(model: nn.Module) -> dict[str, set[str]]:
     found = module_kinds(model)
     return {name: set(found.get(id(p), ())) for name, p in model.named_parameters()}
@@ -369,30 +377,33 @@ def test_a_vocabulary_as_small_as_the_width_makes_heads_of_no_inner_layers() -> 
 def test_a_tied_weight_is_one_parameter_embedding_and_head(preset: str) -> None:
     model = Model(tied=True)
     assert kinds(model)["embed.weight"] == {"embedding", "linear", "head"}
-    opt = build(small(preset), model)
+    opt = build(small(preset), model, roles=FREE)
     assert [row.entry.name for row in opt.plan].count("embed.weight") == 1
     assert "unembed.weight" not in opt.plan.by_name
     assert len(opt.plan) == len(list(model.parameters()))
 
 
-@pytest.mark.parametrize("preset", [name for name in PRESETS if any("head" in route.module for route in load_spec(name).routes)])
+@pytest.mark.parametrize(
+    "preset", [name for name in PRESETS if ("hidden", "fused", "conv") in {route.role for route in load_spec(name).routes}]
+)
 def test_presets_keep_embeddings_and_heads_out_of_their_subspaces(preset: str) -> None:
-    rows = build(small(preset), Model()).plan.by_name
+    rows = build(small(preset), Model(), roles=FREE).plan.by_name
     found = {name: row.pipeline for name, row in rows.items()}
     assert {found[n] for n in ("embed.weight", "bag.weight", "unembed.weight", "norm.weight", "mlp.bias")} == {"other"}
     assert {found[n] for n in ("conv.weight", "fc.weight", "mlp.weight", "free")} == {"matrix"}
 
 
-def test_without_a_model_routes_on_modules_match_nothing_and_a_warning_says_so() -> None:
-    params = parameters({"a": (4, 4), "b": (4, 4)})
-    with pytest.warns(UserWarning, match=r"routes embeddings and output heads by their module, and no model was given"):
+def test_without_a_model_a_warning_names_the_matrices_whose_role_is_a_guess() -> None:
+    params = parameters({"a": (4, 4), "b": (4, 4), "lm_head.weight": (4, 4)})
+    text = "spec 'cosmos' routes parameters by role, and no model was given, and no name tells the role of 'a', 'b'. 'a' goes"
+    with pytest.warns(UserWarning, match=re.escape(text)):
         SubspaceOptimizer(params.items(), small("cosmos"))
     SubspaceOptimizer(params.items(), "adamw")  # has no such route
     SubspaceOptimizer([{"params": list(params.items()), "use": "matrix"}], small("cosmos"))
 
 
 def test_a_transposed_layer_and_a_kernel_are_seen_as_matrices() -> None:
-    rows = build(small("galore"), Model()).plan.by_name
+    rows = build(small("galore"), Model(), roles=FREE).plan.by_name
     assert str(rows["fc.weight"].view) == "8x6, stored transposed"
     assert str(rows["conv.weight"].view) == "4x18"
     assert str(rows["conv1.weight"].view) == "4x6"
@@ -403,7 +414,7 @@ def test_wrapped_models_are_routed_and_named_like_bare_ones() -> None:
     bare = Model()
     wrapped = nn.Module()
     wrapped.add_module("_orig_mod", bare)
-    plans = [build(small("cosmos"), model).plan for model in (bare, wrapped)]
+    plans = [build(small("cosmos"), model, roles=FREE).plan for model in (bare, wrapped)]
     assert str(plans[0]) == str(plans[1])
     assert [row.entry.name for row in plans[1]] == [n for n, _ in bare.named_parameters()]
 

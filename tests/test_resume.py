@@ -267,12 +267,58 @@ def state_of(spec: Any, shapes: Any = SHAPES, dtype: torch.dtype = torch.float32
         ({"matrix.complement": "sgd"}, "pipelines.matrix.complement.0.coefficients is only in this spec"),
         ({"matrix.orient": "left"}, "pipelines.matrix.orient is 'left' there and 'right' here"),
         ({"matrix.finish": None}, "pipelines.matrix.finish is [] there and "),
-        ({"routes": [{"min_dims": 2, "use": "matrix"}, {"use": "other"}]}, "routes is [{"),
+        ({"routes": [{"min_dims": 2, "name": "t*", "use": "matrix"}, {"use": "other"}]}, "routes.0.min_dims is 2 there and None here"),
     ],
 )
 def test_another_spec_is_refused_with_the_first_difference(trained: Trained, overrides: dict[str, Any], difference: str) -> None:
     spec = load_spec(small("cosmos"), overrides)
     refused(*trained, state_of(spec), "the checkpoint has spec 'cosmos' and this optimizer has 'cosmos'", difference)
+
+
+BEFORE_ROLES = [
+    {"module": ["embedding", "head"], "use": "other"},
+    {"name": ["*head*"], "use": "other"},
+    {"min_dims": 2, "use": "matrix"},
+    {"use": "other"},
+]
+
+
+def without_roles(saved: Saved, routes: list[dict[str, Any]]) -> Saved:
+    """The state as a version before roles saved it: other routes, and fields that its specs did not have left out."""
+    for group in saved["param_groups"]:
+        spec = json.loads(group["spec"])
+        del spec["roles"]
+        empty = {"name": [], "module": [], "min_dims": None, "max_dims": None, "min_side": None, "max_side": None}
+        rest = {"view": "auto", "split": None, "heads": None, "transposed": None}
+        spec["routes"] = [{**empty, **rest, **route} for route in routes]
+        group["spec"] = json.dumps(spec)
+    return saved
+
+
+def test_a_state_saved_before_roles_goes_on_to_the_bit(trained: Trained) -> None:
+    """Its routes are other words for the same pipelines and views, and they stay in force."""
+    opt, params = trained
+    saved = without_roles(copy.deepcopy(opt.state_dict()), BEFORE_ROLES)
+    other_params = copied(params)
+    other = optimizer(small("cosmos"), other_params)
+    other.load_state_dict(saved)
+    assert [str(route) for route in other.spec_of(other.param_groups[0]).routes][1:3] == [
+        "name *head*, split None",
+        "min_dims 2, split None",
+    ]
+    for pair in ((opt, params), (other, other_params)):
+        train(*pair, range(9, 12))
+    assert same(snapshot(opt, params), snapshot(other, other_params))
+
+
+def test_a_state_saved_before_roles_is_refused_where_a_role_changes_the_pipeline() -> None:
+    shapes = {"w": (6, 6), "column": (6, 1)}
+    params = parameters(shapes)
+    opt = optimizer(small("cosmos"), params)
+    train(opt, params, range(2))
+    saved = without_roles(state_of(load_spec(small("cosmos"), {"routes": BEFORE_ROLES}), shapes), BEFORE_ROLES)
+    refused(opt, params, saved, "build the optimizer from the checkpoint's spec")
+    optimizer(json.loads(saved["param_groups"][0]["spec"]), parameters(shapes)).load_state_dict(saved)
 
 
 def test_blocks_cut_in_another_order_are_refused() -> None:

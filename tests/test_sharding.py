@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from pool import run_ranks
-from ranks import differences, give, gradient, make_zoo, mesh_of, place, whole_weights
+from ranks import differences, give, gradient, make_fused, make_zoo, mesh_of, place, whole_weights
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 
@@ -96,6 +96,40 @@ def test_small_buckets_and_stacks_change_nothing() -> None:
     presets = {preset: alone(preset) for preset in ("cosmos", "muon", "galore", "soap", "adamw", "sumo")}
     assert run_ranks(2, compare_presets, "fsdp", presets, STEPS, {"batch_bytes": 500}) == [[]] * 2
     assert run_ranks(2, compare_presets, "fsdp", presets, STEPS, {"stacking": "always"}) == [[]] * 2
+
+
+def compare_fused(kind: str, presets: tuple[str, ...], options: dict[str, Any]) -> list[str]:
+    """The parameters of fused weights that differ from one process, after the same steps."""
+    mesh, wrong = mesh_of(kind, dist.get_world_size()), []
+    for preset in presets:
+        runs = []
+        for where in (None, kind):
+            model = make_fused()
+            if where is not None:
+                place(model, kind, mesh)
+            optimizer = build(preset, model, where, **options)
+            for step in range(STEPS_OF_FOUR):
+                give(model, step)
+                optimizer.step()
+            runs.append(whole_weights(model))
+        cut = [row.entry.name for row in optimizer.plan if len(row.splits) > 1]
+        assert len(cut) == 6, cut
+        wrong += [f"{preset}: {name} differs by {gap:.1e}" for name, gap in differences(*runs) if not gap < 1e-9]
+        planned = sum(sharding.bytes_held(group.rank) for group, sharding in optimizer._shardings().values())
+        if planned != measured_bytes(optimizer):
+            wrong.append(f"{preset}: {planned} bytes planned, {measured_bytes(optimizer)} held")
+    return wrong
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "world"), [("fsdp", 2), ("ddp", 2), ("hsdp", 4)])
+def test_weights_cut_by_their_roles_equal_one_process(kind: str, world: int) -> None:
+    assert run_ranks(world, compare_fused, kind, ("cosmos", "galore"), {}) == [[]] * world
+
+
+@pytest.mark.slow
+def test_weights_cut_by_their_roles_in_small_buckets_equal_one_process() -> None:
+    assert run_ranks(2, compare_fused, "tp", ("muon", "soap"), {"batch_bytes": 500}) == [[]] * 2
 
 
 # ------------------------------------------------------------------------------------------------------- gradients that are missing or bad

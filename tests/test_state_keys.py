@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 from subspace_opt import CheckpointError, Entry, SubspaceOptimizer, load_spec, make_plan, snapshots
 from subspace_opt.checkpoint import STATE_VERSION, keys_in
 
-pytestmark = pytest.mark.filterwarnings("ignore:spec .* routes embeddings and output heads by their module")
+pytestmark = pytest.mark.filterwarnings("ignore:spec .* routes parameters by role")
 
 SHAPES = {"tall": (12, 6), "mate": (12, 6), "wide": (6, 12), "bias": (5,)}
 NAMES = list(SHAPES)

@@ -37,6 +37,12 @@ class Opened(NamedTuple):
 class Frame(Shaped):
     """A pipeline for matrices of one shape."""
 
+    @property
+    def is_elementwise(self) -> bool:
+        """True if every entry of a weight is updated by itself."""
+        plain = not self.opens and self.pipeline.feedback is None and not self.turned
+        return plain and all(rule.traits(rows, cols).elementwise for _, rule, rows, cols in self.places())
+
     # ------------------------------------------------------------------------------------------------------- the mathematics
 
     def update(self, grad: Tensor, weight: Tensor | None, state: State, step: Step) -> tuple[Linear, State]:

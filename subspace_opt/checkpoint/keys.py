@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..plan.modules import canonical_name
+from ..plan.names import canonical_name
 from .migrations import CheckpointError
 
 

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from ..engine import lowbit
-from ..plan import COUNTERS, Plan, Row
+from ..plan import COUNTERS, Plan, Row, make_plan
 from ..spec import Spec
 from .keys import differing, names_in, saved_keys
 from .migrations import CheckpointError, migrated
@@ -45,8 +45,8 @@ def matched(
     saved_groups = state_dict["param_groups"]
     own = [p for group in groups for p in group["params"]]
     pairs = _pairs(saved_groups, groups, own)
-    merged = _merged_groups(saved_groups, groups, pairs)
     rows = dict(zip(map(id, own), plan.rows, strict=True))
+    merged = _merged_groups(saved_groups, groups, pairs, rows)
     state: dict[Tensor, dict[str, Any]] = {}
     foreign = set(state_dict["state"]) - {saved for saved, _ in pairs}
     if foreign:
@@ -110,7 +110,7 @@ def _pairs(saved_groups: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[s
 
 
 def _merged_groups(
-    saved_groups: Sequence[Mapping[str, Any]], groups: Sequence[dict[str, Any]], pairs: list[tuple[Any, Tensor]]
+    saved_groups: Sequence[Mapping[str, Any]], groups: Sequence[dict[str, Any]], pairs: list[tuple[Any, Tensor]], rows: Mapping[int, Row]
 ) -> list[dict[str, Any]]:
     """This optimizer's groups with their own parameters and the saved options.
 
@@ -126,7 +126,7 @@ def _merged_groups(
     for index, (group, own_names) in enumerate(zip(groups, names_in(groups), strict=True)):
         own_ids = [saved_of[id(p)] for p in group["params"]]
         sources = distinct([home[i] for i in own_ids]) or list(saved_groups[index : index + 1]) or [group]
-        options = _options_of(sources, group, index)
+        options = _options_of(sources, group, index, [rows[id(p)] for p in group["params"]])
         named = "param_names" in group or not all("param_names" in source for source in sources)
         names = own_names if named else [name_of[i] for i in own_ids]
         given = {} if named else {"param_names": names}
@@ -135,11 +135,11 @@ def _merged_groups(
     return merged
 
 
-def _options_of(sources: Sequence[Mapping[str, Any]], group: Mapping[str, Any], index: int) -> dict[str, Any]:
+def _options_of(sources: Sequence[Mapping[str, Any]], group: Mapping[str, Any], index: int, rows: Sequence[Row]) -> dict[str, Any]:
     """The saved options for one group, checked: the same spec and pipeline as here, and one value for every option."""
     options = [{k: v for k, v in source.items() if k not in ("params", "param_names", "keys")} for source in sources]
     for kept in options:
-        _check_spec(kept["spec"], group["spec"])
+        _check_spec(kept["spec"], group["spec"], [] if group.get("use") else rows)
         if kept.get("use") != group.get("use"):
             raise CheckpointError(
                 f"parameter group {index} has `use` {kept.get('use')!r} in the checkpoint and {group.get('use')!r} here; give it the same"
@@ -162,14 +162,15 @@ def equal(a: Any, b: Any) -> bool:
     return bool(torch.equal(a, b)) if isinstance(a, Tensor) and isinstance(b, Tensor) else bool(a == b)
 
 
-def _check_spec(saved: str, own: str) -> None:
+def _check_spec(saved: str, own: str, rows: Sequence[Row]) -> None:
+    """Raise unless the saved spec has this spec's pipelines, and its routes or roles lay every row out as they are."""
     if saved == own or _filled(saved) == own:
         return
     try:
         there, here = json.loads(saved), json.loads(own)
-        difference = _difference(there["pipelines"], here["pipelines"], "pipelines") or _difference(
-            there["routes"], here["routes"], "routes"
-        )
+        difference = _difference(there["pipelines"], here["pipelines"], "pipelines")
+        if difference is None and not _is_same_layout(saved, rows):
+            difference = _difference(there["routes"], here["routes"], "routes") or "its roles differ"
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"the checkpoint's spec cannot be read: {error!r}") from None
     if difference:
@@ -177,6 +178,15 @@ def _check_spec(saved: str, own: str) -> None:
             f"the checkpoint has spec '{there.get('name')}' and this optimizer has '{here.get('name')}': {difference}; build the optimizer "
             "from the checkpoint's spec"
         )
+
+
+def _is_same_layout(saved: str, rows: Sequence[Row]) -> bool:
+    """Whether the routes of a saved spec give every row the pipeline and the view that it has."""
+    try:
+        planned = make_plan(Spec.model_validate_json(saved), [row.entry for row in rows])
+    except ValueError:  # a spec that no longer reads, or a parameter that no route accepts
+        return False
+    return all((a.pipeline, a.view) == (b.pipeline, b.view) for a, b in zip(planned.rows, rows, strict=True))
 
 
 def _filled(text: str) -> str:

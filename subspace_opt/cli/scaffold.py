@@ -218,9 +218,7 @@ pipelines:
   other:
     complement: {kind: adam, beta1: 0.9, beta2: 0.999}
 routes:
-  - {module: [embedding, head], use: other}
-  - {name: "*head*", use: other}
-  - {min_dims: 2, use: matrix}
+  - {role: [hidden, fused, conv], use: matrix}
   - {use: other}
 """
 

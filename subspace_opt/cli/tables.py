@@ -6,6 +6,7 @@ import math
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -160,27 +161,32 @@ def _show_total(plan: Plan, out: Console) -> None:
 
 
 def show_explained(plan: Plan, title: str, out: Console) -> None:
-    """One row for each parameter, and below the table the routes that decided."""
+    """One row for each parameter, and below the table the routes and roles that decided."""
     full = _explained(plan)
     fits = out.measure(full, options=out.options.update(width=10_000)).maximum <= out.width
     out.print(title, end="\n\n", markup=False, soft_wrap=True)
     out.print(full if fits else _explained_by_layer(plan))
     routes = make_table("why", "pipeline", "lr x", "decay", right=("lr x", "decay"), fold="why")
-    for route in dict.fromkeys((row.why, row.pipeline, f"{row.lr_scale:g}", f"{row.decay:g}") for row in plan):
+    for route in dict.fromkeys((row.why.partition(";")[0], row.pipeline, f"{row.lr_scale:g}", f"{row.decay:g}") for row in plan):
         routes.add_row(*map(escape, route))
-    out.print()
-    out.print(routes)
+    roles = make_table("parameters", "role", "by", right=("parameters",), fold="by")
+    for (name, why), number in Counter((row.role.name, row.role.why) for row in plan).items():
+        roles.add_row(str(number), name, escape(why))
+    for below in (routes, roles):
+        out.print()
+        out.print(below)
     _show_total(plan, out)
 
 
 def _explained(plan: Plan) -> Table:
     numbers = ("rank", "lr x", "decay", "state bytes")
     stored = any(row.stored for row in plan)
-    table = make_table("parameter", "shape", "pipeline", *numbers, *(["stored"] if stored else []), "why", right=numbers)
+    table = make_table("parameter", "shape", "role", "pipeline", *numbers, *(["stored"] if stored else []), "why", right=numbers)
     for row in plan:
         rates = (f"{row.lr_scale:g}", f"{row.decay:g}")
         how = [said(row)] if stored else []
-        table.add_row(escape(row.entry.name), _seen(row), _pipeline(row), _rank(row), *rates, f"{row.state_bytes:,}", *how, _cause(row))
+        name, role, state = escape(row.entry.name), row.role.name, f"{row.state_bytes:,}"
+        table.add_row(name, _seen(row), role, _pipeline(row), _rank(row), *rates, state, *how, _cause(row))
     return table
 
 
@@ -221,11 +227,13 @@ def _cause(row: Row) -> str:
 
 
 def _seen(row: Row) -> str:
-    """The shape, and its view if that differs."""
+    """The shape, and its view if that differs. `64x192/3` is cut into three parts."""
     shape, view = "x".join(map(str, row.entry.shape)) or "scalar", row.view
-    turned = f"{view.rows}x{view.cols}, stored transposed"
-    if str(view) == turned:
-        return f"{shape}, transposed"
+    turned = ", transposed" if view.transposed else ""
+    if len(view.blocks) > 1:
+        return f"{shape}/{len(view.blocks)}{turned}"
+    if str(view) == f"{view.rows}x{view.cols}, stored transposed":
+        return shape + turned
     return shape if shape == str(view) or len(row.entry.shape) < 2 else f"{shape} as {view}"
 
 

@@ -75,9 +75,10 @@ def close(work: list[Work], memory: Memory) -> None:
 
 
 def write_back(work: list[Work]) -> None:
-    """Copy weights and compensations to their parameters, if their storage could not be viewed as matrices."""
+    """Copy weights, compensations and updates to their tensors, if the storage of these could not be viewed as matrices."""
     for item in work:
-        for stored, name in ((item.param, "weights"), (item.state.get("compensation"), "compensations")):
+        stores = (item.param, "weights"), (item.state.get("compensation"), "compensations"), (item.outbox, "outgoing")
+        for stored, name in stores:
             blocks = vars(item).get(name)  # a cached property that was never read need not be written back
             if stored is not None and blocks and blocks[0].untyped_storage().data_ptr() != stored.untyped_storage().data_ptr():
                 stored.copy_(item.row.view.restore(blocks, stored.shape))

@@ -32,8 +32,7 @@ def _traits(frame: Frame) -> list[RuleTraits]:
 @_once
 def is_elementwise(frame: Frame) -> bool:
     """True if every entry of a weight is updated by itself: a matrix may be cut anywhere, and ranks exchange nothing."""
-    plain = not frame.opens and frame.pipeline.feedback is None and not frame.turned
-    return plain and all(traits.elementwise for traits in _traits(frame))
+    return frame.is_elementwise
 
 
 @_once

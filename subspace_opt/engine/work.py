@@ -71,9 +71,9 @@ class Work:
     def grads(self) -> list[Tensor]:
         return self.row.view.cut(self.row.view.whole(self.grad.detach()))
 
-    @property
+    @cached_property
     def outgoing(self) -> list[Tensor]:
-        """The outbox, viewed as the weights are."""
+        """The outbox, viewed as the weights are. `write_back` copies it to the outbox if it is no view."""
         assert self.outbox is not None
         return self.row.view.cut(self.row.view.whole(self.outbox))
 

@@ -4,8 +4,9 @@ In: a spec, and the parameters' names, shapes, dtypes and kinds of module. Out: 
 as matrices, its ranks after clamping, its state to the byte.
 """
 
+from .names import Role
 from .plan import Plan, counts
 from .routing import make_plan
 from .rows import COUNTERS, Entry, Row, adamw_bytes, said, state_key
 
-__all__ = ["COUNTERS", "Entry", "Plan", "Row", "adamw_bytes", "counts", "make_plan", "said", "state_key"]
+__all__ = ["COUNTERS", "Entry", "Plan", "Role", "Row", "adamw_bytes", "counts", "make_plan", "said", "state_key"]

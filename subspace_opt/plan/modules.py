@@ -1,4 +1,4 @@
-"""Kinds of the modules that hold a parameter (embedding, output head, linear, convolution, norm), and canonical parameter names."""
+"""Kinds of the modules that hold a parameter (embedding, output head, linear, convolution, norm), for routes with `module`."""
 
 from __future__ import annotations
 
@@ -7,14 +7,6 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
-
-# Parts of a name that wrappers insert. They change nothing about the parameter.
-WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
-
-
-def canonical_name(name: str) -> str:
-    """A parameter's name without the parts that `torch.compile`, activation checkpointing and FSDP insert."""
-    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def refuse_flat(model: nn.Module) -> None:

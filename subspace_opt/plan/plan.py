@@ -97,7 +97,7 @@ class Plan:
 
     def _table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         """Head and lines. The column `stored` is there if the spec has a `state_dtype`."""
-        head: tuple[str, ...] = ("parameter", "shape", "seen as", "pipeline", "rank", "lr x", "decay", "state", "why")
+        head: tuple[str, ...] = ("parameter", "shape", "role", "seen as", "pipeline", "rank", "lr x", "decay", "state", "why")
         body = [_cells(row) for row in self.rows]
         if any(row.stored for row in self.rows):
             head = (*head[:-1], "stored", head[-1])
@@ -117,6 +117,7 @@ def _cells(row: Row) -> tuple[str, ...]:
     return (
         row.entry.name,
         "x".join(map(str, row.entry.shape)) or "scalar",
+        row.role.name,
         str(row.view),
         row.pipeline + (" (frozen)" if row.entry.frozen else ""),
         "/".join(map(str, row.ranks)) or "-",

@@ -13,11 +13,14 @@ import torch
 from ..algebra import storage
 from ..algebra.frame import Frame
 from ..algebra.storage import Codes
-from .modules import canonical_name
+from .names import Role, canonical_name
 from .views import Block, View
 
 STEP_BYTES = 4  # the float32 counter of a parameter
 COUNTERS = ("step", "refreshed")  # scalars kept on the host: the number of updates, and the update that took the last new basis
+
+
+UNKNOWN = Role("hidden", "shape", is_guess=True)
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class Entry:
     lr: float = 0.0
     weight_decay: float = 0.0
     use: str | None = None  # the pipeline that the parameter's group chose; it overrides all routes
+    role: Role | None = None  # as a model tells it; None: by name and shape
     key: str = ""  # seeds the random draws and spreads the refreshes; the default is the canonical name
 
     def __post_init__(self) -> None:
@@ -53,6 +57,7 @@ class Row:
     pipeline: str
     splits: tuple[tuple[Block, Frame], ...]
     why: str
+    role: Role = UNKNOWN
     compensated: bool = False
     decay: float = 0.0
     lr_scale: float = 1.0
@@ -136,6 +141,7 @@ class Row:
         return {
             "name": self.entry.name,
             "shape": list(self.entry.shape),
+            "role": self.role.name,
             "view": str(self.view),
             "pipeline": self.pipeline,
             "rank": self.ranks,

@@ -3,7 +3,8 @@
     (n,) -> 1 x n        (m, n) -> m x n        conv (O, I, kh, kw) -> O x (I kh kw)        experts (E, m, n) -> E matrices m x n
 
 `transposed` marks weights stored as (in, out). `split` cuts the rows of a fused weight into named blocks (q, k, v), `heads` cuts them into
-equal blocks. Each block is then a matrix of its own.
+equal blocks. Each block is then a matrix of its own. If the rows of the blocks alternate, as q, k and v of one head after another, `groups`
+is the number of times that they do.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ class ViewError(ValueError):
 
 @dataclass(frozen=True)
 class Block:
-    """`count` matrices of `rows` x `cols`. In each matrix of the parameter they begin at row `start`."""
+    """`count` matrices of `rows` x `cols`. They begin at row `start` of each matrix of the parameter, or of each group of its rows."""
 
     name: str
     count: int
@@ -56,6 +57,7 @@ class View:
     transposed: bool
     blocks: tuple[Block, ...]
     modes: tuple[int, ...] = ()  # with layout `modes`: the dimensions that the columns join
+    groups: int = 1  # each of these equal groups of rows holds a share of every block
 
     def whole(self, tensor: Tensor) -> Tensor:
         """The tensor as `(count, rows, cols)`. It shares the tensor's storage if the strides allow it."""
@@ -64,9 +66,13 @@ class View:
         return whole.mT if self.transposed else whole
 
     def cut(self, whole: Tensor) -> list[Tensor]:
-        """One stack `(count, rows, cols)` per block, each a view of `whole`."""
+        """One stack `(count, rows, cols)` per block, each a view of `whole`, or copies if the view has several `groups`."""
         out = []
         for block in self.blocks:
+            if self.groups > 1:
+                shares = whole.unflatten(1, (self.groups, -1)).narrow(2, block.start, block.rows // self.groups)
+                out.append(shares.reshape(-1, block.rows, block.cols))
+                continue
             part = whole if len(self.blocks) == 1 else whole.narrow(1, block.start, block.rows)
             if block.heads > 1:
                 part = part.unflatten(1, (block.heads, block.rows)).reshape(-1, block.rows, block.cols)
@@ -75,7 +81,8 @@ class View:
 
     def restore(self, blocks: list[Tensor], shape: torch.Size) -> Tensor:
         """The parameter, of the given shape, put together from its blocks."""
-        whole = torch.cat([b.reshape(self.count, -1, self.cols) for b in blocks], dim=1)
+        shares = [b.reshape(self.count, self.groups, -1, self.cols) for b in blocks]
+        whole = torch.cat(shares, dim=2).flatten(1, 2)
         return (whole.mT if self.transposed else whole).reshape(shape)
 
     def __str__(self) -> str:
@@ -91,12 +98,14 @@ def make_view(
     transposed: bool = False,
     split: dict[str, int] | None = None,
     heads: int | None = None,
+    groups: int = 1,
 ) -> View:
     """The view of a parameter.
 
     Args:
         layout: `flatten` joins all dimensions but the first. `stack` joins all but the last two. `auto` flattens four or more dimensions,
             and three if the module is a convolution. `modes` flattens and remembers the dimensions that it joined.
+        groups: The number of equal groups of rows that each hold a share of every block of `split`.
 
     Raises:
         ViewError: The blocks do not fill the rows, the heads do not divide them, or a vector has a `split`, `heads` or `transposed`.
@@ -111,10 +120,7 @@ def make_view(
     if math.prod(shape) == 0:
         return View(count, rows, cols, transposed, ())
     if split is not None:
-        if sum(split.values()) != rows:
-            parts = " + ".join(f"{name} {size}" for name, size in split.items())
-            raise ViewError(f"has {rows} rows, and `split` ({parts} = {sum(split.values())}) does not fill them")
-        return View(count, rows, cols, transposed, _cut(split, count, cols))
+        return View(count, rows, cols, transposed, _cut(split, count, rows, cols, groups), groups=groups)
     if heads is not None:
         if transposed and count > 1:
             raise ViewError("is a stack of transposed matrices, whose rows `heads` cannot cut")
@@ -135,9 +141,12 @@ def _matrices(shape: tuple[int, ...], layout: str, conv: bool) -> tuple[int, int
     return math.prod(shape[:-2]), shape[-2], shape[-1]
 
 
-def _cut(split: dict[str, int], count: int, cols: int) -> tuple[Block, ...]:
+def _cut(split: dict[str, int], count: int, rows: int, cols: int, groups: int) -> tuple[Block, ...]:
+    if sum(split.values()) != rows:
+        parts = " + ".join(f"{name} {size}" for name, size in split.items())
+        raise ViewError(f"has {rows} rows, and `split` ({parts} = {sum(split.values())}) does not fill them")
     blocks, start = [], 0
     for name, size in split.items():
         blocks.append(Block(name, count, size, cols, start, 1))
-        start += size
+        start += size // groups
     return tuple(blocks)

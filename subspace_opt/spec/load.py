@@ -14,7 +14,7 @@ from ..registry import suggest
 from . import presets
 from .document import Document, DocumentError, parse_document, read_document
 from .messages import describe
-from .model import Spec, SpecError
+from .model import ROLES, Spec, SpecError
 from .overrides import apply_override, has_path, to_mutable
 
 
@@ -85,6 +85,19 @@ def _document(source: Spec | Mapping[str, Any] | str | os.PathLike[str]) -> Docu
         return read_document(source)
     except (DocumentError, presets.PresetError) as error:
         raise SpecError(str(error)) from None
+
+
+def with_roles(spec: Spec, roles: Mapping[str, str]) -> Spec:
+    """The spec with these roles before its own.
+
+    Raises:
+        SpecError: a value that is no role.
+    """
+    for glob, role in roles.items():
+        if role not in ROLES:
+            raise SpecError(f"roles: '{role}', given to '{glob}', is not a role; {suggest(str(role), ROLES)}")
+    own = {glob: role for glob, role in spec.roles.items() if glob not in roles}
+    return _validated({**spec.model_dump(mode="json"), "roles": {**roles, **own}}, lambda path: "roles")
 
 
 def with_state_dtype(spec: Spec, chosen: StateDtype | Mapping[str, StateDtype]) -> Spec:

@@ -19,10 +19,14 @@ from ..algebra.pipeline import Pipeline
 from ..registry import Component, Model, suggest
 from .summary import spec_html, spec_text
 
-__all__ = ["MODULE_KINDS", "Defaults", "ModuleKind", "Route", "Spec", "SpecError", "rules", "selectors"]
+__all__ = ["MODULE_KINDS", "ROLES", "Defaults", "ModuleKind", "RoleName", "Route", "Spec", "SpecError", "rules", "selectors"]
 
 ModuleKind = Literal["embedding", "head", "linear", "conv", "norm", "transposed"]
 MODULE_KINDS: tuple[str, ...] = get_args(ModuleKind)
+RoleName = Literal[
+    "embedding", "position", "token", "patch", "head", "router", "norm", "bias", "vector", "conv", "depthwise", "ssm", "fused", "hidden"
+]
+ROLES: tuple[str, ...] = get_args(RoleName)
 
 
 class SpecError(ValueError):
@@ -50,6 +54,9 @@ class Route(Model):
     module: Annotated[tuple[ModuleKind, ...], BeforeValidator(_listed, json_schema_input_type=ModuleKind | list[ModuleKind])] = Field(
         (), description="Kinds of module. The parameter must belong to one of them; kinds are known only if `build` is given a model."
     )
+    role: Annotated[tuple[RoleName, ...], BeforeValidator(_listed, json_schema_input_type=RoleName | list[RoleName])] = Field(
+        (), description="Roles. The parameter must have one of them. docs/roles.md says how a role is found."
+    )
     min_dims: NonNegativeInt | None = Field(None, description="Smallest number of dimensions.")
     max_dims: NonNegativeInt | None = Field(None, description="Largest number of dimensions.")
     min_side: PositiveInt | None = Field(None, description="Lower bound for the shorter side of the matrices.")
@@ -60,23 +67,26 @@ class Route(Model):
         "`modes`: one matrix (O, rest) whose joined dimensions get a basis each (selector `kron_eigen`). `auto`: `flatten` for "
         "convolutions and for four or more dimensions, else `stack`.",
     )
-    split: dict[str, PositiveInt] | None = Field(
-        None, description="Cuts the rows of a fused weight into blocks: name of the block to number of rows."
+    split: dict[str, PositiveInt] | Literal["auto"] | None = Field(
+        "auto",
+        description="Cuts the rows of a fused weight into blocks: name of the block to number of rows. `auto` cuts a weight of role "
+        "`fused` into its known parts, unless its pipeline updates every entry by itself. `null` cuts nothing.",
     )
     heads: PositiveInt | None = Field(None, description="Cuts the rows into this number of equal blocks.")
     transposed: bool | None = Field(None, description="Whether the weight is stored as (in, out). If omitted, the module's type decides.")
 
     @model_validator(mode="after")
     def _one_cut(self) -> Route:
-        if self.split is not None and self.heads is not None:
+        if isinstance(self.split, dict) and self.heads is not None:
             raise ValueError("`split` and `heads` both cut the rows; give one of them")
         return self
 
-    def accepts(self, name: str, dims: int, sides: tuple[int, int], modules: frozenset[str]) -> bool:
+    def accepts(self, name: str, dims: int, sides: tuple[int, int], modules: frozenset[str], role: str = "") -> bool:
         """True if a parameter takes this route. `sides`: the shorter and the longer side of its matrices."""
         return (
             (not self.name or any(fnmatch.fnmatchcase(name, glob) for glob in self.name))
             and (not self.module or bool(modules.intersection(self.module)))
+            and (not self.role or role in self.role)
             and (self.min_dims is None or dims >= self.min_dims)
             and (self.max_dims is None or dims <= self.max_dims)
             and (self.min_side is None or sides[0] >= self.min_side)
@@ -91,10 +101,7 @@ class Route(Model):
 
 # The routes of a spec that has a pipeline `matrix` and no routes. Its `other` is AdamW unless the spec defines one.
 STANDARD_ROUTES = (
-    {"module": "embedding", "use": "other"},
-    {"module": "head", "use": "other"},
-    {"name": "*head*", "use": "other"},
-    {"min_dims": 2, "use": "matrix"},
+    {"role": ["hidden", "fused", "conv"], "use": "matrix"},
     {"use": "other"},
 )
 STANDARD_OTHER = {"complement": {"kind": "adam", "beta1": 0.9, "beta2": 0.95}}
@@ -113,6 +120,9 @@ class Spec(Model):
     pipelines: dict[str, Pipeline] = Field(min_length=1, description="The pipelines by name.")
     routes: tuple[Route, ...] = Field(
         (), strict=False, description="Tried in order. The first route that accepts a parameter decides its pipeline."
+    )
+    roles: dict[str, RoleName] = Field(
+        {}, description="Corrects roles: glob of parameter names to role. The first glob that matches decides, before the model does."
     )
 
     @model_validator(mode="before")
