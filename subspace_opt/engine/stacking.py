@@ -40,7 +40,8 @@ def _grouped(work: list[Work], options: Options, memory: Memory) -> Iterator[Sta
     for item in work:
         for index, (block, frame) in enumerate(item.row.splits):
             most = matrices_at_once(item, block, options)
-            kind = (id(frame), item.row.compute_dtype, item.param.device, most)
+            # Copies on several ranks stay equal to the bit only in equal stacks: round-off depends on a matrix's place in its stack.
+            kind = (id(frame), item.row.compute_dtype, item.param.device, most, item.holders)
             decay = item.weight_decay if frame.pipeline.decay == "coupled" else None  # rules see a coupled decay
             for phase, start, stop in _runs(_phases(item, index, memory.begun), most):
                 number, size = filled.get(kind, (0, 0))

@@ -51,6 +51,7 @@ class Work:
     count: int = 0  # updates before this one; -1: all gradients so far were 0
     held: bool = False  # the first update failed and is not counted
     silent: set[int] = field(default_factory=set)  # matrices, or experts, that get neither update nor decay
+    holders: tuple[int, ...] = ()  # ranks that update the same matrix, each its own copy
     outbox: Tensor | None = None  # receives the update, of the parameter's shape, if the weights are on other ranks
 
     @property
