@@ -73,7 +73,7 @@ class Shaped:
         p = self.pipeline
         if not p.complement or p.mix.complement == 0:
             return False
-        full = (self.inner[0].size, self.inner[1].size) == (self.rows.size, self.cols.size) and not p.selector.traits().gated
+        full = (self.inner[0].size, self.inner[1].size) == (self.rows.size, self.cols.size) and not self.selector_traits.gated
         return not full or p.complement[0].traits(self.rows, self.cols).takes_whole
 
     @property
