@@ -24,8 +24,8 @@ SpecLike = Spec | Mapping[str, Any] | str | os.PathLike[str]
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 
 GROUP_KEYS = ("params", "param_names", "lr", "weight_decay", "maximize", "spec", "overrides", "use", "refresh", "state_version", "keys")
-# Keys that torch's schedulers and checkpoints write into groups.
-FOREIGN_GROUP_KEYS = ("initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum", "momentum")
+# Keys that schedulers and checkpoints write into groups, and `lr_scale`, by which timm's schedulers multiply a group's lr.
+FOREIGN_GROUP_KEYS = ("initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum", "momentum", "lr_scale")
 
 
 class Counterpart(NamedTuple):
@@ -172,6 +172,27 @@ def refuse_options(given: Mapping[str, Any], spec: Spec, known: Sequence[str]) -
         verb = "is" if len(translated) == 1 else "are"
         parts.insert(0, f"{', '.join(translated)} {verb} part of the spec '{spec.name}'; use overrides={overrides!r}")
     raise TypeError("; ".join(parts))
+
+
+def split_options(given: Mapping[str, Any], spec: Spec, known: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options from a trainer's command line or configuration, as options of the optimizer and overrides of its spec.
+
+    An option in neither is another optimizer's word, such as `rank` or `betas`, or a dotted path, such as `matrix.selector.rank`. Both
+    become overrides, and an override that is given in `overrides` wins.
+
+    Args:
+        known: The options that the optimizer has.
+
+    Raises:
+        TypeError: An option that is neither the optimizer's nor has a counterpart in the spec.
+    """
+    options = {word: value for word, value in given.items() if word in known}
+    paths = {word: value for word, value in given.items() if "." in word}
+    words = {word: value for word, value in given.items() if word not in known and "." not in word}
+    found = {word: dict(_overrides(word, value, spec)) for word, value in words.items()}
+    refuse_options({word: words[word] for word, overrides in found.items() if not overrides}, spec, known)
+    translated = {path: value for overrides in found.values() for path, value in overrides.items()}
+    return options, {**translated, **paths, **(options.pop("overrides", None) or {})}
 
 
 def _overrides(word: str, value: Any, spec: Spec) -> Iterator[tuple[str, Any]]:
