@@ -159,7 +159,7 @@ def refuse_options(given: Mapping[str, Any], spec: Spec, known: Sequence[str]) -
     overrides: dict[str, Any] = {}
     translated, parts = [], []
     for word, value in given.items():
-        if found := dict(_overrides(word, value, spec)):
+        if found := dict(counterparts(word, value, spec)):
             overrides |= found
             translated.append(f"'{word}'")
         elif word in NOT_NEEDED:
@@ -189,14 +189,14 @@ def split_options(given: Mapping[str, Any], spec: Spec, known: Sequence[str]) ->
     options = {word: value for word, value in given.items() if word in known}
     paths = {word: value for word, value in given.items() if "." in word}
     words = {word: value for word, value in given.items() if word not in known and "." not in word}
-    found = {word: dict(_overrides(word, value, spec)) for word, value in words.items()}
+    found = {word: dict(counterparts(word, value, spec)) for word, value in words.items()}
     refuse_options({word: words[word] for word, overrides in found.items() if not overrides}, spec, known)
     translated = {path: value for overrides in found.values() for path, value in overrides.items()}
     return options, {**translated, **paths, **(options.pop("overrides", None) or {})}
 
 
-def _overrides(word: str, value: Any, spec: Spec) -> Iterator[tuple[str, Any]]:
-    """Paths and values in the spec that mean the same as another optimizer's option."""
+def counterparts(word: str, value: Any, spec: Spec) -> Iterator[tuple[str, Any]]:
+    """Paths and values in the spec that mean the same as another optimizer's option, such as `update_proj_gap` or `betas`."""
     if word == "betas":
         if isinstance(value, Sequence) and len(value) == 2:
             stems = [path.removesuffix("1") for path in _paths(spec, Counterpart(Rule, "beta1", beside="beta2"))]
