@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from typing import Any, Self
 
 from . import storage
 from .core import Dim, Rule, SelectorTraits, Slot, State
-from .pipeline import Pipeline
+from .pipeline import Pipeline, Values, with_values
 from .storage import Codes, StateDtype
 
 
@@ -36,6 +36,16 @@ class Shaped:
         if side == "left":
             return cls(pipeline, Dim("rows", cols, modes=modes), Dim("cols", rows), turned=True)
         return cls(pipeline, Dim("rows", rows), Dim("cols", cols, modes=modes), turned=False)
+
+    def at(self, values: Values) -> Self:
+        """The same with other numbers in its pipeline, which must not change its state. The last result is kept."""
+        if not values:
+            return self
+        known = self.memo.get("at")
+        if known is None or known[0] != values:
+            known = self.memo["at"] = (values, replace(self, pipeline=with_values(self.pipeline, values)))
+        found: Self = known[1]
+        return found
 
     @cached_property
     def inner(self) -> tuple[Dim, Dim]:
