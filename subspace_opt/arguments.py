@@ -40,8 +40,8 @@ GROUP_KEYS = (
     "state_version",
     "keys",
 )
-# Keys that torch's schedulers and checkpoints write into groups.
-FOREIGN_GROUP_KEYS = ("initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum")
+# Keys that schedulers and checkpoints write into groups, and `lr_scale`, by which timm's schedulers multiply a group's lr.
+FOREIGN_GROUP_KEYS = ("initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum", "lr_scale")
 
 
 class Counterpart(NamedTuple):
@@ -216,7 +216,7 @@ def refuse_options(given: Mapping[str, Any], spec: Spec, known: Sequence[str]) -
     overrides: dict[str, Any] = {}
     translated, parts = [], []
     for word, value in given.items():
-        if found := dict(_overrides(word, value, spec)):
+        if found := dict(counterparts(word, value, spec)):
             overrides |= found
             translated.append(f"'{word}'")
         elif word in NOT_NEEDED:
@@ -231,8 +231,29 @@ def refuse_options(given: Mapping[str, Any], spec: Spec, known: Sequence[str]) -
     raise TypeError("; ".join(parts))
 
 
-def _overrides(word: str, value: Any, spec: Spec) -> Iterator[tuple[str, Any]]:
-    """Paths and values in the spec that mean the same as another optimizer's option."""
+def split_options(given: Mapping[str, Any], spec: Spec, known: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options from a trainer's command line or configuration, as options of the optimizer and overrides of its spec.
+
+    An option in neither is another optimizer's word, such as `rank` or `betas`, or a dotted path, such as `matrix.selector.rank`. Both
+    become overrides, and an override that is given in `overrides` wins.
+
+    Args:
+        known: The options that the optimizer has.
+
+    Raises:
+        TypeError: An option that is neither the optimizer's nor has a counterpart in the spec.
+    """
+    options = {word: value for word, value in given.items() if word in known}
+    paths = {word: value for word, value in given.items() if "." in word}
+    words = {word: value for word, value in given.items() if word not in known and "." not in word}
+    found = {word: dict(counterparts(word, value, spec)) for word, value in words.items()}
+    refuse_options({word: words[word] for word, overrides in found.items() if not overrides}, spec, known)
+    translated = {path: value for overrides in found.values() for path, value in overrides.items()}
+    return options, {**translated, **paths, **(options.pop("overrides", None) or {})}
+
+
+def counterparts(word: str, value: Any, spec: Spec) -> Iterator[tuple[str, Any]]:
+    """Paths and values in the spec that mean the same as another optimizer's option, such as `update_proj_gap` or `betas`."""
     if word == "betas":
         if isinstance(value, Sequence) and len(value) == 2:
             stems = [path.removesuffix("1") for path in _paths(spec, Counterpart(Rule, "beta1", beside="beta2"))]
