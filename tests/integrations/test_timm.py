@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent))
+import vision  # noqa: F401 -- before timm, which imports torchvision
+
 pytest.importorskip("timm")
 
 import timm
