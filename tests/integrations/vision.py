@@ -1,7 +1,7 @@
 """Makes torchvision importable beside a CPU build of torch: importing this module is enough.
 
-PyPI's torchvision has kernels for CUDA, and a CPU build of torch cannot load their library. torchvision itself goes on without its operators,
-but then registers shape functions for two of them, which raises. timm needs none of them, so it is enough that they are declared.
+PyPI's torchvision has kernels for CUDA, and a CPU build of torch cannot load their library. torchvision itself goes on without its
+operators, but then registers shape functions for two of them, which raises. timm needs none of them, so declaring them is enough.
 """
 
 from __future__ import annotations
