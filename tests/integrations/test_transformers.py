@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.metadata
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,10 @@ from torch import Tensor, nn
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parent))
 
+from accelerated import allow_fsdp, one_of_several
+from pool import run_ranks
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from subspace_opt import SpecError, SubspaceOptimizer, build
@@ -30,17 +34,16 @@ pytestmark = [
 SMALL = {"matrix.selector.rank": 4}
 
 
-@pytest.fixture(autouse=True)
-def no_reports(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No logger of the machine takes part."""
-    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")
-    yield
-
-
 def llama(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
     set_seed(0)
     config = LlamaConfig(
-        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, pad_token_id=0
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        pad_token_id=0,
     )
     return LlamaForCausalLM(config).to(dtype)
 
@@ -124,8 +127,8 @@ def test_adam_arguments_change_the_spec_only_if_they_are_given(tmp_path: Path) -
     given = optimizer_for(llama(), arguments(tmp_path, adam_beta1=0.8, adam_beta2=0.7, adam_epsilon=1e-6), "cosmos").spec
     assert [getattr(given.pipelines["other"].complement[0], field) for field in ("beta1", "beta2", "eps")] == [0.8, 0.7, 1e-6]
     assert (given.pipelines["matrix"].inside[0].beta2, given.pipelines["matrix"].momentum[0].beta) == (0.7, 0.95)
+    plain = {"name": "plain", "pipelines": {"all": {"complement": "sign"}}, "routes": [{"use": "all"}]}
     with pytest.raises(ValueError, match=r"^adam_beta1=0.8: no rule of spec 'plain' has such a field; leave it out$"):
-        plain = {"name": "plain", "pipelines": {"all": {"complement": "sign"}}, "routes": [{"use": "all"}]}
         optimizer_for(llama(), arguments(tmp_path, adam_beta1=0.8), plain)
 
 
@@ -172,13 +175,13 @@ def test_arguments_that_would_be_ignored_are_errors(tmp_path: Path, options: dic
 
 def test_two_optimizers_and_missing_arguments_are_errors(tmp_path: Path) -> None:
     model = llama()
-    with pytest.raises(ValueError, match="^the trainer is given a spec and another optimizer"):
+    with pytest.raises(ValueError, match=r"^the trainer is given a spec and another optimizer"):
         SubspaceTrainer(model=model, args=arguments(tmp_path), spec="cosmos", optimizers=(build("adamw", model), None))
-    with pytest.raises(ValueError, match="^the trainer is given a spec and another optimizer"):
+    with pytest.raises(ValueError, match=r"^the trainer is given a spec and another optimizer"):
         SubspaceTrainer(model=model, args=arguments(tmp_path), spec="cosmos", optimizer_cls_and_kwargs=(torch.optim.SGD, {}))
     with pytest.raises(TypeError, match="needs the TrainingArguments"):
         optimizer_for(model)
-    with pytest.raises(ValueError, match="^process_group divides the state over ranks, and Trainer saves it on one rank only"):
+    with pytest.raises(ValueError, match=r"^process_group divides the state over ranks, and Trainer saves it on one rank only"):
         optimizer_for(model, arguments(tmp_path), process_group=object())
 
 
@@ -217,7 +220,11 @@ def test_the_class_alone_finds_names_through_the_model_or_refuses(tmp_path: Path
     ("spec", "options", "dtype"),
     [
         ("cosmos", {}, torch.float32),
-        ("galore", {"gradient_accumulation_steps": 2, "lr_scheduler_type": "cosine", "warmup_steps": 2, "optim_args": "update_proj_gap=3"}, torch.float32),
+        (
+            "galore",
+            {"gradient_accumulation_steps": 2, "lr_scheduler_type": "cosine", "warmup_steps": 2, "optim_args": "update_proj_gap=3"},
+            torch.float32,
+        ),
         ("dion", {"bf16": True}, torch.float32),
         ("cosmos", {}, torch.bfloat16),
     ],
@@ -365,3 +372,76 @@ def test_metrics_refuse_what_they_cannot_measure(tmp_path: Path) -> None:
     trainer = Trainer(model=llama(), args=arguments(tmp_path), train_dataset=sentences(), callbacks=[SubspaceMetrics()])
     with pytest.raises(TypeError, match="SubspaceMetrics measures a SubspaceOptimizer, and the trainer has AdamW"):
         trainer.train()
+
+
+# ---------------------------------------------------------------------------------------------------------------- many ranks
+
+
+def resumed_on_ranks(folder: str, layout: str) -> tuple[str, list[bool], dict[str, float]]:
+    """Train, and train again from the checkpoint in the middle. Returns the kind of parameter, and what equals."""
+    with one_of_several():
+        options: dict[str, Any] = {
+            "max_steps": 6,
+            "save_strategy": "steps",
+            "save_steps": 3,
+            "logging_steps": 2,
+            "ddp_find_unused_parameters": False,
+        }
+        if layout != "DDP":
+            how = {"fsdp_version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "state_dict_type": layout}
+            options |= {"fsdp": True, "fsdp_config": how}
+
+        def run(checkpoint: str | None) -> tuple[Any, dict[str, Tensor]]:
+            args = arguments(Path(folder), **options)
+            assert args.device.type == "cpu"  # makes Accelerate's state, which Trainer then finds
+            if layout != "DDP":
+                allow_fsdp()
+            trainer = SubspaceTrainer(
+                model=llama(),
+                args=args,
+                train_dataset=sentences(),
+                spec="cosmos",
+                optimizer_options={"overrides": SMALL},
+                callbacks=[SubspaceMetrics(energy=layout == "DDP")],
+            )
+            trainer.train(resume_from_checkpoint=checkpoint)
+            return trainer, {name: whole(p) for name, p in trainer.model.named_parameters()}
+
+        first, there = run(None)
+        _, here = run(f"{folder}/checkpoint-3")
+        logged = [entry for entry in first.state.log_history if "loss" in entry][-1]
+        kind = type(next(first.model.parameters())).__name__
+        return kind, [torch.equal(there[name], here[name]) for name in there], {k: v for k, v in logged.items() if "/" in k}
+
+
+def whole(p: Tensor) -> Tensor:
+    return (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
+
+
+@pytest.mark.slow
+@pytest.mark.shows("FSDP2")
+@pytest.mark.parametrize("layout", ["DDP", "SHARDED_STATE_DICT", "FULL_STATE_DICT"])
+def test_a_run_on_two_ranks_resumes_to_the_bit(tmp_path: Path, layout: str) -> None:
+    (kind, equal, logged), other = run_ranks(2, resumed_on_ranks, str(tmp_path), layout)
+    assert kind == ("Parameter" if layout == "DDP" else "DTensor")
+    assert len(equal) == 21
+    assert all(equal)
+    assert other == (kind, equal, logged)
+    assert logged["update_size/matrix"] > 0
+    assert ("captured_energy/matrix" in logged) == (layout == "DDP")
+
+
+# ------------------------------------------------------------------------------------------------------------------ libraries
+
+
+@pytest.mark.parametrize("library", ["transformers", "accelerate"])
+def test_a_missing_or_old_library_gives_one_message(monkeypatch: pytest.MonkeyPatch, library: str) -> None:
+    monkeypatch.delitem(sys.modules, "subspace_opt.integrations.transformers")
+    with monkeypatch.context() as hidden:
+        hidden.setitem(sys.modules, library, None)
+        with pytest.raises(ImportError, match=rf"needs {library}, which is not installed: pip install 'subspace-opt\[transformers\]'$"):
+            importlib.import_module("subspace_opt.integrations.transformers")
+    found = importlib.metadata.version
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.9.1" if name == library else found(name))
+    with pytest.raises(ImportError, match=rf"needs {library} .* or newer, and 0.9.1 is installed: .* --upgrade$"):
+        importlib.import_module("subspace_opt.integrations.transformers")
