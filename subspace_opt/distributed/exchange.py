@@ -319,7 +319,7 @@ def slot_from_checkpoint(group: RankGroup, sharding: Sharding, param: Tensor, ke
 
 
 def _check_own(value: DTensor, name: str, key: str) -> None:
-    """Raise unless a DTensor of a checkpoint holds this rank's shard. If rank 0 alone has saved it, every rank reads the shard of rank 0."""
+    """Raise unless a DTensor of a checkpoint holds this rank's shard. If rank 0 alone has saved it, all ranks read the shard of rank 0."""
     mesh, rank = value.device_mesh, dist.get_rank()
     place = (mesh.mesh == rank).nonzero().flatten().tolist()
     if place and list(mesh.get_coordinate() or ()) != place:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
-from torch.optim import Optimizer
 
 from ..arguments import SpecLike
 from ..optimizer import SubspaceOptimizer, build
 from .libraries import needed
+from .whole_state import save_whole_tensors
 
 needed("accelerate", "accelerate", at_least="1.0")
 
@@ -34,7 +34,7 @@ def optimizer_for(accelerator: Accelerator, model: nn.Module, spec: SpecLike = "
     _refuse(accelerator)
     optimizer = build(spec, model, **options)
     if isinstance(model, nn.parallel.DistributedDataParallel):
-        optimizer.register_state_dict_post_hook(_whole)
+        save_whole_tensors(optimizer)
     return optimizer
 
 
@@ -44,12 +44,3 @@ def _refuse(accelerator: Accelerator) -> None:
         raise ValueError(f"{kind.value} has optimizers of its own, which flatten matrices; use FSDP2 (fsdp_version=2) or DDP")
     if kind == DistributedType.FSDP and accelerator.state.fsdp_plugin.fsdp_version == 1:
         raise ValueError("FSDP1 flattens matrices, so they have no rows and columns; use FSDP2: fsdp_version=2")
-
-
-def _whole(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """The state with whole tensors in place of distributed ones. A collective."""
-    state = {
-        i: {key: value.full_tensor() if hasattr(value, "full_tensor") else value for key, value in slots.items()}
-        for i, slots in state_dict["state"].items()
-    }
-    return {**state_dict, "state": state}

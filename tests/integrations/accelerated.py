@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from unittest import mock
 
-import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType
+from launched import launched
 
 
 @contextmanager
 def one_of_several() -> Iterator[int]:
     """Tell Accelerate of the process group that there is, as a launcher does, and forget it afterwards. Gives the rank."""
-    rank, size = dist.get_rank(), dist.get_world_size()
-    launched = {
-        "RANK": rank,
-        "LOCAL_RANK": rank,
-        "WORLD_SIZE": size,
-        "LOCAL_WORLD_SIZE": size,
-        "OMP_NUM_THREADS": 1,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": 29500,
-    }
-    with mock.patch.dict(os.environ, {name: str(value) for name, value in launched.items()}):
+    with launched() as rank:
         try:
             yield rank
         finally:
