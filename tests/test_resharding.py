@@ -352,6 +352,7 @@ def loads_what_rank_0_saved(folder: str) -> str:
 def test_shards_that_one_rank_alone_has_saved_are_refused(tmp_path: Path) -> None:
     _, message = run_ranks(2, loads_what_rank_0_saved, str(tmp_path))
     assert message == (
-        "'0.weight': slot 'selector.basis' of the checkpoint holds the shard of another rank, because one rank alone has saved it; the "
-        "shards of the other ranks are lost. Save with subspace_opt.snapshots or torch.distributed.checkpoint, to which all ranks contribute"
+        "'0.weight': slot 'selector.basis' of the checkpoint holds the shard of another rank, because one rank alone has saved it; "
+        "the shards of the other ranks are lost. Save with subspace_opt.snapshots or torch.distributed.checkpoint, to which all ranks "
+        "contribute"
     )
