@@ -78,7 +78,14 @@ class OptimizerFactory:
     """For a plain Trainer: `optimizer_cls_and_kwargs=(OptimizerFactory, {"args": args, "spec": "cosmos"})`.
 
     Trainer makes an instance and calls it with the model, so the names of parameters, their roles and the decay groups are known.
+
+    Raises:
+        TypeError: The Trainer is older than this protocol, and takes the factory for the class of an optimizer.
     """
+
+    def __init__(self, *given: Any, **options: Any) -> None:
+        if given or options:
+            raise TypeError("this version of transformers knows no factories of optimizers; upgrade it, or use SubspaceTrainer")
 
     def __call__(self, model: nn.Module, *, args: TrainingArguments, spec: SpecLike = "cosmos", **options: Any) -> SubspaceOptimizer:
         """The optimizer of `optimizer_for`."""

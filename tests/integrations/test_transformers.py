@@ -202,6 +202,14 @@ def test_the_factory_makes_the_optimizer_of_the_mixin(tmp_path: Path) -> None:
     assert same(weights(trainer.model), weights(other.model))
 
 
+def test_a_trainer_without_factories_is_told(tmp_path: Path) -> None:
+    """Older versions call the factory as the class of an optimizer."""
+    with pytest.raises(
+        TypeError, match="this version of transformers knows no factories of optimizers; upgrade it, or use SubspaceTrainer"
+    ):
+        OptimizerFactory([{"params": list(llama().parameters())}], args=arguments(tmp_path))
+
+
 def test_the_class_alone_finds_names_through_the_model_or_refuses(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=r"these parameter groups have no names, .* Pass the model too: model=model$"):
         plain(tmp_path, SubspaceOptimizer, {"spec": "cosmos"}).create_optimizer()
