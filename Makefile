@@ -25,6 +25,9 @@ READY := .venv/.ready
 demo: $(READY)
 	$(BIN)/subspace-opt demo
 
+# Some environments switch bytecode off. The workers, their ranks and the commands that the tests run would then compile the package each.
+test test-quick: export PYTHONDONTWRITEBYTECODE :=
+
 test: $(READY)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=20
 

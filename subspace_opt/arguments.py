@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from .algebra import Rule, Selector
+from .algebra.pipeline import MomentFields, Values, moment_fields
 from .algebra.storage import StateDtype
+from .plan import Row
 from .plan.modules import module_kinds, refuse_flat
 from .plan.names import canonical_name
 from .plan.roles import find_roles
@@ -23,9 +25,23 @@ from .spec import RoleName, Spec, SpecError, with_roles, with_state_dtype
 SpecLike = Spec | Mapping[str, Any] | str | os.PathLike[str]
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 
-GROUP_KEYS = ("params", "param_names", "lr", "weight_decay", "maximize", "spec", "overrides", "use", "refresh", "state_version", "keys")
-# Keys that torch's schedulers and checkpoints write into groups.
-FOREIGN_GROUP_KEYS = ("initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum", "momentum")
+GROUP_KEYS = (
+    "params",
+    "param_names",
+    "lr",
+    "weight_decay",
+    "momentum",
+    "betas",
+    "maximize",
+    "spec",
+    "overrides",
+    "use",
+    "refresh",
+    "state_version",
+    "keys",
+)
+# Keys that schedulers and checkpoints write into groups, and `lr_scale`, by which timm's schedulers multiply a group's lr.
+FOREIGN_GROUP_KEYS = ("initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum", "lr_scale")
 
 
 class Counterpart(NamedTuple):
@@ -155,6 +171,47 @@ def check_rates(group: Mapping[str, Any]) -> None:
             raise ValueError(f"Invalid {name}: {value}; it must be a finite number, 0 or more")
 
 
+def check_moments(group: Mapping[str, Any], spec: Spec) -> None:
+    """Raise a ValueError unless `momentum` and `betas` of a group are decay rates that its spec has."""
+    momentum, betas = group.get("momentum"), group.get("betas")
+    if betas is not None and (not isinstance(betas, Sequence) or isinstance(betas, str) or len(betas) != 2):
+        raise ValueError(f"Invalid betas: {betas!r}; it must be two numbers, such as (0.9, 0.999)")
+    given = ([("momentum", momentum)] if momentum is not None else []) + [(f"betas[{i}]", beta) for i, beta in enumerate(betas or ())]
+    for name, value in given:
+        number = isinstance(value, int | float | Tensor) and not isinstance(value, bool)
+        if not number or not 0 < float(value) < 1:
+            raise ValueError(f"Invalid {name}: {value}; it must be a number between 0 and 1")
+    fields = [moment_fields(pipeline) for pipeline in spec.pipelines.values()]
+    for name, value, has in (
+        ("momentum", momentum, any(f.first for f in fields)),
+        ("betas", betas, any(f.first for f in fields) and any(f.second for f in fields)),
+    ):
+        if value is not None and not has:
+            raise ValueError(f"a parameter group sets `{name}`, and no rule of spec '{spec.name}' has such a decay rate; leave it out")
+
+
+def moment_values(group: Mapping[str, Any], row: Row) -> Values:
+    """The decay rates that a group sets for the moments of a parameter. `momentum` comes before the first of `betas`.
+
+    Raises:
+        ValueError: A rate is not between 0 and 1. A scheduler may have set it.
+    """
+    first, betas = group.get("momentum"), group.get("betas")
+    if (first is None and betas is None) or not row.splits:
+        return ()
+    memo = row.splits[0][1].memo
+    if "moments" not in memo:
+        memo["moments"] = moment_fields(row.splits[0][1].pipeline)
+    fields: MomentFields = memo["moments"]
+    pairs = [(fields.first, float(first))] if first is not None else []
+    if betas is not None:
+        pairs += [(fields.second, float(betas[1]))] + ([(fields.first, float(betas[0]))] if first is None else [])
+    for _, value in pairs:
+        if not 0 < value < 1:
+            raise ValueError(f"a parameter group has momentum {first} and betas {betas}; decay rates are between 0 and 1")
+    return tuple((path, value) for paths, value in pairs for path in paths)
+
+
 def check_globs(roles: Mapping[str, str], names: Sequence[str]) -> None:
     """Raise a ValueError if a glob of `roles` matches no parameter: it would change nothing and nobody would notice."""
     for glob in roles:
@@ -218,6 +275,27 @@ def refuse_options(given: Mapping[str, Any], spec: Spec, known: Sequence[str]) -
         verb = "is" if len(translated) == 1 else "are"
         parts.insert(0, f"{', '.join(translated)} {verb} part of the spec '{spec.name}'; use overrides={overrides!r}")
     raise TypeError("; ".join(parts))
+
+
+def split_options(given: Mapping[str, Any], spec: Spec, known: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options from a trainer's command line or configuration, as options of the optimizer and overrides of its spec.
+
+    An option in neither is another optimizer's word, such as `rank` or `betas`, or a dotted path, such as `matrix.selector.rank`. Both
+    become overrides, and an override that is given in `overrides` wins.
+
+    Args:
+        known: The options that the optimizer has.
+
+    Raises:
+        TypeError: An option that is neither the optimizer's nor has a counterpart in the spec.
+    """
+    options = {word: value for word, value in given.items() if word in known}
+    paths = {word: value for word, value in given.items() if "." in word}
+    words = {word: value for word, value in given.items() if word not in known and "." not in word}
+    found = {word: dict(counterparts(word, value, spec)) for word, value in words.items()}
+    refuse_options({word: words[word] for word, overrides in found.items() if not overrides}, spec, known)
+    translated = {path: value for overrides in found.values() for path, value in overrides.items()}
+    return options, {**translated, **paths, **(options.pop("overrides", None) or {})}
 
 
 def counterparts(word: str, value: Any, spec: Spec) -> Iterator[tuple[str, Any]]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import arguments
+from .algebra.pipeline import moment_fields
 from .algebra.storage import StateDtype
 from .arguments import Params, SpecLike, named_parameters
 from .checkpoint import STATE_VERSION, matched
@@ -40,8 +41,9 @@ class SubspaceOptimizer(PlannedOptimizer):
 
     Args:
         params: Parameters, (name, parameter) pairs, or parameter groups. A group may have its own `lr`, `weight_decay`, `maximize`,
-            `overrides` (dotted paths into the spec), `spec`, and `use` (the name of a pipeline, which overrides the routes). A model
-            stands for all its parameters.
+            `overrides` (dotted paths into the spec), `spec`, and `use` (the name of a pipeline, which overrides the routes). `momentum`
+            is the decay rate of all first moments, and `betas` of first and second ones; schedulers may change them at any step. A
+            model stands for all its parameters.
         spec: A preset's name, a path to YAML or JSON, a mapping, or a `Spec`.
         lr, weight_decay: None takes the spec's defaults.
         overrides: Values by dotted path into the spec, such as `{"matrix.selector.rank": 128}`.
@@ -117,7 +119,9 @@ class SubspaceOptimizer(PlannedOptimizer):
         rates = {"lr": usual.lr if lr is None else lr, "weight_decay": usual.weight_decay if weight_decay is None else weight_decay}
         arguments.check_rates(rates)
         own = {"spec": self.spec.to_json(), "use": None, "refresh": False, "state_version": STATE_VERSION}
-        super().__init__(params, {**rates, "maximize": maximize, **own})
+        # Schedulers look for `momentum` here. None: as in the spec.
+        moments = {"momentum": None} if any(moment_fields(pipeline).first for pipeline in self.spec.pipelines.values()) else {}
+        super().__init__(params, {**rates, **moments, "maximize": maximize, **own})
         # With `strict`, a route that matches no parameter raises here.
         self._check_roles(roles or {}, in_groups=isinstance(next(iter(params)), dict))
 
@@ -239,6 +243,7 @@ class SubspaceOptimizer(PlannedOptimizer):
             grad=p if grad is None else grad,
             lr=lr * row.lr_scale,
             weight_decay=float(group["weight_decay"]) * row.decay_scale,
+            values=arguments.moment_values(group, row),
             refresh=group["refresh"] or row.entry.name in self.failures,
             count=engine.count(row.entry.name, state, self._memory) if state else 0,
         )

@@ -54,6 +54,7 @@ class PlannedOptimizer(torch.optim.Optimizer):
             base = _spec_of(base) if isinstance(base, str) and base.startswith("{") else base
             group["spec"] = load_spec(base, overrides).to_json()
         arguments.check_rates(group)
+        arguments.check_moments(group, _spec_of(group["spec"]) if "spec" in group else self.spec)
         super().add_param_group(group)
         try:
             self._check_last_group()
@@ -198,6 +199,9 @@ def _options(group: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """The rates, and those options that are set."""
     yield "lr", f"{float(group['lr']):g}"
     yield "weight_decay", f"{float(group['weight_decay']):g}"
+    for key in ("momentum", "betas"):
+        if group.get(key) is not None:
+            yield key, str(group[key])
     if group["maximize"]:
         yield "maximize", "True"
     if group["refresh"]:

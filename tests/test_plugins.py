@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-import subprocess
+import re
 import sys
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+import torch
+from launch import context
 
 from subspace_opt import SpecError, load_spec
 from subspace_opt.cli.scaffold import Kind, ScaffoldError, new_plugin
@@ -35,12 +37,28 @@ def run_its_tests(package: Path, site: Path) -> None:
     project = tomllib.loads((package / "pyproject.toml").read_text())["project"]
     dist_info(site, project["name"], project["version"], project["entry-points"])
     source = package / "src" if (package / "src").exists() else package
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, (ROOT, source, site)))}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "error", "-c", str(package / "pyproject.toml")]
-    done = subprocess.run(
-        [*command, str(package / "tests")], cwd=site, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    arguments = ["-q", "-p", "no:cacheprovider", "-W", "error", "-c", str(package / "pyproject.toml"), str(package / "tests")]
+    process = context.Process(target=_run_pytest, args=(site, [str(ROOT), str(source), str(site)], arguments), daemon=False)
+    process.start()
+    process.join(300)
+    if process.is_alive():
+        process.kill()
+        process.join()
+    said = (site / "output").read_text()
+    assert process.exitcode == 0, said[-6000:]
+    assert re.search(r"^\d+ passed", said, re.MULTILINE), said
+
+
+def _run_pytest(site: Path, path: list[str], arguments: list[str]) -> None:
+    """Run pytest in this process, which a server that has imported torch has forked, with the folders of `path` on the import path."""
+    os.chdir(site)
+    output = os.open(site / "output", os.O_WRONLY | os.O_CREAT)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.path[:0] = path
+    os.environ["PYTHONPATH"] = os.pathsep.join(path)
+    torch.set_num_threads(1)
+    sys.exit(pytest.main(arguments))
 
 
 @pytest.mark.slow

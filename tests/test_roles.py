@@ -116,6 +116,26 @@ def test_without_the_rows_of_the_values_nothing_attends(family: str, part: str) 
     assert all((float(x.detach().abs().max()) == 0.0) == (part == "v") for x in taken)
 
 
+class SharedKeys(nn.Module):
+    """An attention whose fused weight holds, for each key head, two query heads, the key and the value; torchtitan's `FusedQKVLinear`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads_per_kv, self.head_dim = 2, 3
+        self.wqkv = nn.Linear(5, 3 * (2 + 2) * 3)
+
+
+def test_query_heads_that_share_a_key_head_are_gathered() -> None:
+    model = SharedKeys()
+    row = build("muon", model).plan.rows[0]
+    assert [(block.name, block.rows) for block, _ in row.splits] == [("q", 18), ("k", 9), ("v", 9)]
+    heads = model.wqkv.weight.detach().reshape(3, 4, 3, 5)  # as its forward function splits the outputs
+    q, k, v = row.view.cut(row.view.whole(model.wqkv.weight.detach()))
+    assert torch.equal(q.reshape(3, 2, 3, 5), heads[:, :2])
+    assert torch.equal(k.reshape(3, 3, 5), heads[:, 2])
+    assert torch.equal(v.reshape(3, 3, 5), heads[:, 3])
+
+
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_rows_in_turn_are_gathered_and_put_back(transposed: bool, count: int) -> None:

@@ -98,6 +98,25 @@ def test_small_buckets_and_stacks_change_nothing() -> None:
     assert run_ranks(2, compare_presets, "fsdp", presets, STEPS, {"stacking": "always"}) == [[]] * 2
 
 
+def differing_copies(kind: str, presets: tuple[str, ...]) -> list[str]:
+    """The parameters whose copies on several ranks differ by a bit after some steps in float32."""
+    mesh, wrong = mesh_of(kind, dist.get_world_size()), []
+    for preset in presets:
+        model, _ = trained(preset, kind, mesh, dtype=torch.float32)
+        for name, p in model.named_parameters():
+            if isinstance(p, DTensor) and all(placement.is_replicate() for placement in p.placements):
+                own = p.to_local().detach()
+                copies = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+                dist.all_gather(copies, own)
+                wrong += [f"{preset}: {name}"] * any(not torch.equal(own, copy) for copy in copies)
+    return wrong
+
+
+@pytest.mark.slow
+def test_copies_on_several_ranks_stay_equal_to_the_bit() -> None:
+    assert run_ranks(2, differing_copies, "tp", ("galore", "adamw", "cosmos", "muon")) == [[]] * 2
+
+
 def compare_fused(kind: str, presets: tuple[str, ...], options: dict[str, Any]) -> list[str]:
     """The parameters of fused weights that differ from one process, after the same steps."""
     mesh, wrong = mesh_of(kind, dist.get_world_size()), []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import subprocess
 import sys
@@ -404,3 +405,14 @@ def test_spec_travels_in_the_state_dict() -> None:
     read = Spec.model_validate_json(saved)
     assert read == without_prose(spec)
     build(read, model).load_state_dict(build(spec, model).state_dict())  # the same optimizer
+
+
+def test_mappings_and_sequences_of_other_libraries_are_specs() -> None:
+    """Configuration tools have classes of their own, which are neither dicts nor lists."""
+    routes = collections.UserList([collections.UserDict(use="matrix")])
+    given = collections.UserDict(
+        name="mine", pipelines={"matrix": collections.UserDict(complement=collections.UserList(["adam"]))}, routes=routes
+    )
+    plain = {"name": "mine", "pipelines": {"matrix": {"complement": ["adam"]}}, "routes": [{"use": "matrix"}]}
+    assert load_spec(given) == load_spec(plain)
+    assert load_spec(plain, {"matrix.complement": collections.UserList(["adam"])}) == load_spec(plain)

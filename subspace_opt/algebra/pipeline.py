@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -25,6 +25,8 @@ def _listed(value: Any) -> Any:
 SAMPLE = Dim("rows", 2), Dim("cols", 3)  # sides of some matrix, for questions whose answer does not depend on the shape
 
 Rules = Annotated[tuple[Rule, ...], BeforeValidator(_listed)]
+
+Values = tuple[tuple[str, float], ...]  # by dotted path, such as ("inside.beta1", 0.85)
 
 
 class Mix(Model):
@@ -139,3 +141,56 @@ class Pipeline(Model):
                 "is no longer orthonormal; remove it from `state_dtype`"
             )
         return f"no rule of this pipeline has a slot '{name}'; {suggest(name, self.storable)}"
+
+
+# --------------------------------------------------------------------------------------- numbers that a parameter group sets
+
+
+class MomentFields(NamedTuple):
+    """Paths of the decay rates of first and second moments in a pipeline's rules, without those that are 0: they keep no moment."""
+
+    first: tuple[str, ...]
+    second: tuple[str, ...]
+
+
+def moment_fields(pipeline: Pipeline) -> MomentFields:
+    """The fields that `momentum` and `betas` of a parameter group set.
+
+    First moments: `beta1` of any rule, `beta` of a rule with `nesterov`, and `feedback`. Second moments: `beta2` of any rule.
+    """
+    first = ["feedback"] if pipeline.feedback else []
+    second = []
+    for place in ("momentum", "inside", "complement", "finish"):
+        for path, rule in _rules(place, getattr(pipeline, place)):
+            fields = type(rule).model_fields
+            names = ["beta1", "beta"] if "nesterov" in fields else ["beta1"]
+            first += [f"{path}.{name}" for name in names if getattr(rule, name, 0)]
+            second += [f"{path}.beta2"] if getattr(rule, "beta2", 0) else []
+    return MomentFields(tuple(first), tuple(second))
+
+
+def _rules(path: str, part: Any) -> Iterator[tuple[str, Rule]]:
+    """Rules and the rules inside them, each with its path. The only rule of a place has no index."""
+    if isinstance(part, tuple):
+        for i, rule in enumerate(part):
+            yield from _rules(path if len(part) == 1 else f"{path}.{i}", rule)
+    elif isinstance(part, Rule):
+        yield path, part
+        for name in type(part).model_fields:
+            yield from _rules(f"{path}.{name}", getattr(part, name))
+
+
+def with_values(pipeline: Pipeline, values: Values) -> Pipeline:
+    """The pipeline with other numbers at dotted paths, which must exist. The numbers are not validated."""
+    for path, value in values:
+        pipeline = _changed(pipeline, path.split("."), value)
+    return pipeline
+
+
+def _changed(part: Any, path: list[str], value: float) -> Any:
+    """A copy of a component, or of the rules of one place, with a number at a path."""
+    if isinstance(part, tuple):
+        index, rest = (0, path) if len(part) == 1 else (int(path[0]), path[1:])
+        return (*part[:index], _changed(part[index], rest, value), *part[index + 1 :])
+    name, *rest = path
+    return part.model_copy(update={name: _changed(getattr(part, name), rest, value) if rest else value})

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from typing import Any, Self
 
 from . import storage
 from .core import Dim, Rule, SelectorTraits, Slot, State
-from .pipeline import Pipeline
+from .pipeline import Pipeline, Values, with_values
 from .storage import Codes, StateDtype
 
 
@@ -36,6 +36,16 @@ class Shaped:
         if side == "left":
             return cls(pipeline, Dim("rows", cols, modes=modes), Dim("cols", rows), turned=True)
         return cls(pipeline, Dim("rows", rows), Dim("cols", cols, modes=modes), turned=False)
+
+    def at(self, values: Values) -> Self:
+        """The same with other numbers in its pipeline, which must not change its state. The last result is kept."""
+        if not values:
+            return self
+        known = self.memo.get("at")
+        if known is None or known[0] != values:
+            known = self.memo["at"] = (values, replace(self, pipeline=with_values(self.pipeline, values)))
+        found: Self = known[1]
+        return found
 
     @cached_property
     def inner(self) -> tuple[Dim, Dim]:
@@ -63,7 +73,7 @@ class Shaped:
         p = self.pipeline
         if not p.complement or p.mix.complement == 0:
             return False
-        full = (self.inner[0].size, self.inner[1].size) == (self.rows.size, self.cols.size) and not p.selector.traits().gated
+        full = (self.inner[0].size, self.inner[1].size) == (self.rows.size, self.cols.size) and not self.selector_traits.gated
         return not full or p.complement[0].traits(self.rows, self.cols).takes_whole
 
     @property

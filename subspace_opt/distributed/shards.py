@@ -139,7 +139,7 @@ def rank_messages(group: RankGroup, params: Sequence[ShardedParam], kind: Messag
 def local_work(param: ShardedParam, part: Part) -> Work:
     """The work of this rank's part, on its own piece of the shard."""
     here = part.box.slices_in(param.box)
-    param.work.param, param.work.grad = param.weight[here], param.filled_grad[here]
+    param.work.param, param.work.grad, param.work.holders = param.weight[here], param.filled_grad[here], part.owners
     return param.work
 
 

@@ -19,7 +19,7 @@ def update_by_kernels(work: list[Work]) -> list[Work]:
     for item in work:
         if fits_kernel(item):
             rate = id(item.lr) if isinstance(item.lr, Tensor) else item.lr
-            pipeline = id(item.row.splits[0][1].pipeline)
+            pipeline = id(item.row.splits[0][1].pipeline), item.values
             batches[(pipeline, item.count, rate, item.weight_decay, item.param.device, item.param.dtype)].append(item)
         else:
             left.append(item)
@@ -33,7 +33,7 @@ def fits_kernel(item: Work) -> bool:
     row = item.row
     if item.count < 0 or item.scale != 1.0 or item.outbox is not None or row.converts:
         return False
-    if len(row.splits) != 1 or strategies.fused(row.splits[0][1]) is None:
+    if len(row.splits) != 1 or strategies.fused(item.splits[0][1]) is None:
         return False
     p, g = item.param, item.grad
     alike = p.dtype == g.dtype == row.compute_dtype and p.device == g.device and p.device.type in linalg.FUSED
@@ -41,7 +41,7 @@ def fits_kernel(item: Work) -> bool:
 
 
 def _run(items: list[Work]) -> None:
-    first, frame = items[0], items[0].row.splits[0][1]
+    first, frame = items[0], items[0].splits[0][1]
     found = strategies.fused(frame)
     assert found is not None
     key, rule, kernel = found

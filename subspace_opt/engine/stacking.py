@@ -38,9 +38,10 @@ def _grouped(work: list[Work], options: Options, memory: Memory) -> Iterator[Sta
     found: dict[Any, Stack] = {}
     filled: dict[Any, tuple[int, int]] = {}  # per kind the last stack's number, and how many matrices it has
     for item in work:
-        for index, (block, frame) in enumerate(item.row.splits):
+        for index, (block, frame) in enumerate(item.splits):
             most = matrices_at_once(item, block, options)
-            kind = (id(frame), item.row.compute_dtype, item.param.device, most)
+            # Copies on several ranks stay equal to the bit only in equal stacks: round-off depends on a matrix's place in its stack.
+            kind = (id(frame), item.row.compute_dtype, item.param.device, most, item.holders)
             decay = item.weight_decay if frame.pipeline.decay == "coupled" else None  # rules see a coupled decay
             for phase, start, stop in _runs(_phases(item, index, memory.begun), most):
                 number, size = filled.get(kind, (0, 0))
@@ -97,11 +98,11 @@ def _phases(item: Work, index: int, begun: set[tuple[str, int]]) -> list[Phase]:
     Matrices of one parameter, such as experts, may get their first gradients at different times. A matrix without gradient must not get a
     basis of round-off, and must not wait for the next refresh when its gradient comes.
     """
-    block, frame = item.row.splits[index]
+    block, frame = item.splits[index]
     name = (item.name, index)
     if item.count < 0:
         return [Phase.WAITING] * block.count
-    if (block.total == 1 and len(item.row.splits) == 1) or name in begun or not frame.slots:
+    if (block.total == 1 and len(item.splits) == 1) or name in begun or not frame.slots:
         return [Phase.BEGUN if item.count else Phase.FIRST] * block.count
     moved = item.grads[index].flatten(1).any(1)
     has = torch.zeros_like(moved)

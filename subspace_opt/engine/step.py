@@ -107,7 +107,7 @@ def report(work: list[Work], errors: dict[str, Exception], failures: dict[str, i
 def update_coordinates(work: Work, c: Tensor, options: Options, memory: Memory) -> Tensor:
     """Updated coordinates `(1, k, r)` of a matrix whose gradient and weight are on other ranks, at an update without a refresh."""
     piece = Piece(work, 0, 0, 1)
-    frame = work.row.splits[0][1]
+    frame = work.splits[0][1]
     old = {key: piece.slot(key).to(c.dtype) for key in frame.slots if not key.startswith("selector.")}
     step = step_of(Stack(frame, Phase.BEGUN, False, [piece]), options, memory.tables)
     update, factor, new = frame.update_coordinates(c, old, step)
@@ -191,7 +191,7 @@ def _after_failure(stack: Stack, given: _Inputs, error: Exception, errors: dict[
         ) from error
     errors[piece.work.name] = error
     if step.first:  # there is no basis yet: the matrix begins with its next gradient
-        piece.work.held = len(piece.work.row.splits) == 1 and piece.block.total == 1
+        piece.work.held = len(piece.work.splits) == 1 and piece.block.total == 1
     elif not step.refresh or keeps.keeps_basis:
         kept = replace(given, state=_without_refresh(frame, given.state) if step.refresh else given.state)
         try:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..algebra.frame import Frame
+from ..algebra.pipeline import Values
 from ..plan import COUNTERS, Row, state_key
 from ..plan.views import Block
 from . import lowbit
@@ -51,6 +52,8 @@ class Work:
     count: int = 0  # updates before this one; -1: all gradients so far were 0
     held: bool = False  # the first update failed and is not counted
     silent: set[int] = field(default_factory=set)  # matrices, or experts, that get neither update nor decay
+    values: Values = ()  # numbers of the pipeline that the parameter's group sets
+    holders: tuple[int, ...] = ()  # ranks that update the same matrix, each its own copy
     outbox: Tensor | None = None  # receives the update, of the parameter's shape, if the weights are on other ranks
 
     @property
@@ -61,6 +64,11 @@ class Work:
     def key(self) -> str:
         """The word that random draws and refresh offsets depend on."""
         return self.row.key
+
+    @cached_property
+    def splits(self) -> tuple[tuple[Block, Frame], ...]:
+        """Blocks and frames of the row, with the group's numbers in them."""
+        return tuple((block, frame.at(self.values)) for block, frame in self.row.splits) if self.values else self.row.splits
 
     @cached_property
     def weights(self) -> list[Tensor]:
@@ -102,11 +110,11 @@ class Piece:
 
     @property
     def block(self) -> Block:
-        return self.work.row.splits[self.index][0]
+        return self.work.splits[self.index][0]
 
     @property
     def frame(self) -> Frame:
-        return self.work.row.splits[self.index][1]
+        return self.work.splits[self.index][1]
 
     @property
     def size(self) -> int:

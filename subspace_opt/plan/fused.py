@@ -110,6 +110,12 @@ def _layout(leaf: str, words: Words) -> str:
 
 
 def _attention(leaf: str, rows: int, cols: int, words: Words) -> Role:
+    sharing, head_size = words.number("heads_per_kv"), words.number("head_dim")
+    if leaf == "wqkv" and sharing and head_size:  # torchtitan: each key head follows the query heads that share it
+        groups = max(1, rows // ((sharing + 2) * head_size))
+        parts = (("q", groups * sharing * head_size), ("k", groups * head_size), ("v", groups * head_size))
+        if _fills(parts, groups, rows):
+            return Role("fused", f"name {leaf}, sizes by its module", parts, groups)
     layout, heads = _layout(leaf, words), words.number(*HEADS)
     if layout and heads:
         key_heads = words.number(*KEY_HEADS) or heads

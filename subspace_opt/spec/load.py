@@ -35,7 +35,7 @@ def load_spec(source: Spec | Mapping[str, Any] | str | os.PathLike[str], overrid
         return source
     document = _document(source)
     data = copy.deepcopy(document.data)
-    overridden = {apply_override(data, path, value): path for path, value in (overrides or {}).items()}
+    overridden = {apply_override(data, path, to_mutable(value)): path for path, value in (overrides or {}).items()}
 
     def locate(path: tuple[int | str, ...]) -> str:
         for place, override in overridden.items():

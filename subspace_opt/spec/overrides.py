@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..registry import find, suggest
@@ -11,10 +11,10 @@ from .model import STANDARD_OTHER, Spec, SpecError
 
 
 def to_mutable(value: Any) -> Any:
-    """A copy in which every mapping is a dict and every sequence a list."""
+    """A copy in which every mapping is a dict and every sequence a list, such as those of omegaconf with interpolations resolved."""
     if isinstance(value, Mapping):
         return {key: to_mutable(v) for key, v in value.items()}
-    return [to_mutable(v) for v in value] if isinstance(value, list | tuple) else value
+    return [to_mutable(v) for v in value] if isinstance(value, Sequence) and not isinstance(value, str | bytes) else value
 
 
 def apply_override(data: dict[str, Any], path: str, value: Any) -> tuple[int | str, ...]:

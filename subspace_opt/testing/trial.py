@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import io
@@ -148,17 +149,23 @@ def check_plan(trial: Trial) -> None:
 def check_resume(trial: Trial) -> None:
     """A run that is saved after any update and continued by a new optimizer gives the same bits.
 
-    The first cut runs to the end. Later ones run for two updates, because equal weights and state continue equally. All weights and all
-    state are then compared.
+    The first cut goes through a file and runs to the end. Later ones run for two updates, because equal weights and state continue equally.
+    All weights and all state are then compared.
     """
     whole = trial.start()
     saved, pictures = [], [whole.picture()]
     for _ in range(UPDATES):
-        saved.append(_saved(whole))
+        saved.append(copy.deepcopy({"model": whole.model.state_dict(), "optimizer": whole.optimizer.state_dict()}))
         whole.step()
         pictures.append(whole.picture())
-    for cut, data in enumerate(saved):
-        resumed = _restored(trial, data, cut)
+    file = io.BytesIO()
+    torch.save(saved[0], file)
+    saved[0] = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+    resumed = trial.start()
+    for cut, state in enumerate(saved):
+        resumed.model.load_state_dict(state["model"])
+        resumed.optimizer.load_state_dict(state["optimizer"])
+        resumed.count = cut
         end = UPDATES if cut == 0 else min(cut + 2, UPDATES)
         for _ in range(cut, end):
             resumed.step()
@@ -167,21 +174,6 @@ def check_resume(trial: Trial) -> None:
             raise ConformanceError(
                 f"a run resumed after update {cut} ends with a different {what}; keep everything that outlives an update in a slot"
             )
-
-
-def _saved(run: Run) -> bytes:
-    data = io.BytesIO()
-    torch.save({"model": run.model.state_dict(), "optimizer": run.optimizer.state_dict()}, data)
-    return data.getvalue()
-
-
-def _restored(trial: Trial, data: bytes, count: int) -> Run:
-    loaded = torch.load(io.BytesIO(data), weights_only=True)
-    run = trial.start()
-    run.model.load_state_dict(loaded["model"])
-    run.optimizer.load_state_dict(loaded["optimizer"])
-    run.count = count
-    return run
 
 
 def check_stacking(trial: Trial) -> None:

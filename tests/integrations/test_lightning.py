@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import vision  # noqa: F401 -- before libraries that import torchvision
 from torch import Tensor, nn
 
 pytest.importorskip("lightning")

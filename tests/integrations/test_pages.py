@@ -30,5 +30,6 @@ def test_a_script_runs_as_written(page: str, tmp_path: Path) -> None:
         if importlib.util.find_spec(library) is None:
             pytest.skip(f"{library} is not installed")
     (tmp_path / "script.py").write_text("\n".join(scripts))
-    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    command = f"import sys, runpy; sys.path.append({str(Path(__file__).parent)!r}); import vision; runpy.run_path('script.py', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -37,7 +37,7 @@ def certify(trials: Sequence[Trial], *, time_limit: float = 600.0, prepare: Call
     """
     (number,) = {trial.ranks for trial in trials}
     with tempfile.TemporaryDirectory() as folder:
-        port, context = _free_port(), torch.multiprocessing.get_context("spawn")
+        port, context = _free_port(), _processes()
         arguments = (tuple(trials), port, time_limit, folder, prepare)
         ranks = [context.Process(target=_run_rank, args=(rank, *arguments), daemon=True) for rank in range(number)]
         for process in ranks:
@@ -52,6 +52,15 @@ def certify(trials: Sequence[Trial], *, time_limit: float = 600.0, prepare: Call
                 process.join()
         _check_ended(codes, late, Path(folder), time_limit)
         return [Certificate.from_dict(each) for each in json.loads((Path(folder) / "certificates.json").read_text(encoding="utf-8"))]
+
+
+def _processes() -> Any:
+    """How ranks are started: forked from a server that has imported everything once, or from scratch where there is no such server."""
+    if "forkserver" not in torch.multiprocessing.get_all_start_methods():
+        return torch.multiprocessing.get_context("spawn")
+    context = torch.multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["subspace_opt.lab.verify.examine", "torch.distributed.fsdp", "torch._dynamo"])
+    return context
 
 
 def _wait(ranks: Sequence[Any], deadline: float) -> list[int]:
