@@ -58,6 +58,9 @@ COUNTERPARTS = {
     "precondition_frequency": Counterpart(Selector, "every"),
     "shampoo_beta": Counterpart(Selector, "beta"),
     "eps": Counterpart(Rule, "eps", beside="beta2"),
+    "adam_beta1": Counterpart(Component, "beta1"),
+    "adam_beta2": Counterpart(Component, "beta2"),
+    "adam_epsilon": Counterpart(Component, "eps", beside="beta2"),
     "momentum": Counterpart(Rule, "beta", beside="nesterov"),
     "mu": Counterpart(Rule, "beta", beside="nesterov"),
     "nesterov": Counterpart(Rule, "nesterov"),
@@ -95,6 +98,49 @@ def named_parameters(model_or_params: nn.Module | Params) -> tuple[Params, dict[
     known["modules"] = {name: found.get(id(p), frozenset()) for name, p in named.items()}
     known["model_roles"] = {name: roles[id(p)] for name, p in named.items()}
     return named.items(), known
+
+
+def with_model(params: nn.Module | Params, model: nn.Module | None) -> tuple[Params, dict[str, Any]]:
+    """Parameters with the names that a model gives them, and the options that it implies.
+
+    Args:
+        params: Parameters, (name, parameter) pairs, groups, or a model, which stands for all its parameters.
+        model: Names the parameters that have no names yet. None leaves them as they are.
+
+    Raises:
+        ValueError: A parameter without a name is not in the model.
+    """
+    if isinstance(params, nn.Module):
+        return named_parameters(params)
+    if isinstance(params, Tensor):
+        return params, {}  # torch's class refuses it
+    given: list[Any] = list(params)
+    if model is None:
+        return given, {}
+    named: Any
+    named, known = named_parameters(model)
+    names = {id(p): name for name, p in named}
+    return [{**one, "params": _named(one["params"], names)} if _lacks_names(one) else one for one in _grouped(given)], known
+
+
+def _grouped(given: list[Any]) -> list[Any]:
+    """Parameters as one group, if they are not groups already."""
+    return given if given and isinstance(given[0], dict) else [{"params": given}]
+
+
+def _lacks_names(group: Any) -> bool:
+    """True if a group holds parameters, and neither pairs nor `param_names` name them."""
+    return isinstance(group, dict) and "params" in group and "param_names" not in group
+
+
+def _named(params: Any, names: Mapping[int, str]) -> list[Any]:
+    """Pairs of name and parameter; pairs stay as they are."""
+    out: list[Any] = []
+    for p in [params] if isinstance(params, Tensor) else params:
+        if isinstance(p, Tensor) and id(p) not in names:
+            raise ValueError(f"a parameter of shape {tuple(p.shape)} is not in the given model; pass the model whose parameters these are")
+        out.append((names[id(p)], p) if isinstance(p, Tensor) else p)
+    return out
 
 
 # ------------------------------------------------------------------------------------------------------------------- checks

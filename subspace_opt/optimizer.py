@@ -42,12 +42,14 @@ class SubspaceOptimizer(PlannedOptimizer):
     Args:
         params: Parameters, (name, parameter) pairs, or parameter groups. A group may have its own `lr`, `weight_decay`, `maximize`,
             `overrides` (dotted paths into the spec), `spec`, and `use` (the name of a pipeline, which overrides the routes). `momentum`
-            is the decay rate of all first moments, and `betas` of first and second ones; schedulers may change them at any step.
+            is the decay rate of all first moments, and `betas` of first and second ones; schedulers may change them at any step. A
+            model stands for all its parameters.
         spec: A preset's name, a path to YAML or JSON, a mapping, or a `Spec`.
         lr, weight_decay: None takes the spec's defaults.
         overrides: Values by dotted path into the spec, such as `{"matrix.selector.rank": 128}`.
         state_dtype: How the rules' slots are stored, in all pipelines. One of `fp32`, `bf16`, `8bit`, `4bit` for all moments, or a mapping
             by slot, `{"exp_avg": "bf16", "exp_avg_sq": "8bit"}`. None leaves the choice to the spec.
+        model: The model that holds the parameters. It tells names and roles, which groups made by other libraries lack.
         roles: Corrects roles: glob of parameter names to role, as `roles` in a spec, and before it.
         modules: Kinds of module by parameter name. `build` finds them in a model. Without them, routes with `module` match nothing.
         model_roles: Roles by parameter name. `build` finds them in a model. Without them, roles come from names and shapes.
@@ -63,7 +65,8 @@ class SubspaceOptimizer(PlannedOptimizer):
             the work and the state, and `state_dict()` is then a collective. Sharded parameters (FSDP2, tensor parallel) do not need it.
 
     Raises:
-        SpecError: The spec cannot be used, or no route accepts a parameter.
+        SpecError: The spec cannot be used, no route accepts a parameter, or parameter groups without names leave the roles of matrices
+            unknown that the spec's routes ask for.
         LowBitError: A slot is to be stored in 8 or 4 bits, and torchao cannot be imported.
         TypeError: An unknown option. The message says what to write instead.
         ValueError: A bad lr or weight decay, an unknown key in a group, a complex parameter, or two parameters with one name.
@@ -79,13 +82,14 @@ class SubspaceOptimizer(PlannedOptimizer):
 
     def __init__(
         self,
-        params: Params,
+        params: nn.Module | Params,
         spec: SpecLike = "cosmos",
         *,
         lr: float | Tensor | None = None,
         weight_decay: float | None = None,
         overrides: Mapping[str, Any] | None = None,
         state_dtype: StateDtype | Mapping[str, StateDtype] | None = None,
+        model: nn.Module | None = None,
         roles: Mapping[str, RoleName] | None = None,
         modules: Mapping[str, frozenset[str]] | None = None,
         model_roles: Mapping[str, Role] | None = None,
@@ -100,11 +104,12 @@ class SubspaceOptimizer(PlannedOptimizer):
         **unknown: NoReturn,
     ) -> None:
         self._overrides = dict(overrides or {})
-        self._modules, self._model_roles = dict(modules or {}), dict(model_roles or {})
+        params, known = arguments.with_model(params, model)
+        self._modules, self._model_roles = dict(modules or known.get("modules", {})), dict(model_roles or known.get("model_roles", {}))
         self._strict = strict
         self._options = _options(nonfinite, rounding, stacking, batch_bytes, seed)
         self._memory = Memory()
-        self._process_group = process_group
+        self._process_group = process_group or known.get("process_group")
         self.skipped: dict[str, int] = {}
         self.failures: dict[str, int] = {}
         self.spec = load_spec(spec, self._overrides)
@@ -117,7 +122,8 @@ class SubspaceOptimizer(PlannedOptimizer):
         # Schedulers look for `momentum` here. None: as in the spec.
         moments = {"momentum": None} if any(moment_fields(pipeline).first for pipeline in self.spec.pipelines.values()) else {}
         super().__init__(params, {**rates, **moments, "maximize": maximize, **own})
-        self._check_roles(roles or {})  # with `strict`, a route that matches no parameter raises here
+        # With `strict`, a route that matches no parameter raises here.
+        self._check_roles(roles or {}, in_groups=isinstance(next(iter(params)), dict))
 
     # ---------------------------------------------------------------------------------------------------------------- sharding
 

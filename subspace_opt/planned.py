@@ -16,7 +16,7 @@ from .engine import lowbit
 from .engine.work import Options
 from .plan import Entry, Plan, Role, Row, counts, make_plan
 from .plan.names import canonical_name
-from .spec import Spec, load_spec
+from .spec import Spec, SpecError, load_spec
 from .spec.summary import html_table
 
 MOST_NAMES = 5  # in one warning
@@ -87,14 +87,16 @@ class PlannedOptimizer(torch.optim.Optimizer):
         """The spec in force for a parameter group."""
         return _spec_of(group["spec"])
 
-    def _check_roles(self, roles: Mapping[str, str]) -> None:
+    def _check_roles(self, roles: Mapping[str, str], *, in_groups: bool) -> None:
         """Warn, once, of matrices whose role is a guess and decides their pipeline.
 
         Args:
             roles: The roles that were given to the optimizer; each must match a parameter.
+            in_groups: The caller gave groups. Libraries that make groups of a model drop the names that would tell roles.
 
         Raises:
             ValueError: A glob matches no parameter.
+            SpecError: Several guesses in groups without names.
         """
         rows = self.plan.rows
         arguments.check_globs(roles, [canonical_name(row.entry.name) for row in rows])
@@ -108,6 +110,11 @@ class PlannedOptimizer(torch.optim.Optimizer):
             first, *more = [f"'{canonical_name(row.entry.name)}'" for row in guessed[:MOST_NAMES]]
             listed = ", ".join([first, *more]) + (f" and {len(guessed) - MOST_NAMES} more" if len(guessed) > MOST_NAMES else "")
             route = guessed[0].why.partition(";")[0]
+            if in_groups and not self._modules and not any("param_names" in group for group in self.param_groups):
+                raise SpecError(
+                    f"spec '{self.spec.name}' routes parameters by role, and these parameter groups have no names, so the roles of "
+                    f"{len(guessed)} matrices are unknown: embeddings would be updated as hidden matrices. Pass the model too: model=model"
+                )
             warnings.warn(
                 f"spec '{self.spec.name}' routes parameters by role, and "
                 + ("neither module nor name" if self._modules else "no model was given, and no name")

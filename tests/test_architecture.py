@@ -33,7 +33,7 @@ ARROWS: dict[str, set[str]] = {
     "public": {"algebra", "checkpoint", "engine", "in_backward", "optimizer", "plan", "registry", "spec"},
     "snapshots": {"checkpoint", "optimizer", "public"},
     "lab": {"checkpoint", "distributed", "public"},
-    "integrations": {"arguments", "optimizer", "plan", "public", "snapshots", "spec"},
+    "integrations": {"algebra", "arguments", "engine", "optimizer", "plan", "public", "snapshots", "spec"},
 }
 ON_TOP = {"testing": set(), "cli": {"testing"}}  # may import everything; no other room imports them
 

@@ -21,7 +21,7 @@ from ranks import make_zoo, mesh_of, place
 from torch import Tensor, nn
 
 import subspace_opt
-from subspace_opt import Spec, SubspaceOptimizer, build, load_spec, step_in_backward
+from subspace_opt import Spec, SpecError, SubspaceOptimizer, build, load_spec, step_in_backward
 from subspace_opt.engine import lowbit
 from subspace_opt.optimizer import EMPTY_STEPS, OPTIONS
 
@@ -43,6 +43,53 @@ def test_groups_and_tensors_cannot_be_mixed() -> None:
     one, two = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
     with pytest.raises(TypeError, match="a parameter group is a dict"):
         SubspaceOptimizer([{"params": [one]}, two], "adamw")  # type: ignore[list-item]
+
+
+class Model(nn.Module):
+    """An embedding, which only the model tells from a matrix by name, and two hidden matrices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.first, self.second = nn.Embedding(9, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+
+def split_in_two(model: nn.Module) -> list[dict[str, Any]]:
+    """Groups as trainers make them: without names."""
+    params = list(model.parameters())
+    return [{"params": [p for p in params if p.ndim > 1]}, {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0}]
+
+
+def test_groups_without_names_take_names_and_roles_from_the_model() -> None:
+    model = Model()
+    opt = SubspaceOptimizer(split_in_two(model), "cosmos", model=model)
+    found = {row.entry.name: (row.role.name, row.pipeline) for row in opt.plan}
+    assert found == {row.entry.name: (row.role.name, row.pipeline) for row in build("cosmos", model).plan}
+    assert found["table.weight"] == ("embedding", "other")
+    assert [group["weight_decay"] for group in opt.param_groups] == [0.1, 0.0]
+    flat = SubspaceOptimizer(model.parameters(), "cosmos", model=model)
+    assert flat.param_groups[0]["param_names"] == [name for name, _ in model.named_parameters()]
+    named = SubspaceOptimizer([{"params": [("_orig_mod.first.weight", model.first.weight)]}], "cosmos", model=model)
+    assert [row.entry.name for row in named.plan] == ["_orig_mod.first.weight"], "given names stay"
+    with pytest.raises(ValueError, match=r"^a parameter of shape \(4, 4\) is not in the given model; pass the model whose"):
+        SubspaceOptimizer([nn.Parameter(torch.ones(4, 4))], "cosmos", model=model)
+
+
+def test_a_model_stands_for_its_parameters() -> None:
+    model = Model()
+    assert SubspaceOptimizer(model, "cosmos").explain().to_dict() == build("cosmos", model).explain().to_dict()
+
+
+def test_groups_without_names_are_refused_if_routes_ask_for_roles() -> None:
+    text = (
+        "spec 'cosmos' routes parameters by role, and these parameter groups have no names, so the roles of 3 matrices are unknown: "
+        "embeddings would be updated as hidden matrices. Pass the model too: model=model"
+    )
+    with pytest.raises(SpecError, match=f"^{re.escape(text)}$"):
+        SubspaceOptimizer(split_in_two(Model()), "cosmos")
+    SubspaceOptimizer(split_in_two(Model()), "adamw")
+    SubspaceOptimizer(split_in_two(Model()), "cosmos", roles={"*": "hidden"})
+    with pytest.warns(UserWarning, match="no model was given"):
+        SubspaceOptimizer(Model().parameters(), "cosmos")
 
 
 # ------------------------------------------------------------------------------------------------------------------ compilation

@@ -339,3 +339,30 @@ def few_bits(kind: str) -> list[str]:
 @pytest.mark.slow
 def test_state_in_few_bits_on_ranks() -> None:
     assert run_ranks(2, few_bits, "fsdp") == [[]] * 2
+
+
+def loads_what_rank_0_saved(folder: str) -> str:
+    """The message of the error that a rank gets; rank 0 does not load, because it would wait for the others."""
+    model = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 8)))
+    optimizer = subspace_opt.build("cosmos", model, overrides={"matrix.selector.rank": 3}, roles={"1.weight": "hidden"})
+    model(torch.ones(2, 8)).square().sum().backward()
+    optimizer.step()
+    state = optimizer.state_dict()
+    if dist.get_rank() == 0:
+        torch.save(state, f"{folder}/optimizer.pt")
+    dist.barrier()
+    if dist.get_rank() == 0:
+        return ""
+    with pytest.raises(ValueError, match="holds the shard of another rank") as error:
+        optimizer.load_state_dict(torch.load(f"{folder}/optimizer.pt", weights_only=True))
+    return str(error.value)
+
+
+@pytest.mark.slow
+def test_shards_that_one_rank_alone_has_saved_are_refused(tmp_path: Path) -> None:
+    _, message = run_ranks(2, loads_what_rank_0_saved, str(tmp_path))
+    assert message == (
+        "'0.weight': slot 'selector.basis' of the checkpoint holds the shard of another rank, because one rank alone has saved it; "
+        "the shards of the other ranks are lost. Save with subspace_opt.snapshots or torch.distributed.checkpoint, to which all ranks "
+        "contribute"
+    )

@@ -290,6 +290,9 @@ def slot_from_checkpoint(group: RankGroup, sharding: Sharding, param: Tensor, ke
     """This rank's part of a slot, from a checkpoint's tensor: a whole tensor, or a DTensor with any placements.
 
     A collective if the tensor is a DTensor.
+
+    Raises:
+        ShardingError: The tensor holds the shard of another rank.
     """
     held = [sharding.state_box(key, rank) for rank in range(group.size)]
     own = held[group.rank]
@@ -304,6 +307,7 @@ def slot_from_checkpoint(group: RankGroup, sharding: Sharding, param: Tensor, ke
     value = lowbit.whole(value)
     if isinstance(value, DTensor):
         mesh = value.device_mesh
+        _check_own(value, sharding.row.entry.name, key)
         if tuple(mesh.mesh.flatten().tolist()) != group.members:
             value = value.full_tensor()
     if not isinstance(value, DTensor):
@@ -312,6 +316,17 @@ def slot_from_checkpoint(group: RankGroup, sharding: Sharding, param: Tensor, ke
     saved = shard_boxes(shape, tuple(mesh.shape), mesh_cuts(value, sharding.row.entry.name))
     (taken,) = redistribute(group, [Redistribution(saved, held, value.to_local())], value.dtype, param.device)
     return _encoded(taken.reshape(kept_shape), codes)
+
+
+def _check_own(value: DTensor, name: str, key: str) -> None:
+    """Raise unless a DTensor of a checkpoint holds this rank's shard. If rank 0 alone has saved it, all ranks read the shard of rank 0."""
+    mesh, rank = value.device_mesh, dist.get_rank()
+    place = (mesh.mesh == rank).nonzero().flatten().tolist()
+    if place and list(mesh.get_coordinate() or ()) != place:
+        raise ShardingError(
+            f"'{name}': slot '{key}' of the checkpoint holds the shard of another rank, because one rank alone has saved it; the shards of "
+            "the other ranks are lost. Save with subspace_opt.snapshots or torch.distributed.checkpoint, to which all ranks contribute"
+        )
 
 
 def _encoded(value: Tensor, codes: Codes | None) -> Tensor:
