@@ -7,13 +7,12 @@ from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..arguments import Params, SpecLike, split_options
 from ..optimizer import OPTIONS, SubspaceOptimizer
 from ..spec import Spec, load_spec, preset_names
 from .libraries import needed
-from .named_groups import named_groups
 
 needed("timm", "timm", "1.0.12")
 
@@ -100,15 +99,25 @@ def _create_any(params: Params, *, spec: SpecLike | None = None, **options: Any)
 
 def _create(spec: Spec, params: Params, **given: Any) -> SubspaceOptimizer:
     """An optimizer from timm's groups, with timm's options as options of the optimizer or overrides of the spec."""
-    groups, known = named_groups(params, _model.get(), REMEDY)
     options, overrides = split_options(given, spec, OPTIONS)
-    groups = [_without_fallback(group, spec) for group in groups]
-    optimizer = SubspaceOptimizer(groups, spec, overrides=overrides, **{**known, **options})
+    listed: list[Any] = list(params)
+    groups = [_without_fallback(group, spec) for group in (listed if listed and isinstance(listed[0], dict) else [{"params": listed}])]
+    model = _model.get()
+    if model is None:
+        _check_named(groups)
+    optimizer = SubspaceOptimizer(groups, spec, model=model, overrides=overrides, **options)
     for group in optimizer.param_groups:
         if "lr_scale" in group:
             group["initial_lr"] = group["lr"]  # from here timm's schedulers start, and multiply by lr_scale
             group["lr"] = group["lr"] * group["lr_scale"]
     return optimizer
+
+
+def _check_named(groups: list[dict[str, Any]]) -> None:
+    for group in groups:
+        for p in group["params"]:
+            if isinstance(p, Tensor):
+                raise ValueError(f"a parameter of shape {tuple(p.shape)} has no name, and roles and state depend on names; {REMEDY}")
 
 
 def _without_fallback(group: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
