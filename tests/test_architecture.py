@@ -168,6 +168,7 @@ def test_frame_knows_no_concrete_kind() -> None:
     assert not names & classes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "heavy"),
     [

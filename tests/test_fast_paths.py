@@ -485,6 +485,7 @@ def gradients_of(shapes: tuple[torch.Size, ...], step: int) -> list[torch.Tensor
     return [random(*shape, seed=10 * step + i, dtype=torch.float32) for i, shape in enumerate(shapes)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", PRESETS)
 def test_temporaries_of_a_step_are_a_small_part_of_the_weights(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """After the state exists, a step holds at most 0.15 of the weights' bytes in temporaries."""

@@ -142,6 +142,7 @@ def test_nor_do_updates_in_backward(preset: str) -> None:
     assert len(set(seen[2:])) == 1
 
 
+@pytest.mark.slow
 def test_a_replaced_state_is_let_go() -> None:
     """After a large state is loaded, the optimizer holds one state, not two."""
     params = parameters({f"w{i}": (256, 256) for i in range(4)})

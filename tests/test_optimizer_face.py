@@ -231,6 +231,7 @@ def test_a_deep_copy_of_a_state_with_codes_is_a_copy() -> None:
     assert agree(before, everything(opt, params))
 
 
+@pytest.mark.slow
 def test_an_unpickled_optimizer_can_be_copied_in_a_fresh_process(tmp_path: Any) -> None:
     params = parameters(LARGE)
     opt = optimizer("adamw", params, state_dtype="8bit")

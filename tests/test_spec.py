@@ -78,6 +78,7 @@ def changed_presets(draw: st.DrawFn) -> Spec:
         raise
 
 
+@pytest.mark.slow
 @example(load_spec("cosmos", {"name": "no", "notes": "\x85 next\u2028line\u2029 1e-3"}))
 @given(changed_presets())
 def test_any_spec_survives_yaml_json_and_mappings(spec: Spec) -> None:

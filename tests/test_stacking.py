@@ -313,6 +313,7 @@ ranks = st.integers(1, 5)
 few = settings(max_examples=8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "place"), PLACES["rule"])
 @few
 @given(rows=sides, cols=sides, rank=ranks, orient=st.sampled_from(["right", "left", "short", "long"]))
