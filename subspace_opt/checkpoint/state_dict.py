@@ -68,7 +68,7 @@ def matched(
 def _kept(value: Tensor, param: Tensor, key: str, row: Row, reader: Reader | None) -> Tensor:
     """A slot on the parameter's device, in its own storage: the whole tensor, or this rank's part."""
     if reader is not None:
-        return reader(param, key, value.detach(), row.state[key][0])
+        return reader(param, key, value, row.state[key][0])
     if lowbit.found(value) is not None:
         return lowbit.copied(value, param.device)
     value = value.detach()

@@ -294,6 +294,8 @@ def slot_from_checkpoint(group: RankGroup, sharding: Sharding, param: Tensor, ke
     Raises:
         ShardingError: The tensor holds the shard of another rank.
     """
+    if isinstance(value, DTensor):
+        _check_own(value, sharding.row.entry.name, key)  # before any operation: DTensor caches the meshes of results
     held = [sharding.state_box(key, rank) for rank in range(group.size)]
     own = held[group.rank]
     part = sharding.part_of(group.rank)
@@ -304,10 +306,9 @@ def slot_from_checkpoint(group: RankGroup, sharding: Sharding, param: Tensor, ke
     else:
         kept_shape = own.shape
     codes = None if part is None or own is None else part.row.codes.get(key)
-    value = lowbit.whole(value)
+    value = lowbit.whole(value.detach())
     if isinstance(value, DTensor):
         mesh = value.device_mesh
-        _check_own(value, sharding.row.entry.name, key)
         if tuple(mesh.mesh.flatten().tolist()) != group.members:
             value = value.full_tensor()
     if not isinstance(value, DTensor):
