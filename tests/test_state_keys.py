@@ -48,7 +48,7 @@ def made(way: str, params: dict[str, nn.Parameter], groups: Iterable[list[str]],
     spec, options = WAYS[way]
     given = [{"params": [params[n] if called is None else (called(n), params[n]) for n in names]} for names in groups]
     kinds = {} if called is None else {called(n): LINEAR for n in NAMES}
-    return SubspaceOptimizer(given, spec, modules=kinds, stacking="never", lr=0.05, **options)
+    return SubspaceOptimizer(given, spec, modules=kinds, roles={"*": "hidden"}, stacking="never", lr=0.05, **options)
 
 
 def train(opt: SubspaceOptimizer, params: dict[str, nn.Parameter], start: int, stop: int) -> None:

@@ -284,7 +284,7 @@ def test_half_named_parameters_are_refused() -> None:
     [
         ("weight_dekay", "did you mean 'weight_decay'?"),
         ("learning_rate", "known: "),
-        ("betas", "options of the spec go into `overrides`"),
+        ("rank", "options of the spec go into `overrides`"),
     ],
 )
 def test_an_unknown_key_of_a_group_is_refused(key: str, hint: str) -> None:
