@@ -76,26 +76,26 @@ def living() -> tuple[int, int]:
 
 
 SHAPES = {**{f"w{i}": (16, 24) for i in range(4)}, "wide": (32, 64), "experts": (2, 16, 16), "coded": (64, 96), "bias": (48,), "number": ()}
-PERIOD = 25
+PERIOD = 12
 
 
 def event(opt: SubspaceOptimizer, params: dict[str, nn.Parameter], step: int, reload: bool) -> tuple[str, ...]:
     """Make the event before a step and return the parameters without a gradient in it; every period has the same events."""
     at = step % PERIOD
-    if at in (5, 10):
-        params["w1"].requires_grad_(at == 10)
-    elif at == 7:
+    if at in (3, 5):
+        params["w1"].requires_grad_(at == 5)
+    elif at == 4:
         opt.refresh_bases()
-    elif at == 12:
+    elif at == 6:
         for group in opt.param_groups:
             group["lr"] = 1e-4 * (1 + step // PERIOD % 3)
-    elif at == 15:
+    elif at == 7:
         opt.explain()
-    elif at == 17 and reload:
+    elif at == 8 and reload:
         opt.load_state_dict(opt.state_dict())
-    elif at == 22:
+    elif at == 11:
         opt.zero_grad()
-    return ("w2", "wide") if at in (2, 3, 20) else ("w1",) if 5 <= at < 10 else ()
+    return ("w2", "wide") if at in (1, 2, 10) else ("w1",) if 3 <= at < 5 else ()
 
 
 @pytest.mark.slow
@@ -130,10 +130,10 @@ def test_nor_do_updates_in_backward(preset: str) -> None:
     words = torch.arange(30)
     seen = []
     for step in range(10 * PERIOD):
-        model[1].weight.requires_grad_(not 5 <= step % PERIOD < 10)
-        if step % PERIOD == 7:
+        model[1].weight.requires_grad_(not 3 <= step % PERIOD < 5)
+        if step % PERIOD == 4:
             opt.refresh_bases()
-        if step % PERIOD == 17:
+        if step % PERIOD == 8:
             opt.load_state_dict(opt.state_dict())
         nn.functional.cross_entropy(model(words), words.flip(0)).backward()
         opt.step()
