@@ -55,9 +55,9 @@ def cut_points(kind: str, presets: list[str], dtype: torch.dtype) -> list[str]:
         for step in range(9):
             steps(model, optimizer, step, step + 1)
             saved[step + 1] = _own_weights(model), _copied(optimizer.state_dict())
+        other, resumed = made(preset, kind, dtype)  # every cut after the first is loaded over other state
         for cut in (1, 3, 4, 5, 8):  # bases are refreshed every fourth update
             torch.manual_seed(cut + dist.get_rank())
-            other, resumed = made(preset, kind, dtype)
             with torch.no_grad():
                 for name, p in other.named_parameters():
                     _own(p).copy_(saved[cut][0][name])
