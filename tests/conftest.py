@@ -2,7 +2,6 @@
 
 import gc
 import os
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -23,12 +22,10 @@ QUICK_SUBJECTS = frozenset({"cosmos", "rule adam", "selector svd"})
 
 
 @pytest.fixture
-def new_objects_only() -> Iterator[None]:
+def new_objects_only() -> None:
     """Let the garbage collector see only objects that the test makes: to count tensors it then does not visit a million older objects."""
     gc.collect()
     gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -53,3 +50,9 @@ def is_quick(item: pytest.Item) -> bool:
     if item.get_closest_marker("slow") or given.get("preset", "cosmos") not in QUICK_PRESETS:
         return False
     return "check" not in given or given["check"].subject.partition("=")[0] in QUICK_SUBJECTS
+
+
+def pytest_collection_finish() -> None:
+    """Keep the garbage collector away from thousands of collected tests and their modules, which live to the end."""
+    gc.collect()
+    gc.freeze()

@@ -8,6 +8,7 @@ pool is killed then, and the next task of that size starts a new one. Tests that
 from __future__ import annotations
 
 import faulthandler
+import gc
 import os
 import pickle
 import shutil
@@ -136,6 +137,8 @@ def _answer(rank: int, task: bytes) -> bytes:
     torch.manual_seed(1000 + rank)  # each rank has a seed of its own, so a task that depends on the global generator fails
     try:
         function, arguments = pickle.loads(task)
+        if not gc.get_freeze_count():
+            gc.freeze()  # the collector need not visit torch and the modules of the tests, which live to the end
         with warnings.catch_warnings():
             return pickle.dumps((False, function(*arguments)))  # tensors by value: multiprocessing would open a file for each
     except BaseException:
