@@ -213,7 +213,7 @@ def moment_values(group: Mapping[str, Any], row: Row) -> Values:
 
 
 def check_globs(roles: Mapping[str, str], names: Sequence[str]) -> None:
-    """Raise a ValueError if a glob of `roles` matches no parameter: it would change nothing and nobody would notice."""
+    """Raise a ValueError if a glob of `roles` matches no parameter: the correction would have no effect."""
     for glob in roles:
         if not any(fnmatch.fnmatchcase(name, glob) for name in names):
             raise ValueError(f"roles: '{glob}' matches no parameter; {suggest(glob, names)}")

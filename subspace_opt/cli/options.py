@@ -11,7 +11,7 @@ import typer
 
 from ..registry import load_plugin
 from ..spec import SpecError
-from ..spec.document import DocumentError, parse_document
+from ..spec.overrides import value_in_text
 
 
 def parse_override(given: str) -> tuple[str, Any]:
@@ -23,13 +23,7 @@ def parse_override(given: str) -> tuple[str, Any]:
     path, equals, text = given.partition("=")
     if not equals or not path.strip():
         raise SpecError(f"--set '{given}': give PATH=VALUE, such as matrix.selector.rank=128")
-    try:
-        data = parse_document(f"value: {text}").data
-    except DocumentError as error:
-        raise SpecError(f"--set '{given}': the value cannot be read: {str(error).partition(': ')[2]}") from None
-    if list(data) != ["value"]:
-        raise SpecError(f"--set '{given}': the value must be one line of YAML, such as 128 or {{kind: svd, rank: 8}}")
-    return path.strip(), data["value"]
+    return path.strip(), value_in_text(text, f"--set '{given}'")
 
 
 def parse_overrides(given: Iterable[str]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Lightning: what `LightningModule.configure_optimizers` returns."""
+"""Lightning: the return value of `LightningModule.configure_optimizers`."""
 
 from __future__ import annotations
 

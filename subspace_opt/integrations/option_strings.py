@@ -7,7 +7,7 @@ from typing import Any
 
 from ..arguments import COUNTERPARTS, counterparts, refuse_options
 from ..spec import Spec, SpecError
-from ..spec.document import DocumentError, parse_document
+from ..spec.overrides import value_in_text
 
 # Options of `SubspaceOptimizer` that a number or a word can express. A trainer has its own arguments for the rates.
 IN_TEXT = ("state_dtype", "nonfinite", "rounding", "stacking", "batch_bytes", "seed", "strict")
@@ -43,11 +43,5 @@ def _pairs(text: str) -> list[tuple[str, Any]]:
         key, equals, value = part.partition("=")
         if not equals or not key.strip():
             raise SpecError(f"'{part}' in '{text}': give key=value, separated by commas, such as rank=128,update_proj_gap=50")
-        try:
-            data = parse_document(f"value: {value}").data
-        except DocumentError as error:
-            raise SpecError(f"'{part}' in '{text}': the value cannot be read: {str(error).partition(': ')[2]}") from None
-        if list(data) != ["value"]:
-            raise SpecError(f"'{part}' in '{text}': the value must be one line of YAML, such as 128 or {{kind: svd, rank: 8}}")
-        pairs.append((key.strip(), data["value"]))
+        pairs.append((key.strip(), value_in_text(value, f"'{part}' in '{text}'")))
     return pairs

@@ -189,7 +189,7 @@ class SubspaceMetrics(TrainerCallback):
         return measured
 
     def _is_due(self, args: TrainingArguments, state: TrainerState) -> bool:
-        """Whether the update that is being made is measured."""
+        """True if the present update is measured."""
         number = state.global_step + 1
         is_first = self.every is None and args.logging_first_step and number == 1
         return bool(is_first or number % int(self.every or state.logging_steps) == 0)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..registry import find, suggest
+from .document import DocumentError, parse_document
 from .model import STANDARD_OTHER, Spec, SpecError
 
 
@@ -87,3 +88,21 @@ def has_path(data: Any, path: tuple[int | str, ...]) -> bool:
         except (KeyError, IndexError, TypeError):
             return False
     return True
+
+
+def value_in_text(text: str, place: str) -> Any:
+    """The plain value that one line of YAML gives, as in `matrix.selector.rank=128`.
+
+    Args:
+        place: Where the text stands; errors begin with it.
+
+    Raises:
+        SpecError: The text is not YAML of one line.
+    """
+    try:
+        data = parse_document(f"value: {text}").data
+    except DocumentError as error:
+        raise SpecError(f"{place}: the value cannot be read: {str(error).partition(': ')[2]}") from None
+    if list(data) != ["value"]:
+        raise SpecError(f"{place}: the value must be one line of YAML, such as 128 or {{kind: svd, rank: 8}}")
+    return data["value"]

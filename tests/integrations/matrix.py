@@ -1,6 +1,6 @@
 """The table of integrations and features, read from the marks of the tests: `python tests/integrations/matrix.py` prints it.
 
-A test that shows features says so: `@pytest.mark.shows("builds", "names")`. Its file says what it is about: `LIBRARY = "timm"`. A
+A test names the features that it shows: `@pytest.mark.shows("builds", "names")`. Its file names the library: `LIBRARY = "timm"`. A
 feature that an integration cannot have has its reason in that file: `NOT = {"AMP": "timm builds the optimizer only"}`. The marks are
 read from the source, so the table is the same whether or not the libraries are installed.
 """

@@ -363,7 +363,7 @@ def test_metrics_are_in_the_logs(tmp_path: Path, own: bool) -> None:
 
 
 class Reader(TrainerCallback):
-    """Keeps the measurements that it is told of, as a callback that reports does."""
+    """Keeps the logged measurements, as a reporting callback does."""
 
     def __init__(self) -> None:
         self.seen: list[float] = []
