@@ -2,7 +2,8 @@
 # again only when pyproject.toml or constraints.txt has changed.
 #
 #   make demo     train the same small model with several optimizers and compare them
-#   make test     all tests, and which of them took longest
+#   make test     the tests, and which of them took longest
+#   make test-all   the same with every case of every preset (longer)
 #   make test-quick   a selection of them for while you work, in about a minute
 #   make check    lint, format, types
 #   make docs     the documentation, in site/
@@ -19,17 +20,20 @@ WORKERS ?= 3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-quick check docs clean
+.PHONY: demo test test-all test-quick check docs clean
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
 	$(BIN)/subspace-opt demo
 
 # Some environments switch bytecode off. The workers, their ranks and the commands that the tests run would then compile the package each.
-test test-quick: export PYTHONDONTWRITEBYTECODE :=
+test test-all test-quick: export PYTHONDONTWRITEBYTECODE :=
 
 test: $(READY)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=20
+
+test-all: $(READY)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=20 --all-presets
 
 test-quick: $(READY)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --quick

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 
 import torch
@@ -137,7 +137,7 @@ def place(model: nn.Module, kind: str, mesh: DeviceMesh | None) -> nn.Module:
         for name, p in list(module.named_parameters(recurse=False)):
             if id(p) not in moved:
                 where = placements(kind, f"{path}.{name}", p)
-                placed = distribute_tensor(p.detach(), mesh, where)
+                placed = distribute_tensor(p.detach(), mesh, where, src_data_rank=None)  # the same weights are on every rank
                 moved[id(p)] = nn.Parameter(placed, requires_grad=p.requires_grad)
             setattr(module, name, moved[id(p)])
     return model
@@ -171,7 +171,17 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone() for name, p in model.named_parameters()}
 
 
-def differences(one: dict[str, Tensor], other: dict[str, Tensor]) -> Iterator[tuple[str, float]]:
-    """The largest difference of each parameter, as a part of its largest entry."""
-    for name, a in one.items():
-        yield name, float((a.double() - other[name].double()).abs().max() / a.double().abs().max().clamp_min(1e-12))
+def differences(one: nn.Module, other: nn.Module | Mapping[str, Tensor]) -> Iterator[tuple[str, float]]:
+    """The largest difference of each parameter of a model from weights given whole, as a part of the largest weight.
+
+    Each rank compares its own shard and sends nothing, so look at the answers of all ranks.
+    """
+    wanted = other if isinstance(other, Mapping) else dict(other.named_parameters())
+    for name, p in one.named_parameters():
+        whole, own = wanted[name].detach(), p.detach()
+        if isinstance(own, DTensor):
+            part, own = own_shard(whole, own).to_local(), own.to_local()
+        else:
+            part = whole
+        gap = (part.double() - own.double()).abs().amax() if own.numel() else 0.0
+        yield name, float(gap / whole.double().abs().max().clamp_min(1e-12))

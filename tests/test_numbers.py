@@ -92,6 +92,7 @@ def after_torture(preset: str, dtype: torch.dtype, torture: list[str]) -> None:
     assert not opt.failures
 
 
+@pytest.mark.all_presets
 @every_preset
 def test_nothing_becomes_infinite(preset: str) -> None:
     """Each kind of gradient has its own optimizer, so stacks contain only zero, only huge or only rank-one matrices."""
@@ -187,6 +188,7 @@ def test_what_a_subspace_leaves_of_a_gradient_inside_it_is_nothing(complement: s
 BAD = {"nan": float("nan"), "inf": float("inf"), "-inf": float("-inf")}
 
 
+@pytest.mark.all_presets
 @every_preset
 @pytest.mark.parametrize("bad", BAD)
 @pytest.mark.parametrize("fresh", [True, False])
@@ -238,6 +240,7 @@ def test_skip_leaves_that_parameter_alone_and_counts_it(preset: str, bad: str) -
     assert opt.skipped == {"tall": 3, "bias": 3}
 
 
+@pytest.mark.all_presets
 @every_preset
 def test_propagate_spoils_that_parameter_and_no_other(preset: str) -> None:
     params, twins = parameters(), parameters()
@@ -515,6 +518,7 @@ def test_what_begins_anew_at_a_refresh_that_was_asked_for_is_corrected_as_new() 
 # ------------------------------------------------------------------------------------------------------------------ zero gradients
 
 
+@pytest.mark.all_presets
 @every_preset
 @pytest.mark.parametrize("primes", [1, 3])
 def test_a_leading_zero_gradient_neither_fixes_the_basis_nor_counts(preset: str, primes: int) -> None:

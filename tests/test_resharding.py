@@ -119,13 +119,13 @@ def load(folder: str, kind: str | None, presets: list[str], flat: bool) -> list[
     for preset in presets:
         model, optimizer = made(preset, kind, torch.float64)
         options = FLAT if flat else StateDictOptions()
-        before = whole_weights(model)
+        before = _own_weights(model)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             # torch makes the state of a fresh optimizer by a step of zero gradients
             state = get_optimizer_state_dict(model, optimizer, options=options)
-            wrong += [f"{preset}: {name} moved" for name, w in whole_weights(model).items() if not torch.equal(w, before[name])]
-            weights = {name: torch.zeros_like(w) for name, w in before.items()}
+            wrong += [f"{preset}: {name} moved" for name, w in _own_weights(model).items() if not torch.equal(w, before[name])]
+            weights = {name: torch.zeros(p.shape, dtype=p.dtype) for name, p in model.named_parameters()}
             dcp.load({"optimizer": state, "weights": weights}, checkpoint_id=f"{folder}/{preset}")
             set_optimizer_state_dict(model, optimizer, state, options=options)
         set_weights(model, weights)
@@ -133,7 +133,7 @@ def load(folder: str, kind: str | None, presets: list[str], flat: bool) -> list[
         alone = make_zoo(torch.float64)
         own = build(preset, alone, None)
         steps(alone, own, 0, 10)
-        gaps = differences(whole_weights(alone), whole_weights(model))
+        gaps = differences(model, alone)
         wrong += [f"{preset}: {name} differs by {gap:.1e}" for name, gap in gaps if not gap < 1e-9]
     return wrong
 
@@ -177,7 +177,7 @@ def full_state(presets: list[str]) -> list[str]:
             alone = make_zoo(torch.float64)
             own = build(preset, alone, None)
             steps(alone, own, 0, 8)
-            gaps = differences(whole_weights(alone), whole_weights(other))
+            gaps = differences(other, alone)
             wrong += [f"{preset} to {kind}: {name} differs by {gap:.1e}" for name, gap in gaps if not gap < 1e-9]
     return wrong
 
@@ -261,7 +261,7 @@ def train(kind: str, presets: list[str]) -> list[str]:
                 optimizer.step()
                 schedule.step()
         ranked = models[1].module if kind == "ddp" else models[1]
-        gaps = differences(whole_weights(alone), whole_weights(ranked))
+        gaps = differences(ranked, alone)
         wrong += [f"{preset}: {name} differs by {gap:.1e}" for name, gap in gaps if not gap < 1e-9]
     return wrong
 
@@ -289,7 +289,7 @@ def backward_steps(kind: str, preset: str) -> list[str]:
             if one is model:
                 assert all(p.grad is None for p in model.parameters())
             opt.step()
-    gaps = differences(whole_weights(alone), whole_weights(model))
+    gaps = differences(model, alone)
     return [f"{preset}: {name} differs by {gap:.1e}" for name, gap in gaps if not gap < 1e-9]
 
 
@@ -321,7 +321,7 @@ def few_bits(kind: str) -> list[str]:
             steps(model, optimizer, 0, 6)
             runs.append((model, optimizer))
         (alone, _), (model, optimizer) = runs
-        gaps = differences(whole_weights(alone), whole_weights(model))
+        gaps = differences(model, alone)
         wrong += [f"{preset}: {name} differs by {gap:.1e}" for name, gap in gaps if not gap < 3e-3]
         planned = sum(sharding.bytes_held(group.rank) for group, sharding in optimizer._shardings().values())
         if planned != measured_bytes(optimizer):

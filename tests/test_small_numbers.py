@@ -27,6 +27,7 @@ def guards(value: Any, path: tuple[str, ...] = ()) -> Iterator[str]:
         yield from guards(inner, (*path, str(key)))
 
 
+@pytest.mark.all_presets
 @pytest.mark.parametrize("eps", ["as published", "0"])
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_finite_gradient_leaves_finite_weights(preset: str, eps: str) -> None:

@@ -76,6 +76,7 @@ def descend(opt: SubspaceOptimizer, loss: Callable[[], Tensor], steps: int = 20)
     return [*seen, loss().item()]
 
 
+@pytest.mark.all_presets
 @every_preset
 @pytest.mark.parametrize("maximize", [False, True])
 @pytest.mark.parametrize("contiguous", [True, False])
@@ -424,6 +425,7 @@ def test_no_gradients_no_change(preset: str) -> None:
     assert same(snapshot(opt, params), before)
 
 
+@pytest.mark.all_presets
 @every_preset
 def test_a_missing_gradient_leaves_parameter_and_state_alone(preset: str) -> None:
     """It gets no decay and no count. With the next gradient it goes on as if there had been no gap."""
@@ -796,6 +798,7 @@ def test_a_cut_or_turned_weight_may_be_stored_in_any_way(preset: str, route: dic
 # -------------------------------------------------------------------------------------------------------------- side effects
 
 
+@pytest.mark.all_presets
 @every_preset
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("maximize", [False, True])
@@ -814,6 +817,7 @@ def test_gradients_are_only_read(preset: str, dtype: torch.dtype, maximize: bool
             assert (own.data_ptr(), own._version) == (pointer, version)
 
 
+@pytest.mark.all_presets
 @every_preset
 def test_no_global_generator_is_touched(preset: str) -> None:
     """Other seeds give the same run, and the generators' states are unchanged."""
