@@ -36,8 +36,13 @@ SMALL = {"matrix.selector.rank": 3}
 
 @pytest.fixture(autouse=True)
 def forget() -> Any:
-    """Accelerate keeps the state of the process's last Accelerator."""
+    """Accelerate keeps the state of the process's last Accelerator, which may be that of another file's trainer."""
+    _reset()
     yield
+    _reset()
+
+
+def _reset() -> None:
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
 
