@@ -17,6 +17,7 @@ from mkdocs.structure.files import File, Files
 from subspace_opt.algebra.frame import Frame
 from subspace_opt.plan.costs import flops
 from subspace_opt.spec import Spec, json_schema, load_spec, preset_names
+from subspace_opt.spec.picture import pipeline_svg
 from subspace_opt.spec.presets import BUILT_IN
 
 Schema = dict[str, Any]
@@ -190,6 +191,7 @@ def preset_page(name: str, spec: Spec) -> str:
         f"# {name}",
         f"Source: {sources(spec)}" if spec.source else "",
         spec.about,
+        pipeline_svg(spec.pipelines.get("matrix") or next(iter(spec.pipelines.values())), name),
         f'```yaml title="subspace_opt/spec/presets/{name}.yaml"\n{body}```',
         f'```python\nfrom subspace_opt import build\n\noptimizer = build("{name}", model)\n```',
         "## Cost of a matrix\n\n" + cost_table(spec),
