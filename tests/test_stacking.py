@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from subspace_opt import Dim, Rule, Selector, State, Step, SubspaceOptimizer, load_spec
+from subspace_opt import Dim, Rule, Selector, State, Step, SubspaceOptimizer, linalg, load_spec
 from subspace_opt.algebra import lift, project
 from subspace_opt.algebra.frame import Frame
 from subspace_opt.algebra.pipeline import Pipeline
@@ -178,6 +178,26 @@ def test_round_off_chooses_no_basis(preset: str) -> None:
             opt.step()
         ends.append(params["w"].detach())
     assert float((ends[0] - ends[1]).abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("replaced", [[5, 6], [2, 6], [3]], ids=str)
+def test_a_completion_depends_on_the_columns_that_are_held(replaced: list[int], dtype: torch.dtype) -> None:
+    """Columns of round-off, at the end or between others, in one matrix of two: their noise changes nothing, and small columns stay."""
+    draws, eps = torch.Generator().manual_seed(0), torch.finfo(dtype).eps
+    start = torch.randn(2, 7, 7, generator=draws, dtype=torch.float64).to(dtype) * torch.logspace(0, -3, 7, dtype=dtype)
+    found = []
+    for _ in range(2):
+        y = start.clone()
+        noise = torch.randn(7, len(replaced), generator=draws, dtype=torch.float64).to(dtype)
+        y[0, :, replaced] = noise * 0.1 * eps * torch.linalg.vector_norm(y[0])
+        found.append(linalg.complete(y))
+    q = found[0]
+    assert torch.allclose(q.mT @ q, torch.eye(7, dtype=dtype).expand(2, 7, 7), atol=20 * eps)
+    assert float((q - found[1]).abs().max()) < 1e3 * eps
+    first = replaced[0]  # a later column is orthogonal to what replaces an earlier one
+    assert torch.allclose(q[0, :, :first], linalg.orthonormal(start[:1, :, :first])[0], atol=1e4 * eps)
+    assert torch.allclose(q[1], linalg.orthonormal(start[1:])[0], atol=1e4 * eps)
 
 
 # --------------------------------------------------------------------------------------------------- every kind, any shape and rank
