@@ -180,6 +180,18 @@ def test_with_lr_0_only_projections_move_the_weight(apply: Any) -> None:
     assert torch.allclose(params["tall"], before, rtol=1e-14) == still
 
 
+def test_a_weight_moved_off_its_sphere_comes_back() -> None:
+    """The radius is that of the first update, not that of the present weight."""
+    params = parameters({"tall": (7, 4)}, torch.float64)
+    radius = float(params["tall"].detach().norm())
+    opt = optimizer(spec("hyperball"), params, lr=LR)
+    for step in range(3):
+        give(params, step)
+        opt.step()
+        assert abs(float(params["tall"].detach().norm()) - radius) < 1e-12
+        params["tall"].data.mul_(3.0)
+
+
 def test_a_weight_that_starts_at_0_has_no_sphere() -> None:
     params = {"fine": nn.Parameter(torch.ones(3, 3)), "empty": nn.Parameter(torch.zeros(3, 3))}
     opt = optimizer(spec("hyperball"), params)

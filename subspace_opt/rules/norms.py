@@ -48,7 +48,7 @@ class Hyperball(WeightRule):
         if self.radius != "start":
             return state
         start = linalg.norm(w).view(-1)
-        if step.first and bool((start == 0).any()):
+        if step.first and not w.is_meta and bool((start == 0).any()):
             raise WeightError(
                 "`hyperball` keeps the norm that a weight has at its first update, and it is 0; initialise the weight, give a `radius`, or "
                 "send the weight to another pipeline"
