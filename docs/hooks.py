@@ -77,10 +77,8 @@ def spec_page(schema: Schema) -> str:
     for name, title in SECTIONS.items():
         parts.append(f"## {title} {{#{name}}}\n\n{defs[name].get('description', '')}\n\n{fields(defs[name])}")
     for family, title in FAMILIES.items():
-        parts.append(
-            f"## {title} {{#{family}}}\n\nA {title.lower().removesuffix('s')} is the name of a kind, or a mapping with `kind` and the fields of "
-            "that kind.\n"
-        )
+        one = title.lower().removesuffix("s")
+        parts.append(f"## {title} {{#{family}}}\n\nA {one} is the name of a kind, or a mapping with `kind` and the fields of that kind.\n")
         for names, kind in by_class(family, defs):
             heading = ", ".join(f"`{name}`" for name in names)
             anchors = "".join(f'<a id="{family}.{name}"></a>' for name in names[1:])
