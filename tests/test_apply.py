@@ -340,7 +340,7 @@ def test_plan_checkpoint_and_dcp_know_the_radius() -> None:
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "two decays": ({"apply": ["decay", "cautious"]}, "decays the weight 2 times, by decay and cautious; keep one of them"),
-    "a word and a rule": ({"apply": "cautious", "decay": "after"}, "`decay: after` and 'cautious' in `apply` both decay the weight"),
+    "a word and a rule": ({"apply": "cautious", "decay": "after"}, "`decay: after` and 'cautious' in `apply` both decay the weight; set"),
     "a gradient and a rule": ({"apply": "decay", "decay": "coupled"}, "`decay: coupled` and 'decay' in `apply` both decay the weight"),
     "a rule of another family": ({"apply": "muon"}, "unknown weight_rule kind 'muon'; that is a rule; known: cautious, decay"),
     "a weight rule in another place": ({"finish": "hyperball"}, "unknown rule kind 'hyperball'; that is a weight_rule"),

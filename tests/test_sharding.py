@@ -479,6 +479,41 @@ def low_precision(kind: str) -> list[str]:
     return wrong
 
 
+# Rules in `apply` that no preset has: entries apart, whole matrices, coordinates that ranks would else exchange alone.
+APPLIED: dict[str, tuple[str, dict[str, Any]]] = {
+    "cautious adamw": ("adamw", {"all.apply": "cautious"}),
+    "cautious galore": ("galore", {"matrix.apply": "cautious", "matrix.decay": "before"}),
+    "relative muon": ("muon", {"matrix.apply": ["cautious", "relative"], "other.apply": "cautious"}),
+    "braked cosmos": ("cosmos", {"matrix.apply": "radial_brake", "matrix.decay": "after"}),
+}
+
+
+def compare_applied(kind: str) -> list[str]:
+    """The weights that differ from those of one process, with other rules in `apply`."""
+    mesh, wrong = mesh_of(kind, dist.get_world_size()), []
+    for label, (preset, overrides) in APPLIED.items():
+        ends = []
+        for where in (None, kind):
+            model = make_zoo()
+            if where is not None:
+                place(model, where, mesh)
+            optimizer = subspace_opt.build(shortened(preset), model, lr=1e-2, weight_decay=0.3, overrides=overrides)
+            for step in range(STEPS_OF_FOUR):
+                give(model, step, lambda name, step: name == "square.weight" and step < 2)
+                if model.twin.weight.grad is not None and step < 2:
+                    model.twin.weight.grad.zero_()  # it waits, and decays
+                optimizer.step()
+            ends.append(whole_weights(model))
+        wrong += [f"{label}: {name} differs by {gap:.1e}" for name, gap in differences(*ends) if not gap < 1e-9]
+    return wrong
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "world"), [("fsdp", 2), ("tp", 2), ("fsdp+tp", 4)])
+def test_weight_rules_equal_one_process(kind: str, world: int) -> None:
+    assert run_ranks(world, compare_applied, kind) == [[]] * world
+
+
 def sums_with_compensation(model: nn.Module, optimizer: subspace_opt.SubspaceOptimizer) -> dict[str, Tensor]:
     """The weights of matrices in float64, with Kahan's compensation."""
     state = optimizer.state_dict()

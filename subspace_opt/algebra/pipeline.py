@@ -111,7 +111,10 @@ class Pipeline(Model):
         if len(own) > 1:
             raise ValueError(f"`apply` decays the weight {len(own)} times, by {' and '.join(own)}; keep one of them")
         if own and self.decay != "before":
-            raise ValueError(f"`decay: {self.decay}` and '{own[0]}' in `apply` both decay the weight; remove one of them")
+            raise ValueError(
+                f"`decay: {self.decay}` and '{own[0]}' in `apply` both decay the weight; set `decay: before`, which the rule replaces, or "
+                "remove the rule"
+            )
         return self
 
     @property
