@@ -12,7 +12,7 @@ import yaml
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
-from subspace_opt.algebra import Rule
+from subspace_opt.algebra import Rule, WeightRule
 from subspace_opt.algebra.frame import Frame
 from subspace_opt.algebra.pipeline import Pipeline
 from subspace_opt.plan.costs import flops
@@ -165,7 +165,7 @@ def sentence(text: str) -> str:
 def table(methods: Iterable[Method]) -> list[str]:
     """All methods in one table."""
     head = (
-        "method | selector | source | refresh | momentum | inside | complement | finish | decay | state / mn | GFLOP an update | a refresh"
+        "method | selector | source | refresh | momentum | inside | complement | finish | apply | decay | state / mn | GFLOP an update | a refresh"
     )
     rows = [f"| {' | '.join(cells(m))} |" for m in methods]
     top = ["## All in one table", "", '<div class="wide" markdown>', "", f"| {head} |", "|" + " --- |" * (head.count("|") + 1)]
@@ -183,7 +183,8 @@ def cells(m: Method) -> list[str]:
         words(p.inside),
         words(p.complement),
         words(p.finish),
-        p.decay,
+        words(p.apply),
+        p.decay_beside_rules or ("by a rule" if p.decay == "before" else p.decay),
         f"{m.state:.3f}",
         f"{m.update / 1e9:.2f}" if m.update else "",
         f"{m.refresh / 1e9:.2f}" if m.refresh else "",
@@ -217,7 +218,7 @@ def momentum(pipeline: Pipeline) -> str:
     return "; ".join(where) or "none"
 
 
-def words(rules: tuple[Rule, ...]) -> str:
+def words(rules: tuple[Rule | WeightRule, ...]) -> str:
     """The kinds of a list of rules."""
     return " + ".join(rule.kind for rule in rules)  # type: ignore[attr-defined]
 

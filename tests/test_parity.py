@@ -43,6 +43,12 @@ MISTAKES: dict[str, tuple[str, str, dict[str, Any]]] = {
         {"all.complement.debias": False, "all.finish": {"kind": "debias", "beta1": 0.9, "beta2": 0.95}},
     ),
     "Nesterov left out": ("muon_kj_wd", "matrix", {"matrix.momentum.nesterov": False}),
+    "decay after the update, radial brake": ("muon_radial_brake_nemo", "matrix", {"matrix.decay": "after"}),
+    "no decay, radial brake": ("muon_radial_brake_nemo", "matrix", {"matrix.decay_scale": 0.0}),
+    "inward and outward exchanged": ("muon_radial_brake_nemo", "matrix", {"matrix.apply.outward": 1.0, "matrix.apply.inward": 0.5}),
+    "another radius": ("muon_hyperball_nemo", "matrix", {"matrix.apply.radius": 4.001}),
+    "no retraction": ("spel_nemo", "matrix", {"matrix.apply": None}),
+    "retraction with other polynomials": ("spel_nemo", "matrix", {"matrix.apply.by.coefficients": "keller"}),
     "heavy ball for EMA under a floor": ("muon_kj_wd", "matrix", {"matrix.complement.eps": 1e-2}),
 }
 

@@ -25,7 +25,7 @@ def pipelines(preset: str) -> list[Pipeline]:
 def test_every_kind_is_named(preset: str) -> None:
     for pipeline in pipelines(preset):
         words = " ".join(text.text or "" for text in drawn(pipeline).iter("text")).split()
-        used = [rule for place in ("momentum", "inside", "finish") for rule in getattr(pipeline, place)]
+        used = [rule for place in ("momentum", "inside", "finish", "apply") for rule in getattr(pipeline, place)]
         used += pipeline.complement if pipeline.mix.complement > 0 and not (opens(pipeline) and is_whole(pipeline)) else ()
         used += [pipeline.selector] if opens(pipeline) else []
         assert [kind for part in used if (kind := kind_of(type(part))) not in [w.strip(",:\N{HORIZONTAL ELLIPSIS}") for w in words]] == []

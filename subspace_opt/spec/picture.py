@@ -6,12 +6,13 @@ be read at that many pixels.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any, NamedTuple
 
 from ..algebra.core import Dim, Rule, Selector
 from ..algebra.pipeline import Pipeline
+from ..algebra.weight_rule import WeightRule
 from ..registry import kind_of
 
 WIDTH, GAP, LINE, PAD, JOIN = 340.0, 18.0, 15.0, 7.0, 20.0
@@ -78,6 +79,8 @@ def _before(p: Pipeline) -> Iterable[Box]:
 def _after(p: Pipeline) -> Iterable[Box]:
     if p.finish:
         yield Box(("finish", *_words(p.finish)))
+    if p.apply:
+        yield Box(("apply to the weight", *_words(p.apply)))
     if p.decay != "before":
         yield Box(("decay", {"after": "of the weight, after the update", "coupled": "added to the gradient"}[p.decay]))
 
@@ -96,12 +99,12 @@ def _sized(selector: Selector) -> str:
     return kind_of(type(selector)) + rank
 
 
-def _words(rules: tuple[Rule, ...]) -> list[str]:
+def _words(rules: Sequence[Rule | WeightRule]) -> list[str]:
     """A line for each rule: its kind and the numbers that differ from its defaults."""
     return [_call(rule) for rule in rules]
 
 
-def _call(rule: Rule) -> str:
+def _call(rule: Rule | WeightRule) -> str:
     given = rule.model_dump(exclude_defaults=True)
     given.pop("kind", None)
     return " ".join([kind_of(type(rule)), *(f"{key} {_short(value)}" for key, value in given.items() if not isinstance(value, dict))])
