@@ -64,7 +64,7 @@ class TTLinear(TensorTrain):
         rows = functional.pad(x, (0, math.prod(self.in_factors) - self.in_features)).reshape(-1, *self.in_factors)
         batch, ins = 2 * count, range(count + outputs, 2 * count)
         out = contract([rows, *self.tensors()], [(batch, *ins), *self.core_labels()], (batch, *range(count, count + outputs)))
-        out = out.reshape(*x.shape[:-1], -1)[..., : self.out_features]
+        out = out.reshape(*x.shape[:-1], math.prod(self.out_factors))[..., : self.out_features]
         return out if self.bias is None else out + self.bias
 
     def dense(self) -> Tensor:
