@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import re
+import weakref
 from typing import Any
 
 import pytest
@@ -154,9 +156,14 @@ def test_storage_that_parameters_share_is_freed() -> None:
         optimizer.zero_grad()
         model(torch.randn(4, 16, dtype=F64, generator=torch.Generator().manual_seed(t))).square().sum().backward()
         optimizer.step()
+    bases = [weakref.ref(v._base) for s in optimizer.state.values() for v in s.values() if v._base is not None]
+    assert bases
+    assert all(base() is not None for base in bases)
     close(model)
     prune(model, optimizer)
     optimizer.step()
+    gc.collect()
+    assert all(base() is None for base in bases)
     storages = {v.untyped_storage().data_ptr(): v.untyped_storage().nbytes() for s in optimizer.state.values() for v in s.values()}
     assert sum(storages.values()) == optimizer.plan.total_bytes
 
@@ -207,9 +214,11 @@ def test_a_pruned_run_resumes_to_the_bit_and_prunes_again(preset: str) -> None:
 
     fresh = small(torch.float32)
     resumed = build(preset, fresh)  # before loading: the parameters stay the same objects
-    again = RankObjective(fresh)
-    for thing, state in zip((fresh, resumed, again), kept, strict=True):
-        thing.load_state_dict(state)
+    fresh.load_state_dict(kept[0])
+    resumed.load_state_dict(kept[1])
+    again = RankObjective(fresh)  # it sees the pruned model alone, until it loads its own state
+    assert again.sizes() != objective.sizes()
+    again.load_state_dict(kept[2])
     assert again.sizes() == objective.sizes()
     assert [tt.ranks for tt in trains_in(fresh).values()] == [tt.ranks for tt in trains_in(model).values()]
     for run, opt, goal in ((model, optimizer, objective), (fresh, resumed, again)):

@@ -33,6 +33,7 @@ class Path(NamedTuple):
     flops: int
 
 
+@torch._disable_dynamo  # the order depends on the sizes: torch.compile would search it symbolically
 def contract(operands: Sequence[Tensor], labels: Sequence[Labels], out: Labels) -> Tensor:
     """Contract a network of tensors in the cheapest order.
 

@@ -65,7 +65,7 @@ class TTLinear(TensorTrain):
         batch, ins = 2 * count, range(count + outputs, 2 * count)
         out = contract([rows, *self.tensors()], [(batch, *ins), *self.core_labels()], (batch, *range(count, count + outputs)))
         out = out.reshape(*x.shape[:-1], math.prod(self.out_factors))[..., : self.out_features]
-        return out if self.bias is None else out + self.bias
+        return out if self.bias is None else out + self.bias.to(out.dtype)  # under autocast, the products are in half precision
 
     def dense(self) -> Tensor:
         whole = self.contracted().reshape(math.prod(self.out_factors), -1)

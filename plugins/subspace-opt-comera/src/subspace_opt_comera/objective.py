@@ -96,7 +96,7 @@ class RankObjective:
             one = torch.ones_like(counts[0])
             ranks = [one, *counts, one]
             sizes += [left * size * right for left, size, right in zip(ranks, train.modes, ranks[1:], strict=False)]
-        return torch.stack(sizes).sum().clamp_min(1).to(torch.float64)
+        return torch.stack(sizes).sum().clamp_min(1).to(torch.float32)
 
     def sizes(self) -> Sizes:
         """The sizes of all tensor trains."""
