@@ -297,3 +297,37 @@ def test_raw_matrices_of_no_known_role_are_reported_once() -> None:
     assert len(caught) == 1
     build("muon", model, roles={"mixing*": "hidden"})
     build("adamw", model)
+
+
+# --------------------------------------------------------------------------------------------- modules that tell their own roles
+
+
+class Cores(nn.Module):
+    """A module whose parameters have names that tell nothing."""
+
+    def __init__(self, **roles: str) -> None:
+        super().__init__()
+        self.first, self.second, self.head_scale = (nn.Parameter(torch.ones(4, 6)) for _ in range(3))
+        self.parameter_roles = roles
+
+
+def test_a_module_tells_the_roles_of_its_own_parameters() -> None:
+    model = nn.Sequential(Cores(first="embedding", second="hidden", head_scale="hidden"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing is a guess
+        rows = build("muon", model).plan.rows
+    assert {row.entry.name: (row.role.name, row.pipeline) for row in rows} == {
+        "0.first": ("embedding", "other"),
+        "0.second": ("hidden", "matrix"),
+        "0.head_scale": ("hidden", "matrix"),
+    }
+    assert {row.role.why for row in rows} == {"module Cores, parameter_roles"}
+    with pytest.warns(UserWarning, match=r"tells the role of '0\.first'"):
+        found = {row.entry.name: row.role.name for row in build("muon", nn.Sequential(Cores(second="hidden"))).plan.rows}
+    assert found == {"0.first": "hidden", "0.second": "hidden", "0.head_scale": "head"}
+
+
+@pytest.mark.parametrize("role", ["hiden", "fused"])
+def test_a_module_with_a_wrong_role_is_named(role: str) -> None:
+    with pytest.raises(SpecError, match=rf"module '0' \(Cores\): parameter_roles\['first'\] is '{role}'; use one of embedding, "):
+        build("muon", nn.Sequential(Cores(first=role)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from torch import nn
@@ -10,6 +10,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import ParametrizationList
 
+from ..spec import SpecError
+from ..spec.model import ROLES
 from .fused import Words, equal_parts, expert_role, fused_role, recurrent_role
 from .names import PATCH, POSITION, Role, canonical_name, expert_parents, head_or_router, is_vector, raw_role
 
@@ -68,6 +70,8 @@ class _Finder:
 
     def role(self, path: str, module: nn.Module, name: str, shape: tuple[int, ...]) -> Role:
         """The role of the parameter `name` of a module."""
+        if (told := _told(path, module, name)) is not None:
+            return told
         if isinstance(module, ParametrizationList):  # of a weight norm and the like: the module two levels up has the weight
             owner, _, _ = path.rpartition(".parametrizations.")
             if is_vector(shape):
@@ -116,6 +120,18 @@ class _Finder:
         """The numbers that describe a module: those of its parents, and of itself if it holds raw parameters."""
         names = path.split(".")
         return Words([self.modules[".".join(names[:i])] for i in range(len(names))])
+
+
+def _told(path: str, module: nn.Module, name: str) -> Role | None:
+    """The role that a module itself gives to one of its own parameters, in its attribute `parameter_roles`."""
+    roles = getattr(module, "parameter_roles", None)
+    if not isinstance(roles, Mapping) or name not in roles:
+        return None
+    kind, role = type(module).__name__, roles[name]
+    if role not in ROLES or role == "fused":
+        known = ", ".join(r for r in ROLES if r != "fused")
+        raise SpecError(f"module '{path}' ({kind}): parameter_roles['{name}'] is {role!r}; use one of {known}")
+    return Role(role, f"module {kind}, parameter_roles")
 
 
 def _conv_role(module: _ConvNd, words: list[str], known: str) -> Role:
