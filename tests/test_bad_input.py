@@ -177,6 +177,10 @@ UNKNOWN_KINDS = {
 }
 
 MAKES_NO_SENSE = {
+    "amsgrad of a rule whose moments follow by a formula": (
+        matrix("selector: power_iteration\ninside: {kind: ldadam, amsgrad: true}"),
+        "`amsgrad` has no formula for a moving subspace: leave it out, or use kind 'adam' with `on_refresh: project`",
+    ),
     "selector without a rule": (
         matrix("selector: svd"),
         "FILE:3:3: pipelines.matrix: selector 'svd' opens a subspace, and `inside` names no rule for it",

@@ -1,0 +1,218 @@
+"""Does each option of a kind compute its equations, and the same in a stack, on several ranks and after a resume?"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from common import LINEAR, Params, copied, give, gradient, parameters, same, snapshot, train
+from plain import Plain
+from pool import run_ranks
+from ranks import differences, make_zoo, mesh_of, place, whole_weights
+from ranks import give as give_shards
+from test_state_dtype import LARGE
+from test_strategies import STRATEGIES
+from torch import Tensor, nn
+
+import subspace_opt
+from subspace_opt import SubspaceOptimizer, load_spec
+from subspace_opt.lab.run.measure import measured_bytes
+
+LR, DECAY, STEPS = 0.02, 0.1, 9
+SHAPES = {"tall": (7, 4), "mate": (7, 4), "wide": (4, 7), "square": (5, 5)}
+ALL: dict[str, tuple[int, ...]] = {**SHAPES, "experts": (2, 4, 3), "bias": (4,)}
+
+Memory = dict[str, Tensor]
+
+
+def spec(**pipeline: Any) -> dict[str, Any]:
+    """A spec that sends every parameter through one pipeline."""
+    return {"name": "option", "pipelines": {"all": pipeline}, "routes": [{"use": "all"}]}
+
+
+COSMOS = {
+    "momentum": {"kind": "heavy_ball", "beta": 0.9, "nesterov": True, "debias": True},
+    "selector": {"kind": "eigen", "rank": 3},
+    "complement": {"kind": "muon"},
+    "mix": {"complement": 0.2},
+    "finish": {"kind": "rms_normalize", "scale": 0.2},
+}
+
+# One row for each option, with settings that change state or algorithm.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "adam amsgrad": spec(complement={"kind": "adam", "beta2": 0.5, "amsgrad": True}),
+    "adam amsgrad inside": spec(
+        orient="short",
+        selector={"kind": "svd", "rank": 3, "every": 3},
+        inside={"kind": "adam", "beta2": 0.5, "amsgrad": True, "on_refresh": "project"},
+        complement="sgd",
+    ),
+    "soap amsgrad": spec(**COSMOS, inside={"kind": "soap", "beta2": 0.5, "amsgrad": True}),
+    "soap amsgrad, own rotation": spec(
+        orient="short", selector={"kind": "svd", "rank": 3, "every": 3}, inside={"kind": "soap", "beta2": 0.5, "amsgrad": True}
+    ),
+}
+each_option = pytest.mark.parametrize("name", OPTIONS)
+
+
+def made(given: Any, params: Params, **options: Any) -> SubspaceOptimizer:
+    return SubspaceOptimizer(params.items(), given, modules=dict.fromkeys(params, LINEAR), **{"lr": LR, "weight_decay": DECAY, **options})
+
+
+# ------------------------------------------------------------------------------------------------------------ promises of the engine
+
+
+@each_option
+def test_every_strategy_is_the_plain_frame(name: str) -> None:
+    start, plain, wrong = parameters(ALL, torch.float64), None, []
+    for strategy, (options, prepare) in STRATEGIES.items():
+        own = copied(start)
+        with pytest.MonkeyPatch.context() as patch:
+            prepare(patch)
+            opt = made(OPTIONS[name], own, **options)
+            train(opt, own, range(5))
+        if plain is None:
+            plain = Plain(opt.plan, start, LR, DECAY)
+            for step in range(5):
+                give(start, step)
+                plain.step({key: p.grad for key, p in start.items() if p.grad is not None})
+        for key, p in own.items():
+            far = float((p.detach() - plain.weights[key]).abs().max() / plain.weights[key].abs().max())
+            wrong += [f"{strategy}: {key} is off by {far:.1e}"] * (not far <= 1e-9)
+    assert not wrong, "\n".join(wrong)
+
+
+@each_option
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_cut_goes_on_to_the_bit(name: str, dtype: torch.dtype) -> None:
+    params = parameters(ALL, dtype)
+    opt = made(OPTIONS[name], params)
+    for cut in range(6):
+        saved = copy.deepcopy({"optimizer": opt.state_dict(), "params": {n: p.detach() for n, p in params.items()}})
+        others = parameters(ALL, dtype, seed=7)
+        resumed = made(OPTIONS[name], others, lr=0.5)
+        torch.manual_seed(100 + cut)
+        train(resumed, others, range(1), seed=9)
+        with torch.no_grad():
+            for key, p in others.items():
+                p.copy_(saved["params"][key])
+        resumed.load_state_dict(saved["optimizer"])
+        train(resumed, others, range(cut, cut + 2))
+        train(opt, params, range(cut, cut + 1))
+        ahead = copied(params)
+        twin = made(OPTIONS[name], ahead)
+        twin.load_state_dict(copy.deepcopy(opt.state_dict()))
+        train(twin, ahead, range(cut + 1, cut + 2))
+        assert same(snapshot(resumed, others), snapshot(twin, ahead)), f"cut at {cut}"
+
+
+@each_option
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("word", [None, "bf16", "8bit", "4bit"])
+def test_planned_bytes_are_allocated_bytes(name: str, word: Any, dtype: torch.dtype) -> None:
+    params = parameters(LARGE, dtype)
+    opt = made(OPTIONS[name], params, state_dtype=word)
+    train(opt, params, range(4))
+    assert measured_bytes(opt) == opt.plan.total_bytes
+    assert all(bool(p.isfinite().all()) for p in params.values())
+
+
+def zoo(given: Any, kind: str | None, steps: int = 6) -> tuple[nn.Module, SubspaceOptimizer]:
+    model = make_zoo()
+    group = torch.distributed.group.WORLD if kind == "ddp" else None
+    if kind is not None:
+        place(model, kind, mesh_of(kind, torch.distributed.get_world_size()))
+    opt = subspace_opt.build(given, model, lr=1e-2, weight_decay=DECAY, process_group=group)
+    for step in range(steps):
+        give_shards(model, step)
+        opt.step()
+    return model, opt
+
+
+def far_from_one_process(kind: str, alone: dict[str, dict[str, Tensor]]) -> list[str]:
+    wrong = []
+    for name, weights in alone.items():
+        model, opt = zoo(OPTIONS[name], kind)
+        wrong += [f"{name}: {key} differs by {gap:.1e}" for key, gap in differences(weights, whole_weights(model)) if not gap < 1e-9]
+        planned = sum(sharding.bytes_held(group.rank) for group, sharding in opt._shardings().values())
+        wrong += [f"{name}: {planned} bytes planned, {measured_bytes(opt)} held"] * (planned != measured_bytes(opt))
+    return wrong
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["fsdp", "ddp", "tp"])
+def test_ranks_equal_one_process(kind: str) -> None:
+    alone = {name: whole_weights(zoo(given, None)[0]) for name, given in OPTIONS.items()}
+    assert run_ranks(2, far_from_one_process, kind, alone) == [[]] * 2
+
+
+# ------------------------------------------------------------------------------------------------------------ the page of settings
+
+PAGE = Path(__file__).parents[1] / "docs" / "options.md"
+ROW = re.compile(r"^\| .+ \| `([\w-]+)` \| `(\{.+\})` \|$", re.MULTILINE)
+
+
+@pytest.mark.parametrize(("preset", "overrides"), ROW.findall(PAGE.read_text(encoding="utf-8")))
+def test_settings_of_the_page_are_specs(preset: str, overrides: str) -> None:
+    values = yaml.safe_load(overrides)
+    changed = load_spec(preset, values)
+    assert changed.pipelines != load_spec(preset).pipelines or changed.routes != load_spec(preset).routes
+    params = parameters(ALL)
+    opt = SubspaceOptimizer(params.items(), changed, modules=dict.fromkeys(params, LINEAR))
+    train(opt, params, range(3))
+    assert all(bool(p.isfinite().all()) for p in params.values())
+
+
+# --------------------------------------------------------------------------------------------------------------------- equations
+
+
+def follows(given: Any, formula: Callable[[Tensor, Tensor, int, Memory], Tensor], start: int = 1, tolerance: float = 1e-10) -> None:
+    """Assert that an optimizer makes the updates of a formula: (weight, gradient, number of the update, memory) -> new weight."""
+    params = parameters(SHAPES, torch.float64)
+    opt = made(given, params)
+    weights = {name: p.detach().clone() for name, p in params.items()}
+    memories: dict[str, Memory] = {name: {} for name in params}
+    for t in range(1, STEPS + 1):
+        give(params, t)
+        opt.step()
+        for name, p in params.items():
+            before = weights[name]
+            if t >= start:
+                weights[name] = formula(before, gradient(name, SHAPES[name], t, torch.float64), t - start + 1, memories[name])
+            gap = (p.detach() - weights[name]).norm() / (weights[name] - before).norm().clamp_min(1e-300)
+            assert gap <= tolerance, f"{name}, update {t}: {gap:.1e}"
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+def test_adam_with_amsgrad_is_torchs(kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not kernel:
+        monkeypatch.setattr("subspace_opt.engine.fused.fits_kernel", lambda item: False)
+        monkeypatch.setattr("subspace_opt.rules.adaptive.Adam._fits", lambda *given: False)
+    ours, theirs = parameters(SHAPES, torch.float64), parameters(SHAPES, torch.float64)
+    opt = made(OPTIONS["adam amsgrad"], ours)
+    other = torch.optim.AdamW(theirs.values(), lr=LR, betas=(0.9, 0.5), weight_decay=DECAY, amsgrad=True)
+    train(opt, ours, range(STEPS))
+    train(other, theirs, range(STEPS))
+    for name, p in ours.items():
+        torch.testing.assert_close(p, theirs[name], rtol=0, atol=1e-13)
+        torch.testing.assert_close(opt.state[p]["complement.max_exp_avg_sq"], other.state[theirs[name]]["max_exp_avg_sq"])
+
+
+def test_soap_with_amsgrad_divides_by_the_largest_second_moment() -> None:
+    """Without a rotation SOAP is Adam that starts at the second gradient."""
+    identity = {"kind": "kron_eigen", "max_dim": 1}
+    inside = [{"kind": "ema", "beta": 0.9}, {"kind": "soap", "beta2": 0.5, "eps": 1e-3, "amsgrad": True}]
+
+    def formula(w: Tensor, g: Tensor, t: int, memory: Memory) -> Tensor:
+        m = memory["m"] = 0.9 * memory.get("m", 0.0) + 0.1 * g
+        v = memory["v"] = 0.5 * memory.get("v", 0.0) + 0.5 * g * g
+        top = memory["top"] = torch.maximum(memory.get("top", torch.zeros_like(v)), v)
+        return w * (1 - LR * DECAY) - LR * m / ((top / (1 - 0.5**t)).sqrt() + 1e-3)
+
+    follows(spec(selector=identity, inside=inside), formula, start=2)
