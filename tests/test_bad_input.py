@@ -177,6 +177,10 @@ UNKNOWN_KINDS = {
 }
 
 MAKES_NO_SENSE = {
+    "sides of a factor that is not there": (
+        matrix("complement: [muon, {kind: scale, sides: weight}]"),
+        "`sides: weight` has no effect without a shape factor; give `by`, or leave `sides` out",
+    ),
     "amsgrad of a rule whose moments follow by a formula": (
         matrix("selector: power_iteration\ninside: {kind: ldadam, amsgrad: true}"),
         "`amsgrad` has no formula for a moving subspace: leave it out, or use kind 'adam' with `on_refresh: project`",

@@ -40,6 +40,7 @@ VARIANTS = [
     'subset_norm={"subsets": 2, "beta2": 1.0}',
     'subset_norm={"subsets": -1, "reduce": "mean"}',
     'scale={"by": "moonshot"}',
+    'scale={"by": "spectral", "sides": "weight"}',
     'eigen={"init": "randomized"}',
     'fft={"transform": "fft", "dictionary": "dct3"}',
     'kron_eigen={"timing": "before", "sort": false, "debias": true}',

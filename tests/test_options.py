@@ -57,6 +57,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "soap amsgrad, own rotation": spec(
         orient="short", selector={"kind": "svd", "rank": 3, "every": 3}, inside={"kind": "soap", "beta2": 0.5, "amsgrad": True}
     ),
+    "scale by the weight's sides": spec(
+        orient="long",
+        selector={"kind": "svd", "rank": 3, "every": 3},
+        inside=["heavy_ball", {"kind": "scale", "by": "spectral", "sides": "weight"}],
+        complement={"kind": "scale", "by": "keller", "sides": "weight"},
+    ),
 }
 each_option = pytest.mark.parametrize("name", OPTIONS)
 
@@ -216,3 +222,27 @@ def test_soap_with_amsgrad_divides_by_the_largest_second_moment() -> None:
         return w * (1 - LR * DECAY) - LR * m / ((top / (1 - 0.5**t)).sqrt() + 1e-3)
 
     follows(spec(selector=identity, inside=inside), formula, start=2)
+
+
+def leading(g: Tensor, rank: int) -> Tensor:
+    return torch.linalg.svd(g)[2][:rank].mT
+
+
+@pytest.mark.parametrize("by", ["moonshot", "keller", "spectral"])
+@pytest.mark.parametrize("orient", ["left", "right", "short", "long"])
+def test_a_scale_inside_may_take_the_sides_of_the_weight(orient: str, by: str) -> None:
+    """SUMO's scale is 0.2 sqrt(max(m, n)) of the weight, on whichever side the basis is."""
+    inside = {"kind": "scale", "by": by, "factor": 0.2, "sides": "weight"}
+    selector = {"kind": "svd", "method": "exact", "rank": 2, "every": 4}
+
+    def formula(w: Tensor, g: Tensor, t: int, memory: Memory) -> Tensor:
+        m, n = w.shape
+        left = {"left": True, "right": False, "short": m < n, "long": m > n}[orient]
+        if (t - 1) % 4 == 0:
+            memory["u"] = leading(g.mT if left else g, 2)
+        u = memory["u"]
+        kept = u @ u.mT @ g if left else g @ u @ u.mT
+        size = {"moonshot": max(m, n) ** 0.5, "keller": max(1.0, m / n) ** 0.5, "spectral": (m / n) ** 0.5}[by]
+        return w * (1 - LR * DECAY) - LR * 0.2 * size * kept
+
+    follows(spec(orient=orient, selector=selector, inside=inside), formula)

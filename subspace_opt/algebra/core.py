@@ -92,6 +92,7 @@ class Step(NamedTuple):
     decay: float = 0.0  # weight decay, if the pipeline couples it to the gradient
     rows: Dim = Dim("rows", 0)  # the sides of the matrices in the working orientation
     cols: Dim = Dim("cols", 0)
+    turned: bool = False  # the working orientation is the transpose of the weight's own
     position: Tensor | None = None  # int64 (B, 2): index of each matrix's parameter within its pipeline, and the number of these
     noise: Tensor | None = None  # standard normal draws of the shape that the selector's `draws` asks for
     inside: Coords | None = None  # for complement rules

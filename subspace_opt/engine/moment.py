@@ -34,6 +34,7 @@ def step_of(stack: Stack, options: Options, tables: dict[Any, Tensor]) -> Step:
         decay=work.weight_decay,
         rows=frame.rows,
         cols=frame.cols,
+        turned=frame.turned,
         position=_positions(tuple(p.work.row.position for p in pieces for _ in range(p.size))),
         noise=noise,
         constants=_constants(frame, work, tables) if frame.opens else {},
