@@ -177,6 +177,10 @@ UNKNOWN_KINDS = {
 }
 
 MAKES_NO_SENSE = {
+    "dampening with a look ahead": (
+        matrix("complement: {kind: heavy_ball, dampening: 0.1, nesterov: true}"),
+        "`dampening` goes with neither `nesterov` nor `debias`; leave it out, or use kind 'ema' with these options",
+    ),
     "sides of a factor that is not there": (
         matrix("complement: [muon, {kind: scale, sides: weight}]"),
         "`sides: weight` has no effect without a shape factor; give `by`, or leave `sides` out",

@@ -33,6 +33,7 @@ VARIANTS = [
     'ema={"nesterov": true, "debias": true}',
     'heavy_ball={"nesterov": true, "debias": true}',
     'heavy_ball={"state": "int8"}',
+    'heavy_ball={"dampening": 0.9}',
     'confine={"mode": "strict"}',
     'match_inside={"per": "matrix"}',
     'muon={"method": "svd"}',

@@ -57,6 +57,19 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "soap amsgrad, own rotation": spec(
         orient="short", selector={"kind": "svd", "rank": 3, "every": 3}, inside={"kind": "soap", "beta2": 0.5, "amsgrad": True}
     ),
+    "dampening": spec(complement={"kind": "heavy_ball", "beta": 0.9, "dampening": 0.8}),
+    "dampening, int8": spec(complement={"kind": "heavy_ball", "beta": 0.9, "dampening": 0.8, "state": "int8"}),
+    "golore as momentum sgd": spec(
+        orient="short",
+        selector={"kind": "switch", "every": 3, "at": 4, "first": {"kind": "svd", "rank": 2}, "then": {"kind": "random", "rank": 2}},
+        inside={"kind": "heavy_ball", "beta": 0.9, "dampening": 0.8, "on_refresh": "project"},
+        mix={"inside": 0.25},
+    ),
+    "dampening, reset": spec(
+        orient="short",
+        selector={"kind": "svd", "rank": 3, "every": 3},
+        inside={"kind": "heavy_ball", "dampening": 0.8, "on_refresh": "reset"},
+    ),
     "scale by the weight's sides": spec(
         orient="long",
         selector={"kind": "svd", "rank": 3, "every": 3},
@@ -246,3 +259,40 @@ def test_a_scale_inside_may_take_the_sides_of_the_weight(orient: str, by: str) -
         return w * (1 - LR * DECAY) - LR * 0.2 * size * kept
 
     follows(spec(orient=orient, selector=selector, inside=inside), formula)
+
+
+def test_dampening_is_torchs() -> None:
+    ours, theirs = parameters(SHAPES, torch.float64), parameters(SHAPES, torch.float64)
+    opt = made(OPTIONS["dampening"], ours, weight_decay=0.0)
+    other = torch.optim.SGD(theirs.values(), lr=LR, momentum=0.9, dampening=0.8)
+    train(opt, ours, range(STEPS))
+    train(other, theirs, range(STEPS))
+    for name, p in ours.items():
+        torch.testing.assert_close(p, theirs[name], rtol=0, atol=1e-13)
+
+
+def test_golore_as_momentum_sgd() -> None:
+    """`M <- beta M U_old' U + (1 - d) G U`, `W <- W (1 - lr wd) - lr scale M U'`; U by an SVD up to update 4, then a random draw."""
+    params = parameters(SHAPES, torch.float64)
+    opt = made(OPTIONS["golore as momentum sgd"], params)
+    kept: dict[str, Memory] = {name: {} for name in params}
+    for t in range(1, STEPS + 1):
+        before = {name: p.detach().clone() for name, p in params.items()}
+        give(params, t)
+        opt.step()
+        for name, p in params.items():
+            left, memory = p.size(0) < p.size(1), kept[name]
+            assert p.grad is not None
+            g = p.grad.mT if left else p.grad
+            u = opt.state[p]["selector.basis"].clone()  # orthonormal, and on the leading directions up to update 4
+            torch.testing.assert_close(u.mT @ u, torch.eye(2, dtype=u.dtype), rtol=0, atol=1e-12)
+            if t == 1:
+                memory["m"] = g @ u
+            else:
+                memory["m"] = 0.9 * memory["m"] @ memory["u"].mT @ u + 0.2 * g @ u
+            if t in (1, 4):
+                assert (g @ u).norm() > 0.95 * torch.linalg.svdvals(g)[:2].norm()
+            memory["u"] = u
+            update = 0.25 * memory["m"] @ u.mT
+            expected = before[name] * (1 - LR * DECAY) - LR * (update.mT if left else update)
+            torch.testing.assert_close(p.detach(), expected, rtol=0, atol=1e-13)
