@@ -47,6 +47,7 @@ VARIANTS = [
     'kron_eigen={"timing": "before", "sort": false, "debias": true}',
     'kron_eigen={"solver": "eigh", "sides": "short"}',
     'learned={"optimizer": "sgd"}',
+    'learned={"optimizer": "lion", "base_lr": 1.0, "lr": 0.05}',
     'power_iteration={"method": "svd"}',
     'random={"draw": "coordinates"}',
     'random={"draw": "gaussian"}',

@@ -57,6 +57,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "soap amsgrad, own rotation": spec(
         orient="short", selector={"kind": "svd", "rank": 3, "every": 3}, inside={"kind": "soap", "beta2": 0.5, "amsgrad": True}
     ),
+    "learned, follows the rate": spec(
+        orient="short", selector={"kind": "learned", "rank": 2, "lr": 0.1, "base_lr": 0.01, "init": "exact"}, inside="adam"
+    ),
+    "learned by lion": spec(
+        orient="short",
+        selector={"kind": "learned", "rank": 2, "optimizer": "lion", "beta2": 0.99, "base_lr": 0.02, "init": "exact"},
+        inside="adam",
+    ),
     "dampening": spec(complement={"kind": "heavy_ball", "beta": 0.9, "dampening": 0.8}),
     "dampening, int8": spec(complement={"kind": "heavy_ball", "beta": 0.9, "dampening": 0.8, "state": "int8"}),
     "golore as momentum sgd": spec(
@@ -191,14 +199,32 @@ def test_settings_of_the_page_are_specs(preset: str, overrides: str) -> None:
 # --------------------------------------------------------------------------------------------------------------------- equations
 
 
-def follows(given: Any, formula: Callable[[Tensor, Tensor, int, Memory], Tensor], start: int = 1, tolerance: float = 1e-10) -> None:
-    """Assert that an optimizer makes the updates of a formula: (weight, gradient, number of the update, memory) -> new weight."""
+def rate(t: int) -> float:
+    """A schedule of the learning rate with a warm-up and a decay."""
+    return LR * (t / 3 if t < 3 else 0.5 ** (t - 3))
+
+
+def follows(
+    given: Any,
+    formula: Callable[[Tensor, Tensor, int, Memory], Tensor],
+    *,
+    start: int = 1,
+    tolerance: float = 1e-10,
+    rates: Callable[[int], float] = lambda t: LR,
+) -> None:
+    """Assert that an optimizer makes the updates of a formula: (weight, gradient, number of the update, memory) -> new weight.
+
+    Args:
+        start: The number of the gradient that makes the first update.
+        rates: The learning rate by the number of the gradient.
+    """
     params = parameters(SHAPES, torch.float64)
     opt = made(given, params)
     weights = {name: p.detach().clone() for name, p in params.items()}
     memories: dict[str, Memory] = {name: {} for name in params}
     for t in range(1, STEPS + 1):
         give(params, t)
+        opt.param_groups[0]["lr"] = rates(t)
         opt.step()
         for name, p in params.items():
             before = weights[name]
@@ -296,3 +322,89 @@ def test_golore_as_momentum_sgd() -> None:
             update = 0.25 * memory["m"] @ u.mT
             expected = before[name] * (1 - LR * DECAY) - LR * (update.mT if left else update)
             torch.testing.assert_close(p.detach(), expected, rtol=0, atol=1e-13)
+
+
+def slope(u: Tensor, g: Tensor) -> Tensor:
+    """The gradient of `|G U U' - G|_F^2` in U, by autograd."""
+    u = u.detach().requires_grad_()
+    with torch.enable_grad():
+        (found,) = torch.autograd.grad((g @ u @ u.mT - g).square().sum(), u)
+    return found
+
+
+def adamw_step(u: Tensor, d: Tensor, t: int, lr: float, memory: Memory) -> Tensor:
+    m = memory["basis m"] = 0.9 * memory.get("basis m", 0.0) + 0.1 * d
+    v = memory["basis v"] = 0.999 * memory.get("basis v", 0.0) + 0.001 * d * d
+    return u - lr * 0.01 * u - lr * (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
+
+
+def lion_step(u: Tensor, d: Tensor, t: int, lr: float, memory: Memory) -> Tensor:
+    m = memory.get("basis m", torch.zeros_like(d))
+    memory["basis m"] = 0.99 * m + 0.01 * d
+    return u - lr * 0.1 * u - lr * torch.sign(0.9 * m + 0.1 * d)
+
+
+BASIS_STEPS: dict[str, tuple[dict[str, Any], Callable[[Tensor, Tensor, int, float, Memory], Tensor]]] = {
+    "adamw": ({}, adamw_step),
+    "sgd": ({}, lambda u, d, t, lr, memory: u - lr * d),
+    "lion": ({"beta2": 0.99, "weight_decay": 0.1}, lion_step),
+}
+
+
+@pytest.mark.parametrize("scheduled", [True, False])
+@pytest.mark.parametrize("optimizer", BASIS_STEPS)
+def test_online_subspace_descent(optimizer: str, scheduled: bool) -> None:
+    """The basis of one update is the step from that of the update before, with the rate `lr lr_t / lr_0` or `lr`."""
+    fields, step = BASIS_STEPS[optimizer]
+    selector = {"kind": "learned", "rank": 2, "init": "exact", "lr": 0.2, "optimizer": optimizer, **fields}
+    if scheduled:
+        selector["base_lr"] = LR
+
+    def formula(w: Tensor, g: Tensor, t: int, memory: Memory) -> Tensor:
+        left = w.size(0) < w.size(1)
+        x = g.mT if left else g
+        u = memory["u"] if t > 1 else leading(x, 2)
+        c = x @ u
+        m = memory["m"] = 0.9 * memory.get("m", 0.0) + 0.1 * c
+        v = memory["v"] = 0.95 * memory.get("v", 0.0) + 0.05 * c * c
+        update = (m / (1 - 0.9**t)) / ((v / (1 - 0.95**t)).sqrt() + 1e-6) @ u.mT
+        inner = 0.2 * rate(t) / LR if scheduled else 0.2
+        memory["u"] = step(u, slope(u, x / x.norm()), t - 1, inner, memory) if t > 1 else u
+        return w * (1 - rate(t) * DECAY) - rate(t) * (update.mT if left else update)
+
+    follows(spec(orient="short", selector=selector, inside={"kind": "adam", "beta2": 0.95, "eps": 1e-6}), formula, rates=rate)
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_groups_of_different_rates_keep_their_bases_apart(as_tensor: bool) -> None:
+    """Matrices of one shape in groups of different rates move as in optimizers of their own."""
+    given, ends = OPTIONS["learned, follows the rate"], []
+    for together in (True, False):
+        params = parameters({"tall": (7, 4), "mate": (7, 4)}, torch.float64)
+        rates = {"tall": 0.02, "mate": 0.005}
+        lrs: dict[str, Any] = {name: torch.tensor(lr) for name, lr in rates.items()} if as_tensor else dict(rates)
+        groups = [{"params": [(name, p)], "lr": lrs[name]} for name, p in params.items()]
+        modules = dict.fromkeys(params, LINEAR)
+        sets = [groups] if together else [[group] for group in groups]
+        opts = [SubspaceOptimizer(some, given, modules=modules, stacking="always") for some in sets]
+        for step in range(5):
+            give(params, step)
+            for opt in opts:
+                opt.step()
+        ends.append({name: p.detach() for name, p in params.items()})
+    assert same(*ends)
+
+
+def test_a_reset_momentum_begins_with_the_whole_signal() -> None:
+    def formula(w: Tensor, g: Tensor, t: int, memory: Memory) -> Tensor:
+        left = w.size(0) < w.size(1)
+        x = g.mT if left else g
+        if (t - 1) % 3 == 0:
+            memory["u"] = leading(x, 3)
+            memory["m"] = x @ memory["u"]
+        else:
+            memory["m"] = 0.95 * memory["m"] + 0.2 * x @ memory["u"]
+        update = memory["m"] @ memory["u"].mT
+        return w * (1 - LR * DECAY) - LR * (update.mT if left else update)
+
+    follows(load_spec(OPTIONS["dampening, reset"], {"all.selector.method": "exact"}), formula)

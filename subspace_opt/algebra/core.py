@@ -90,6 +90,7 @@ class Step(NamedTuple):
     in_place: bool = False  # a rule may write its new state over the old
     spare: bool = False  # no other tensor shares the signal's storage: a rule may write its result over it
     decay: float = 0.0  # weight decay, if the pipeline couples it to the gradient
+    lr: float | Tensor = 1.0  # learning rate, if the selector reads it; a tensor is 0-d or (B, 1, 1)
     rows: Dim = Dim("rows", 0)  # the sides of the matrices in the working orientation
     cols: Dim = Dim("cols", 0)
     turned: bool = False  # the working orientation is the transpose of the weight's own
@@ -206,6 +207,7 @@ class SelectorTraits(NamedTuple):
     keeps_basis: bool = True  # the basis of the previous update is still known at a refresh, so moments can be projected
     gated: bool = False  # the subspace may be {0} for some matrices, so even a full basis has a complement
     primes: bool = False  # the first gradient only sets the basis: it makes no update and is not counted
+    reads_lr: bool = False  # a refresh reads `step.lr`, the learning rate of the weights
 
 
 class SelectorFlops(NamedTuple):
