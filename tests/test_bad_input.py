@@ -177,6 +177,14 @@ UNKNOWN_KINDS = {
 }
 
 MAKES_NO_SENSE = {
+    "fast transform of a random matrix": (
+        matrix("selector: {kind: fft, dictionary: random, transform: fft}\ninside: adam"),
+        "a random dictionary has no fast transform; use `transform: table`",
+    ),
+    "weights that are all 1": (
+        matrix("selector: {kind: fft, weighted: true}\ninside: adam"),
+        "`weighted` has no effect with `ranking: l2`, because all atoms have l2 norm 1; use `ranking: l1`",
+    ),
     "dampening with a look ahead": (
         matrix("complement: {kind: heavy_ball, dampening: 0.1, nesterov: true}"),
         "`dampening` goes with neither `nesterov` nor `debias`; leave it out, or use kind 'ema' with these options",

@@ -22,7 +22,9 @@ from torch import Tensor, nn
 
 import subspace_opt
 from subspace_opt import SubspaceOptimizer, load_spec
+from subspace_opt.integrations.measures import captured_energy
 from subspace_opt.lab.run.measure import measured_bytes
+from subspace_opt.selectors.fft import Fft
 
 LR, DECAY, STEPS = 0.02, 0.1, 9
 SHAPES = {"tall": (7, 4), "mate": (7, 4), "wide": (4, 7), "square": (5, 5)}
@@ -64,6 +66,18 @@ OPTIONS: dict[str, dict[str, Any]] = {
         orient="short",
         selector={"kind": "learned", "rank": 2, "optimizer": "lion", "beta2": 0.99, "base_lr": 0.02, "init": "exact"},
         inside="adam",
+    ),
+    "random dictionary": spec(
+        orient="short",
+        feedback=0.0,
+        selector={"kind": "fft", "rank": 2, "dictionary": "random", "ranking": "l1", "weighted": True, "every": 2},
+        inside={"kind": "adam", "on_refresh": "project"},
+    ),
+    "weighted ranking by fft": spec(
+        orient="short",
+        feedback=0.9,
+        selector={"kind": "fft", "rank": 2, "transform": "fft", "ranking": "l1", "weighted": True},
+        inside={"kind": "orthogonalize", "method": "svd"},
     ),
     "dampening": spec(complement={"kind": "heavy_ball", "beta": 0.9, "dampening": 0.8}),
     "dampening, int8": spec(complement={"kind": "heavy_ball", "beta": 0.9, "dampening": 0.8, "state": "int8"}),
@@ -408,3 +422,87 @@ def test_a_reset_momentum_begins_with_the_whole_signal() -> None:
         return w * (1 - LR * DECAY) - LR * (update.mT if left else update)
 
     follows(load_spec(OPTIONS["dampening, reset"], {"all.selector.method": "exact"}), formula)
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize(
+    ("dictionary", "transform"), [("random", "table"), ("dct2", "table"), ("dct2", "fft"), ("dct3", "table"), ("dct3", "fft")]
+)
+def test_dct_adamw_with_any_dictionary(dictionary: str, transform: str, weighted: bool) -> None:
+    """Adam on the columns of `A Q` with the largest norms (times those of the atoms); moments stay with their atoms."""
+    selector = {
+        "kind": "fft",
+        "rank": 2,
+        "dictionary": dictionary,
+        "transform": transform,
+        "ranking": "l1",
+        "weighted": weighted,
+        "every": 2,
+    }
+    given = spec(orient="short", feedback=0.0, selector=selector, inside={"kind": "adam", "on_refresh": "project"})
+    tables = {n: table_of(dictionary, n) for n in (4, 5)}
+
+    def formula(w: Tensor, g: Tensor, t: int, memory: Memory) -> Tensor:
+        left = w.size(0) < w.size(1)
+        a = (g.mT if left else g) + memory.get("e", 0.0)
+        q = tables[a.size(1)]
+        if (t - 1) % 2 == 0:
+            size = (a @ q).abs().sum(0) * (q.abs().sum(0) if weighted else 1.0)
+            memory["chosen"] = torch.zeros(a.size(1), dtype=a.dtype).index_fill(0, size.topk(2).indices, 1.0)
+        chosen = memory["chosen"]  # moments of all atoms; those of atoms that are not chosen are 0
+        c = a @ q * chosen
+        memory["e"] = a - c @ q.mT
+        m = memory["m"] = (0.9 * memory.get("m", torch.zeros_like(c)) + 0.1 * c) * chosen
+        v = memory["v"] = (0.999 * memory.get("v", torch.zeros_like(c)) + 0.001 * c * c) * chosen
+        update = (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8) @ q.mT
+        return w * (1 - LR * DECAY) - LR * (update.mT if left else update)
+
+    follows(given, formula)
+
+
+def table_of(dictionary: str, n: int) -> Tensor:
+    """The atoms as columns: cosines by their formula, or the random matrix that an optimizer of seed 0 has for this width."""
+    if dictionary == "random":
+        return drawn_table(n, seed=0)
+    i, j = torch.arange(n, dtype=torch.float64)[:, None], torch.arange(n, dtype=torch.float64)
+    rows = (2 / n) ** 0.5 * torch.cos(torch.pi * i * (2 * j + 1) / (2 * n))
+    rows[0] *= 0.5**0.5  # row i is atom i of the DCT-II
+    return rows.mT if dictionary == "dct2" else rows
+
+
+def drawn_table(n: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    params = parameters({"w": (n + 3, n)}, dtype)
+    opt = made(OPTIONS["random dictionary"], params, seed=seed)
+    train(opt, params, range(1))
+    (found,) = opt._memory.tables.values()
+    return found
+
+
+def test_the_random_dictionary_depends_on_seed_and_width_alone() -> None:
+    before = torch.random.get_rng_state()
+    one = drawn_table(6, seed=3)
+    assert torch.equal(before, torch.random.get_rng_state())
+    torch.testing.assert_close(one.mT @ one, torch.eye(6, dtype=torch.float64), rtol=0, atol=1e-13)
+    assert torch.equal(one, drawn_table(6, seed=3))
+    assert torch.equal(one.float(), drawn_table(6, seed=3, dtype=torch.float32))
+    assert not torch.allclose(one, drawn_table(6, seed=4))
+    assert not torch.allclose(one[:5, :5], drawn_table(5, seed=3))
+
+
+def test_the_captured_energy_is_that_in_the_optimizers_dictionary() -> None:
+    params = parameters({"w": (7, 4)}, torch.float64)
+    opt = made(OPTIONS["random dictionary"], params, seed=3)
+    train(opt, params, range(1))
+    (q,), g = opt._memory.tables.values(), params["w"].grad
+    assert g is not None
+    inside = (g @ q)[:, opt.state[params["w"]]["selector.index"]]
+    assert captured_energy(opt)["w"] == pytest.approx(float((inside.norm() / g.norm()) ** 2), rel=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_ranking_in_bfloat16_first_takes_the_same_weighted_columns(seed: int) -> None:
+    selector = Fft(rank=16, dictionary="dct2", ranking="l1", weighted=True)
+    x = torch.randn(1, 40, 64, generator=torch.Generator().manual_seed(seed))
+    atoms = table_of("dct2", 64).float()
+    exact = ((x @ atoms).abs().sum(-2) * atoms.abs().sum(0)).topk(16).indices.sort().values
+    assert torch.equal(selector._chosen_roughly(x, atoms, 16).sort().values, exact)

@@ -10,6 +10,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor, dtype
 
@@ -70,6 +71,20 @@ class Basis(NamedTuple):
     right: Side = None
     gate: Tensor | None = None
     atoms: Tensor | None = None
+
+
+class Drawn(NamedTuple):
+    """A table that is made from standard normal draws. They depend on the optimizer's seed and the table's name alone.
+
+    `make` turns draws of `shape`, float64 on the CPU, into a table of the same shape. A call without an optimizer takes fixed draws.
+    """
+
+    shape: tuple[int, ...]
+    make: Callable[[Tensor], Tensor]
+
+    def __call__(self, generator: torch.Generator | None = None) -> Tensor:
+        fixed = torch.Generator().manual_seed(0) if generator is None else generator
+        return self.make(torch.randn(self.shape, generator=fixed, dtype=torch.float64, device="cpu"))
 
 
 class Coords(NamedTuple):
@@ -293,7 +308,7 @@ class Selector(Component, family="selector"):
         return None
 
     def constants(self, rows: Dim, cols: Dim) -> dict[str, Callable[[], Tensor]]:
-        """Tables shared by all matrices of a shape, made once and never saved in a checkpoint."""
+        """Tables shared by all matrices of a shape, made once and never saved in a checkpoint: a function for each, or a `Drawn`."""
         return {}
 
     def flops(self, rows: Dim, cols: Dim) -> SelectorFlops:
