@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -73,7 +74,8 @@ class Basis(NamedTuple):
     atoms: Tensor | None = None
 
 
-class Drawn(NamedTuple):
+@dataclass(frozen=True)
+class Drawn:
     """A table that is made from standard normal draws. They depend on the optimizer's seed and the table's name alone.
 
     `make` turns draws of `shape`, float64 on the CPU, into a table of the same shape. A call without an optimizer takes fixed draws.
