@@ -123,7 +123,7 @@ WRONG_TYPES = {
     "of no branch of a union": (
         matrix("complement: {kind: muon, coefficients: jordan}"),
         "FILE:4:30: pipelines.matrix.complement.coefficients: "
-        "should be 'keller', 'quintic', 'cubic', 'classical' or 'cans', or a list, not 'jordan'",
+        "should be 'keller', 'quintic', 'cubic', 'classical', 'cans' or 'aol', or a list, not 'jordan'",
     ),
     "version": ("version: 2\npipelines: {matrix: {complement: muon}}", "FILE:1:1: version: should be 1, not 2"),
 }
@@ -177,6 +177,26 @@ UNKNOWN_KINDS = {
 }
 
 MAKES_NO_SENSE = {
+    "merged dimensions of another view": (
+        matrix("complement: muon") + "\nroutes:\n  - {use: matrix, merge: 8}",
+        "FILE:6:5: routes.0: `merge` joins the dimensions of `view: modes`; use that view, or leave `merge` out",
+    ),
+    "merged dimensions and heads": (
+        matrix("complement: muon") + "\nroutes:\n  - {use: matrix, view: modes, merge: 8, heads: 2}",
+        "FILE:6:5: routes.0: `merge` may join the rows that `split` or `heads` would cut; leave one of them out",
+    ),
+    "coefficients without their bound": (
+        matrix("complement: {kind: muon, coefficients: aol, steps: 4}"),
+        "coefficients 'aol' turn some directions around unless rows are scaled for them; use `bound: aol`",
+    ),
+    "bound of an exact method": (
+        matrix("complement: {kind: muon, method: svd, bound: schatten4}"),
+        "method svd is exact and needs no `bound`; leave it out, or use method newton_schulz",
+    ),
+    "power iterations of another bound": (
+        matrix("complement: {kind: muon, power_iterations: 9}"),
+        "`power_iterations` belong to `bound: spectral`; leave them out, or use that bound",
+    ),
     "fast transform of a random matrix": (
         matrix("selector: {kind: fft, dictionary: random, transform: fft}\ninside: adam"),
         "a random dictionary has no fast transform; use `transform: table`",

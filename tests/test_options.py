@@ -24,6 +24,7 @@ import subspace_opt
 from subspace_opt import SubspaceOptimizer, load_spec
 from subspace_opt.integrations.measures import captured_energy
 from subspace_opt.lab.run.measure import measured_bytes
+from subspace_opt.plan.views import make_view
 from subspace_opt.selectors.fft import Fft
 
 LR, DECAY, STEPS = 0.02, 0.1, 9
@@ -79,6 +80,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
         selector={"kind": "fft", "rank": 2, "transform": "fft", "ranking": "l1", "weighted": True},
         inside={"kind": "orthogonalize", "method": "svd"},
     ),
+    "spectral bound": spec(complement={"kind": "muon", "bound": "spectral", "norm": "none"}),
+    "schatten-4 bound": spec(complement={"kind": "muon", "bound": "schatten4", "coefficients": "quintic"}),
+    "aol": spec(complement={"kind": "orthogonalize", "bound": "aol", "coefficients": "aol", "steps": 4}),
     "dampening": spec(complement={"kind": "heavy_ball", "beta": 0.9, "dampening": 0.8}),
     "dampening, int8": spec(complement={"kind": "heavy_ball", "beta": 0.9, "dampening": 0.8, "state": "int8"}),
     "golore as momentum sgd": spec(
@@ -99,6 +103,22 @@ OPTIONS: dict[str, dict[str, Any]] = {
         complement={"kind": "scale", "by": "keller", "sides": "weight"},
     ),
 }
+MERGED = {"conv": (2, 3, 3, 3), "twin": (2, 3, 3, 3), "whole": (2, 2, 2, 2)}
+
+
+def merging(most: int, preset: str = "soap", **overrides: Any) -> subspace_opt.Spec:
+    """A preset whose matrix pipeline takes every parameter of two or more dimensions, with neighbours joined up to `most`."""
+    routes = [{"use": "matrix", "view": "modes", "merge": most, "min_dims": 2}, {"use": "other"}]
+    values = {"routes": routes, **{f"matrix.{key.replace('__', '.')}": value for key, value in overrides.items()}}
+    return load_spec(preset, values)
+
+
+OPTIONS["merged dimensions"] = spec(complement="adam", selector="none")
+OPTIONS["merged dimensions"]["routes"] = [{"use": "all", "view": "modes", "merge": 12}]
+OPTIONS["merged dimensions of a subspace"] = spec(
+    orient="short", selector={"kind": "svd", "rank": 2, "every": 3}, inside="adam", complement="sgd"
+)
+OPTIONS["merged dimensions of a subspace"]["routes"] = [{"use": "all", "view": "modes", "merge": 12}]
 each_option = pytest.mark.parametrize("name", OPTIONS)
 
 
@@ -506,3 +526,87 @@ def test_ranking_in_bfloat16_first_takes_the_same_weighted_columns(seed: int) ->
     atoms = table_of("dct2", 64).float()
     exact = ((x @ atoms).abs().sum(-2) * atoms.abs().sum(0)).topk(16).indices.sort().values
     assert torch.equal(selector._chosen_roughly(x, atoms, 16).sort().values, exact)
+
+
+@pytest.mark.parametrize(
+    ("shape", "most", "rows", "cols", "modes"),
+    [
+        ((6, 4, 3, 3), 64, 24, 9, ()),
+        ((6, 4, 3, 3), 10, 6, 36, (4, 9)),
+        ((6, 4, 3, 3), 1, 6, 36, (4, 3, 3)),
+        ((6, 4, 3, 3), 216, 1, 216, ()),
+        ((50, 1, 3, 3), 10, 50, 9, ()),
+        ((1, 50, 3, 3), 10, 50, 9, ()),
+        ((1, 1), 5, 1, 1, ()),
+        ((4, 5), 20, 1, 20, ()),
+        ((4, 5), 19, 4, 5, ()),
+    ],
+    ids=str,
+)
+def test_dimensions_are_joined_as_by_the_authors(shape: tuple[int, ...], most: int, rows: int, cols: int, modes: tuple[int, ...]) -> None:
+    """The authors multiply sizes from the left while the product is at most `max_precond_dim`; sizes of 1 get no dimension."""
+    view = make_view(shape, layout="modes", merge=most)
+    assert (view.count, view.rows, view.cols, view.modes) == (1, rows, cols, modes)
+
+
+def along(x: Tensor, matrix: Tensor, axis: int) -> Tensor:
+    """A tensor multiplied by a matrix along one of its dimensions."""
+    return torch.tensordot(x, matrix, dims=([axis], [0])).movedim(-1, axis)
+
+
+class SoapByHand:
+    """SOAP (arXiv:2409.11321) on a tensor, as its authors' code orders the operations."""
+
+    def __init__(self, sizes: tuple[int, ...]) -> None:
+        self.covariances = [torch.zeros(n, n, dtype=torch.float64) for n in sizes]
+        self.bases: list[Tensor] = []
+        self.m, self.v = torch.zeros(sizes, dtype=torch.float64), torch.zeros(sizes, dtype=torch.float64)
+
+    def observe(self, g: Tensor) -> None:
+        for axis, p in enumerate(self.covariances):
+            flat = g.movedim(axis, 0).flatten(1)
+            p.mul_(0.95).add_(flat @ flat.mT, alpha=0.05)
+
+    def step(self, w: Tensor, g: Tensor, t: int) -> Tensor:
+        if t == 0:  # the first gradient only sets the bases
+            self.observe(g)
+            self.bases = [torch.linalg.eigh(p)[1].flip(-1) for p in self.covariances]
+            return w
+        self.m = 0.95 * self.m + 0.05 * g
+        m, turned = self.m, g
+        for axis, q in enumerate(self.bases):
+            m, turned = along(m, q, axis), along(turned, q, axis)
+        self.v = 0.95 * self.v + 0.05 * turned**2
+        update = m / (self.v.sqrt() + 1e-8)
+        for axis, q in enumerate(self.bases):
+            update = along(update, q.mT, axis)
+        w = w - LR * (1 - 0.95**t) ** 0.5 / (1 - 0.95**t) * update
+        w = w * (1 - LR * DECAY)
+        self.observe(g)
+        if t % 2 == 0:
+            self.refresh()
+        return w
+
+    def refresh(self) -> None:
+        for axis, (p, q) in enumerate(zip(self.covariances, self.bases, strict=True)):
+            order = (q.mT @ p @ q).diagonal().argsort(descending=True)
+            self.v = self.v.index_select(axis, order)
+            self.bases[axis] = torch.linalg.qr(p @ q[:, order])[0]
+
+
+@pytest.mark.parametrize("most", [4, 6])
+def test_soap_with_merged_dimensions(most: int) -> None:
+    """SOAP on tensors: a covariance and a basis for each joined dimension, second moments permuted with the sorted bases."""
+    given = merging(most, selector__every=2, selector__offset=1)
+    params = parameters(MERGED, torch.float64)
+    opt = SubspaceOptimizer(params.items(), given, modules=dict.fromkeys(params, frozenset({"conv"})), lr=LR, weight_decay=DECAY)
+    ends = {}
+    for name, shape in MERGED.items():
+        sizes = {4: (2, 3, 3, 3), 6: (6, 3, 3)}[most] if name != "whole" else {4: (4, 4), 6: (4, 4)}[most]
+        w, tensors = params[name].detach().clone(), SoapByHand(sizes)
+        for t in range(7):
+            w = tensors.step(w.reshape(sizes), gradient(name, shape, t, torch.float64).reshape(sizes), t).reshape(shape)
+        ends[name] = w
+    train(opt, params, range(7))
+    for name, p in params.items():
+        assert (p.detach() - ends[name]).norm() < 1e-10 * ends[name].norm(), name
