@@ -113,7 +113,7 @@ def make_view(
     Raises:
         ViewError: The blocks do not fill the rows, the heads do not divide them, or a vector has a `split`, `heads` or `transposed`.
     """
-    if merge is not None and len(shape) > 1 and math.prod(shape):
+    if merge is not None and len(shape) > 1 and 0 not in shape:
         if transposed:
             raise ViewError("is stored transposed, so `merge` cannot join its dimensions")
         return _merged_view(shape, merge)
