@@ -65,6 +65,7 @@ COUNTERPARTS = {
     "mu": Counterpart(Rule, "beta", beside="nesterov"),
     "nesterov": Counterpart(Rule, "nesterov"),
     "ns_steps": Counterpart(Rule, "steps"),
+    "amsgrad": Counterpart(Rule, "amsgrad"),
 }
 SIDES = {
     "std": "short",
@@ -77,7 +78,6 @@ NOT_NEEDED = {
     "foreach": "matrices of one shape are computed together; the option `stacking` controls that",
     "capturable": "torch.compile needs no such option",
     "differentiable": "a step cannot be differentiated",
-    "amsgrad": "no rule keeps the maximum of the second moments",
 }
 
 

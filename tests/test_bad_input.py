@@ -123,7 +123,7 @@ WRONG_TYPES = {
     "of no branch of a union": (
         matrix("complement: {kind: muon, coefficients: jordan}"),
         "FILE:4:30: pipelines.matrix.complement.coefficients: "
-        "should be 'keller', 'quintic', 'cubic', 'classical' or 'cans', or a list, not 'jordan'",
+        "should be 'keller', 'quintic', 'cubic', 'classical', 'cans' or 'aol', or a list, not 'jordan'",
     ),
     "version": ("version: 2\npipelines: {matrix: {complement: muon}}", "FILE:1:1: version: should be 1, not 2"),
 }
@@ -177,6 +177,46 @@ UNKNOWN_KINDS = {
 }
 
 MAKES_NO_SENSE = {
+    "merged dimensions of another view": (
+        matrix("complement: muon") + "\nroutes:\n  - {use: matrix, merge: 8}",
+        "FILE:6:5: routes.0: `merge` joins the dimensions of `view: modes`; use that view, or leave `merge` out",
+    ),
+    "merged dimensions and heads": (
+        matrix("complement: muon") + "\nroutes:\n  - {use: matrix, view: modes, merge: 8, heads: 2}",
+        "FILE:6:5: routes.0: `merge` may join the rows that `split` or `heads` would cut; leave one of them out",
+    ),
+    "coefficients without their bound": (
+        matrix("complement: {kind: muon, coefficients: aol, steps: 4}"),
+        "coefficients 'aol' turn some directions around unless rows are scaled for them; use `bound: aol`",
+    ),
+    "bound of an exact method": (
+        matrix("complement: {kind: muon, method: svd, bound: schatten4}"),
+        "method svd is exact and needs no `bound`; leave it out, or use method newton_schulz",
+    ),
+    "power iterations of another bound": (
+        matrix("complement: {kind: muon, power_iterations: 9}"),
+        "`power_iterations` belong to `bound: spectral`; leave them out, or use that bound",
+    ),
+    "fast transform of a random matrix": (
+        matrix("selector: {kind: fft, dictionary: random, transform: fft}\ninside: adam"),
+        "a random dictionary has no fast transform; use `transform: table`",
+    ),
+    "weights that are all 1": (
+        matrix("selector: {kind: fft, weighted: true}\ninside: adam"),
+        "`weighted` has no effect with `ranking: l2`, because all atoms have l2 norm 1; use `ranking: l1`",
+    ),
+    "dampening with a look ahead": (
+        matrix("complement: {kind: heavy_ball, dampening: 0.1, nesterov: true}"),
+        "`dampening` goes with neither `nesterov` nor `debias`; leave it out, or use kind 'ema' with these options",
+    ),
+    "sides of a factor that is not there": (
+        matrix("complement: [muon, {kind: scale, sides: weight}]"),
+        "`sides: weight` has no effect without a shape factor; give `by`, or leave `sides` out",
+    ),
+    "amsgrad of a rule whose moments follow by a formula": (
+        matrix("selector: power_iteration\ninside: {kind: ldadam, amsgrad: true}"),
+        "`amsgrad` has no formula for a moving subspace: leave it out, or use kind 'adam' with `on_refresh: project`",
+    ),
     "selector without a rule": (
         matrix("selector: svd"),
         "FILE:3:3: pipelines.matrix: selector 'svd' opens a subspace, and `inside` names no rule for it",

@@ -193,13 +193,16 @@ RANGES = {
     "classical": (0.05, 1.01, 0.005),
     "polar_express": (0.85, 1.15, 0.6),
     "cans": (0.85, 1.15, 0.6),
+    "aol": (0.95, 1.1, 0.2),
 }
+TOP = {"aol": 0.88}  # the largest singular value that a schedule takes, if it is not 1
 
 
 @pytest.mark.parametrize("name", sorted(polar.SCHEDULES))
 def test_schedules_keep_their_range(name: str) -> None:
     low, high, tiny = RANGES[name]
     s = torch.cat([torch.logspace(-2, 0, 500, dtype=torch.float64), torch.tensor([1e-3, 1.0 + 1e-4], dtype=torch.float64)])
+    s = s.clamp_max(TOP.get(name, torch.inf))
     for a, b, c in polar.schedule(name, 5, 1.02 if name in ("polar_express", "cans") else 1.0):
         s = a * s + b * s**3 + c * s**5
     assert low < float(s[:500].min())

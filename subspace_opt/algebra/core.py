@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor, dtype
 
@@ -72,6 +74,21 @@ class Basis(NamedTuple):
     atoms: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """A table that is made from standard normal draws. They depend on the optimizer's seed and the table's name alone.
+
+    `make` turns draws of `shape`, float64 on the CPU, into a table of the same shape. A call without an optimizer takes fixed draws.
+    """
+
+    shape: tuple[int, ...]
+    make: Callable[[Tensor], Tensor]
+
+    def __call__(self, generator: torch.Generator | None = None) -> Tensor:
+        fixed = torch.Generator().manual_seed(0) if generator is None else generator
+        return self.make(torch.randn(self.shape, generator=fixed, dtype=torch.float64, device="cpu"))
+
+
 class Coords(NamedTuple):
     """Signal, gradient and update inside the subspace, in coordinates, `(B, k, r)` each."""
 
@@ -90,9 +107,10 @@ class Step(NamedTuple):
     in_place: bool = False  # a rule may write its new state over the old
     spare: bool = False  # no other tensor shares the signal's storage: a rule may write its result over it
     decay: float = 0.0  # weight decay
-    lr: float | Tensor = 1.0  # learning rate, if the pipeline has rules in `apply`; a tensor is 0-d or (B, 1, 1)
+    lr: float | Tensor = 1.0  # learning rate, if a selector or a rule in `apply` reads it; a tensor is 0-d or (B, 1, 1)
     rows: Dim = Dim("rows", 0)  # the sides of the matrices in the working orientation
     cols: Dim = Dim("cols", 0)
+    turned: bool = False  # the working orientation is the transpose of the weight's own
     position: Tensor | None = None  # int64 (B, 2): index of each matrix's parameter within its pipeline, and the number of these
     noise: Tensor | None = None  # standard normal draws of the shape that the selector's `draws` asks for
     inside: Coords | None = None  # for complement rules
@@ -206,6 +224,7 @@ class SelectorTraits(NamedTuple):
     keeps_basis: bool = True  # the basis of the previous update is still known at a refresh, so moments can be projected
     gated: bool = False  # the subspace may be {0} for some matrices, so even a full basis has a complement
     primes: bool = False  # the first gradient only sets the basis: it makes no update and is not counted
+    reads_lr: bool = False  # a refresh reads `step.lr`, the learning rate of the weights
 
 
 class SelectorFlops(NamedTuple):
@@ -291,7 +310,7 @@ class Selector(Component, family="selector"):
         return None
 
     def constants(self, rows: Dim, cols: Dim) -> dict[str, Callable[[], Tensor]]:
-        """Tables shared by all matrices of a shape, made once and never saved in a checkpoint."""
+        """Tables shared by all matrices of a shape, made once and never saved in a checkpoint: a function for each, or a `Drawn`."""
         return {}
 
     def flops(self, rows: Dim, cols: Dim) -> SelectorFlops:

@@ -91,6 +91,11 @@ class Shaped:
         return self.pipeline.selector.traits()
 
     @cached_property
+    def reads_lr(self) -> bool:
+        """True if an update depends on the learning rate beside the factor of the whole update."""
+        return bool(self.pipeline.apply) or (self.opens and self.selector_traits.reads_lr)
+
+    @cached_property
     def primes(self) -> bool:
         """True if the first gradient only sets the basis."""
         return self.opens and self.selector_traits.primes

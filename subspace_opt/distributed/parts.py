@@ -108,8 +108,11 @@ def run_boxes(row: Row, sizes: Sequence[int]) -> Iterator[Box]:
 def box_in_view(row: Row, box: Box) -> Box | None:
     """A box of the parameter as a box of its matrices `(count, rows, cols)`; None if it is not a box there."""
     view, shape = row.view, row.entry.shape
-    if len(shape) < 2:
-        groups: list[list[int]] = [[], [], list(range(len(shape)))]
+    groups: list[list[int]]
+    if view.row_dims is not None:
+        groups = [[], list(range(view.row_dims)), list(range(view.row_dims, len(shape)))]
+    elif len(shape) < 2:
+        groups = [[], [], list(range(len(shape)))]
     elif len(shape) == 2 or (view.count == 1 and shape[0] == (view.cols if view.transposed else view.rows)):
         groups = [[], [0], list(range(1, len(shape)))]
     else:

@@ -292,6 +292,8 @@ def _find_basis_dim(sharding: Sharding) -> int | None:
     row = sharding.row
     if row.entry.frozen or sharding.updates_in_place or len(sharding.parts) != 1 or len(row.entry.shape) != 2:
         return None
+    if row.view.row_dims == 0:  # both dimensions are joined into one row, so a shard is no block of rows or columns
+        return None
     if len(row.splits) != 1 or row.splits[0][0].count != 1:
         return None
     block, frame = row.splits[0]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..algebra.core import Constants, Step
+from ..algebra.core import Constants, Drawn, Step
 from ..algebra.frame import Frame
 from .rounding import generator
 from .stacking import counted, refreshed
@@ -32,12 +32,13 @@ def step_of(stack: Stack, options: Options, tables: dict[Any, Tensor]) -> Step:
         first=first,
         refresh=refresh,
         decay=work.weight_decay,
-        lr=_lr(stack) if frame.pipeline.apply else 1.0,
+        lr=_lr(stack) if frame.reads_lr else 1.0,
         rows=frame.rows,
         cols=frame.cols,
+        turned=frame.turned,
         position=_positions(tuple(p.work.row.position for p in pieces for _ in range(p.size))),
         noise=noise,
-        constants=_constants(frame, work, tables) if frame.opens else {},
+        constants=_constants(frame, work, tables, options.seed) if frame.opens else {},
     )
 
 
@@ -77,12 +78,13 @@ def _noise(piece: Piece, call: int, shape: tuple[int, ...], seed: int) -> Tensor
     return whole[piece.block.first + piece.start : piece.block.first + piece.stop]
 
 
-def _constants(frame: Frame, work: Work, tables: dict[Any, Tensor]) -> Constants:
+def _constants(frame: Frame, work: Work, tables: dict[Any, Tensor], seed: int) -> Constants:
     """The selector's tables, made once per device and dtype."""
     out: Constants = {}
     for name, make in frame.pipeline.selector.constants(frame.rows, frame.cols).items():
         key = (name, work.param.device, work.row.compute_dtype)
         if key not in tables:
-            tables[key] = make().to(work.param.device, work.row.compute_dtype)
+            made = make(generator(torch.device("cpu"), seed, name)) if isinstance(make, Drawn) else make()
+            tables[key] = made.to(work.param.device, work.row.compute_dtype)
         out[name] = tables[key]
     return out

@@ -53,14 +53,14 @@ def _grouped(work: list[Work], options: Options, memory: Memory) -> Iterator[Sta
     yield from found.values()
 
 
-def _rates_seen(item: Work, frame: Frame) -> tuple[float | None, ...]:
-    """The numbers of a parameter group that the rules of a pipeline see, so that a stack has one value of each.
+def _rates_seen(item: Work, frame: Frame) -> tuple[float | str | None, ...]:
+    """The numbers of a parameter group that a pipeline sees, so that a stack has one value of each.
 
     A learning rate on a device is no number: a stack has a tensor of them.
     """
-    if frame.pipeline.apply:
-        return (item.weight_decay, None if isinstance(item.lr, torch.Tensor) else item.lr)
-    return (item.weight_decay,) if frame.pipeline.decay == "coupled" else ()
+    decay = item.weight_decay if frame.pipeline.decay == "coupled" or frame.pipeline.apply else None
+    rate = ("tensor" if isinstance(item.lr, torch.Tensor) else item.lr) if frame.reads_lr else None
+    return decay, rate
 
 
 def _in_passes(stack: Stack, options: Options) -> Iterator[Stack]:

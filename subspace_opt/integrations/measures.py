@@ -39,7 +39,7 @@ def captured_energy(optimizer: SubspaceOptimizer) -> dict[str, float]:
         if p.grad is None or not optimizer.state.get(p) or float(optimizer.state[p]["step"]) < 1:
             continue
         work = Work(row, p, p.grad, 0.0, 0.0, optimizer.state[p], count=int(optimizer.state[p]["step"]))
-        energies = [_energy(work, i, tables) for i, (_, frame) in enumerate(row.splits) if _has_subspace(frame)]
+        energies = [_energy(work, i, tables, optimizer._options) for i, (_, frame) in enumerate(row.splits) if _has_subspace(frame)]
         whole = sum(total for _, total in energies)
         if whole > 0:
             found[row.entry.name] = sum(inside for inside, _ in energies) / whole
@@ -84,11 +84,11 @@ def _has_subspace(frame: Frame) -> bool:
     return frame.opens and frame.selector_traits.orthonormal and frame.selector_traits.keeps_basis
 
 
-def _energy(work: Work, index: int, tables: dict[Any, Tensor]) -> tuple[float, float]:
+def _energy(work: Work, index: int, tables: dict[Any, Tensor], options: Options) -> tuple[float, float]:
     """The squared norm of the coordinates of one block's gradients, and that of the gradients."""
     block, frame = work.row.splits[index]
     piece = Piece(work, index, 0, block.count)
-    step = step_of(Stack(frame, Phase.BEGUN, False, [piece]), Options(), tables)
+    step = step_of(Stack(frame, Phase.BEGUN, False, [piece]), options, tables)
     state = {key: piece.slot(key) for key in frame.slots if key.startswith("selector.")}
     g = piece.of(work.grads).to(work.row.compute_dtype)
     g = g.mT if frame.turned else g
@@ -98,5 +98,5 @@ def _energy(work: Work, index: int, tables: dict[Any, Tensor]) -> tuple[float, f
 
 def _squared(x: Tensor) -> float:
     """The squared norm. For a distributed tensor, of the whole tensor."""
-    norm = torch.linalg.vector_norm(x, dtype=torch.float32)
+    norm = torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32))
     return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm) ** 2

@@ -33,6 +33,12 @@ def dct_atoms(index: Tensor, cosine: Tensor, kind: Literal["dct2", "dct3"]) -> T
     return torch.where(i == 0, table * math.sqrt(0.5), table)
 
 
+def dct_sizes(n: int, kind: Literal["dct2", "dct3"], at_once: int = 512) -> Tensor:
+    """The l1 norms `(n,)` of the columns of `dct_table(n)`, float64; the table is never whole in memory."""
+    cosine, atoms = cosines(n), torch.arange(n)
+    return torch.cat([dct_atoms(some, cosine, kind).abs().sum(0) for some in atoms.split(at_once)])
+
+
 def dct(x: Tensor, kind: Literal["dct2", "dct3"]) -> Tensor:
     """`X T` with `T = dct_table(n, kind)` for `X` `(..., n)` by an n-point FFT (Makhoul 1980), O(n log n) a row."""
     n = x.size(-1)

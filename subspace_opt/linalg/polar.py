@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .bases import eigh, svd
+from .bounds import Bound, bounded
 from .products import addmm, mm, symmetric
 from .sizes import SAFE, divisor, norm, unit
 
@@ -71,6 +72,13 @@ SCHEDULES: dict[str, tuple[tuple[Polynomial, ...], Literal["cycle", "repeat"]]] 
 }
 
 
+# For rows scaled by AOL (`bound="aol"`), by Turbo-Muon (arXiv:2512.04632): four steps. It turns singular values above 0.883 around.
+SCHEDULES["aol"] = (
+    ((4.0098, -7.0585, 2.4635), (3.4585, -5.5479, 2.5959), (2.7573, -3.2939, 1.4254), (2.7215, -3.0494, 1.3169)),
+    "repeat",
+)
+
+
 @functools.cache
 def schedule(coefficients: str | tuple[Polynomial, ...], steps: int, safety: float = 1.0) -> tuple[Polynomial, ...]:
     """The polynomials of `steps` iterations.
@@ -92,7 +100,14 @@ ELONGATED = 1.6  # ratio of the sides from which iterating on the Gram matrix pa
 
 
 def newton_schulz(
-    x: Tensor, polynomials: Sequence[Polynomial], *, eps: float = 1e-7, floor: bool = False, dtype: torch.dtype | None = None
+    x: Tensor,
+    polynomials: Sequence[Polynomial],
+    *,
+    eps: float = 1e-7,
+    floor: bool = False,
+    dtype: torch.dtype | None = None,
+    bound: Bound = "frobenius",
+    power_iterations: int = 8,
 ) -> Tensor:
     """`X <- a X + b (XX') X + c (XX')^2 X`, repeated: an approximation of the polar factor `U V'` of `X = U S V'`.
 
@@ -103,6 +118,8 @@ def newton_schulz(
         x: `(B, m, n)`.
         eps: Added to the Frobenius norm that divides X; with `floor`, the least divisor.
         dtype: Dtype of the iteration and of the result (default: that of `x`). The result may be column-major.
+        bound: What divides X after its Frobenius norm, see `bounded`.
+        power_iterations: Those of bound `spectral`.
     """
     dtype = dtype or x.dtype
     if eps < SAFE:  # the squares of a norm may underflow to 0
@@ -121,8 +138,11 @@ def newton_schulz(
     if tall:
         y = y.mT
     together = _together(y.size(-2), y.size(-1), tuple(polynomials), dtype)
+    gram = None
+    if bound != "frobenius":
+        y, gram = bounded(y, bound, power_iterations)
     for start in range(0, len(polynomials), together):
-        y = _group(y, polynomials[start : start + together])
+        y, gram = _group(y, polynomials[start : start + together], gram), None
     y = y.mT if tall else y
     return y.unsqueeze(0) if x.size(0) == 1 else y
 
@@ -166,12 +186,12 @@ def flops(short: int, long: int, polynomials: Sequence[Polynomial], dtype: torch
     return total
 
 
-def _group(y: Tensor, polynomials: Sequence[Polynomial]) -> Tensor:
+def _group(y: Tensor, polynomials: Sequence[Polynomial], gram: Tensor | None = None) -> Tensor:
     """`p_k(...p_1(Y))`, with `p(Y) = P Y`, `P = a I + b A + c A^2` and `A = YY'`, and `A <- P A P` from one to the next.
 
-    All factors are polynomials of A, so they commute and their products are symmetric.
+    All factors are polynomials of A, so they commute and their products are symmetric. `gram`: A, if it is known.
     """
-    gram = symmetric(y, y.mT)
+    gram = symmetric(y, y.mT) if gram is None else gram
     product: Tensor | None = None  # of the polynomials so far
     for i, (a, b, c) in enumerate(polynomials):
         rest = b * gram if c == 0.0 else symmetric(gram, gram, gram, beta=b, alpha=c)  # P - a I

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import prod
 from typing import Any
 
 import torch
 
+from ..algebra import Drawn
 from ..spec.summary import html_table, plural
 from .rows import Row, adamw_bytes, said
 
@@ -49,7 +51,9 @@ class Plan:
                     continue
                 for name, make in frame.pipeline.selector.constants(frame.rows, frame.cols).items():
                     key = f"{name} {row.compute_dtype}".replace("torch.", "")
-                    if key not in out:
+                    if isinstance(make, Drawn):
+                        out[key] = prod(make.shape) * row.compute_dtype.itemsize
+                    elif key not in out:
                         # A tensor on the meta device has a size and takes no memory.
                         with torch.device("meta"):
                             out[key] = make().numel() * row.compute_dtype.itemsize

@@ -102,13 +102,14 @@ def _view(entry: Entry, role: Role, route: Route, pipeline: Pipeline) -> View:
         "conv": "conv" in entry.modules,
         "transposed": ("transposed" in entry.modules) if route.transposed is None else route.transposed,
         "heads": route.heads,
+        "merge": route.merge,
     }
     if isinstance(route.split, dict):
         return make_view(entry.shape, split=route.split, **options)
     whole = make_view(entry.shape, **options)
     if route.split is None or route.heads or not role.parts or not whole.blocks:
         return whole
-    fits = sum(size for _, size in role.parts) == whole.rows and not whole.modes
+    fits = sum(size for _, size in role.parts) == whole.rows and not whole.modes and whole.row_dims is None
     if not fits or Frame.of(pipeline, whole.rows, whole.cols).is_elementwise:
         return whole
     return make_view(entry.shape, split=dict(role.parts), groups=role.groups, **options)

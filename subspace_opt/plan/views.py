@@ -58,6 +58,7 @@ class View:
     blocks: tuple[Block, ...]
     modes: tuple[int, ...] = ()  # with layout `modes`: the dimensions that the columns join
     groups: int = 1  # each of these equal groups of rows holds a share of every block
+    row_dims: int | None = None  # the number of dimensions that the rows join; None: as the number of dimensions implies
 
     def whole(self, tensor: Tensor) -> Tensor:
         """The tensor as `(count, rows, cols)`. It shares the tensor's storage if the strides allow it."""
@@ -99,6 +100,7 @@ def make_view(
     split: dict[str, int] | None = None,
     heads: int | None = None,
     groups: int = 1,
+    merge: int | None = None,
 ) -> View:
     """The view of a parameter.
 
@@ -106,10 +108,15 @@ def make_view(
         layout: `flatten` joins all dimensions but the first. `stack` joins all but the last two. `auto` flattens four or more dimensions,
             and three if the module is a convolution. `modes` flattens and remembers the dimensions that it joined.
         groups: The number of equal groups of rows that each hold a share of every block of `split`.
+        merge: With `modes`, the largest product of neighbouring dimensions that are joined.
 
     Raises:
         ViewError: The blocks do not fill the rows, the heads do not divide them, or a vector has a `split`, `heads` or `transposed`.
     """
+    if merge is not None and len(shape) > 1 and 0 not in shape:
+        if transposed:
+            raise ViewError("is stored transposed, so `merge` cannot join its dimensions")
+        return _merged_view(shape, merge)
     count, rows, cols = _matrices(shape, layout, conv)
     if transposed:
         if len(shape) < 2:
@@ -129,6 +136,27 @@ def make_view(
         return View(count, rows, cols, transposed, (Block("", count * heads, rows // heads, cols, 0, heads),))
     modes = tuple(shape[1:]) if layout == "modes" and len(shape) > 2 else ()
     return View(count, rows, cols, transposed, (Block("", count, rows, cols, 0, 1),), modes)
+
+
+def _merged_view(shape: tuple[int, ...], most: int) -> View:
+    """One matrix of joined dimensions: the first is its rows, the others are its columns. A single one is a row vector."""
+    joined, row_dims = merged(shape, most), 0
+    rows = joined[0] if len(joined) > 1 else 1
+    while math.prod(shape[:row_dims]) < rows:
+        row_dims += 1
+    cols, modes = math.prod(shape) // rows, joined[1:] if len(joined) > 2 else ()
+    return View(1, rows, cols, False, (Block("", 1, rows, cols, 0, 1),), modes, row_dims=row_dims)
+
+
+def merged(sizes: tuple[int, ...], most: int) -> tuple[int, ...]:
+    """Neighbours joined from the left while their product stays at most `most`, without those of size 1; (1,) if all are."""
+    out = [1]
+    for size in sizes:
+        if out[-1] * size <= most:
+            out[-1] *= size
+        else:
+            out.append(size)
+    return tuple(size for size in out if size > 1) or (1,)
 
 
 def _matrices(shape: tuple[int, ...], layout: str, conv: bool) -> tuple[int, int, int]:

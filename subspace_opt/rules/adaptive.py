@@ -16,6 +16,12 @@ FOREVER = 10**9  # an update so late that beta^t is 0
 
 Beta2 = Field(0.999, ge=0.0, lt=1.0, description="Decay rate of the second moment: the share of it that each update keeps.")
 Eps = Field(1e-8, ge=0.0, description="Added to the root of the second moment.")
+Amsgrad = Field(False, description="Divide by the root of the largest second moment so far, entry by entry (arXiv:1904.09237).")
+
+
+def largest(before: Tensor, v: Tensor, step: Step) -> Tensor:
+    """`max(V_max, V)` entry by entry, written over V_max if the step allows it."""
+    return torch.maximum(before, v, out=before if step.in_place else None)
 
 
 def precondition(x: Tensor, v: Tensor, correction: Tensor | float, eps: float, eps_inside: bool) -> Tensor:
@@ -35,7 +41,7 @@ class Adam(Rule):
     """`M <- b1 M + (1 - b1) X; V <- b2 V + (1 - b2) G.G; M^ / (sqrt(V^) + eps)` (arXiv:1412.6980).
 
     With `debias`, M^ = M / (1 - b1^t), V^ = V / (1 - b2^t); without it, M^ = M, V^ = V: a `debias` rule in `finish` then gives the
-    form of Hugging Face and GaLore, where eps is not corrected.
+    form of Hugging Face and GaLore, where eps is not corrected. With `amsgrad`, V^ is made of `V_max <- max(V_max, V)` (arXiv:1904.09237).
     """
 
     kind: Literal["adam"] = "adam"
@@ -44,6 +50,7 @@ class Adam(Rule):
     eps: float = Eps
     eps_inside: bool = Field(False, description="Add eps to the second moment before its root and its correction.")
     debias: bool = Field(True, description="Correct the bias of both moments: divide each by the sum of its weights.")
+    amsgrad: bool = Amsgrad
     on_refresh: Transport = Field("keep", description="Transport of the moments when the subspace is refreshed.")
     on_refresh_sq: Transport | None = Field(None, description="Transport of the second moment, if it differs.")
 
@@ -51,8 +58,10 @@ class Adam(Rule):
         second = self.on_refresh_sq or self.on_refresh
         if second == "project":
             second = "project_abs"  # it must stay positive
-        slots = {"exp_avg": Slot((rows, cols), self.on_refresh), "exp_avg_sq": Slot((rows, cols), second, holds="unsigned")}
-        return slots if self.beta1 else {"exp_avg_sq": slots["exp_avg_sq"]}
+        square = Slot((rows, cols), second, holds="unsigned")
+        slots = {"exp_avg": Slot((rows, cols), self.on_refresh)} if self.beta1 else {}
+        slots["exp_avg_sq"] = square
+        return {**slots, "max_exp_avg_sq": square} if self.amsgrad else slots
 
     def traits(self, rows: Dim, cols: Dim) -> RuleTraits:
         return RuleTraits(scale_free=True, elementwise=True, by_rows=True)
@@ -69,14 +78,14 @@ class Adam(Rule):
             grads,
             states["exp_avg"],
             states["exp_avg_sq"],
-            [],
+            states.get("max_exp_avg_sq", []),
             [count] * len(weights),
             lr=lr,  # a number, or a tensor on the device
             beta1=self.beta1,
             beta2=self.beta2,
             weight_decay=decay,
             eps=self.eps,
-            amsgrad=False,
+            amsgrad=self.amsgrad,
             maximize=False,
         )
 
@@ -84,11 +93,14 @@ class Adam(Rule):
         clock = step.age if self.on_refresh == "reset" else step.t
         if self._fits(x, grad, state):
             return self._in_one_pass(x, state, clock, step)
-        new = {"exp_avg_sq": averaged_square(state["exp_avg_sq"], grad, self.beta2, step)}
+        v = averaged_square(state["exp_avg_sq"], grad, self.beta2, step)
+        new = {"exp_avg_sq": v}
+        if self.amsgrad:
+            v = new["max_exp_avg_sq"] = largest(state["max_exp_avg_sq"], v, step)
         if self.beta1:
             x = new["exp_avg"] = averaged(state["exp_avg"], x, self.beta1, step)
         correction = 1 - self.beta2**clock if self.debias else 1.0
-        out = precondition(x, new["exp_avg_sq"], correction, self.eps, self.eps_inside)
+        out = precondition(x, v, correction, self.eps, self.eps_inside)
         if self.debias and self.beta1:
             out.div_(1 - self.beta1**clock)
         return out, new

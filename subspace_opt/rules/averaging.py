@@ -47,6 +47,8 @@ class Ema(Rule):
 class HeavyBall(Rule):
     """`M <- beta M + X`; the result is M or, with `nesterov`, `X + beta M`. Polyak 1964.
 
+    With `dampening` d, `M <- beta M + (1 - d) X` after a first `M = X`, as in `torch.optim.SGD`.
+
     With `state: int8` M is stored as 8-bit codes with one scale for each 128 entries (arXiv:2605.10335); the result is the M before it is
     rounded.
     """
@@ -55,6 +57,7 @@ class HeavyBall(Rule):
     beta: float = Beta
     nesterov: bool = Field(False, description="Look ahead: pass on X + beta M.")
     debias: bool = Field(False, description="Correct the bias: divide by the sum of the weights of the signals so far.")
+    dampening: float = Field(0.0, ge=0.0, lt=1.0, description="Multiply X by 1 minus this, after a first M = X, as `torch.optim.SGD` does.")
     on_refresh: Transport = OnRefresh
     state: Literal["float", "int8"] = Field("float", description="Store M in the dtype of computation, or in 8 bits by blocks.")
 
@@ -62,6 +65,12 @@ class HeavyBall(Rule):
     def _codes_stay(self) -> HeavyBall:
         if self.state == "int8" and self.on_refresh in ("project", "project_abs"):
             raise ValueError("`state: int8` cannot be rotated; use `on_refresh: keep` or `reset`, or `state: float`")
+        return self
+
+    @model_validator(mode="after")
+    def _damps_a_plain_average(self) -> HeavyBall:
+        if self.dampening and (self.nesterov or self.debias):
+            raise ValueError("`dampening` goes with neither `nesterov` nor `debias`; leave it out, or use kind 'ema' with these options")
         return self
 
     def traits(self, rows: Dim, cols: Dim) -> RuleTraits:
@@ -80,7 +89,9 @@ class HeavyBall(Rule):
         before = state["momentum_buffer"]
         if self.state == "int8":
             before = blocks.from_codes(before, state["scale"])
-        m = torch.add(x, before, alpha=self.beta, out=before if step.in_place and self.state == "float" else None)
+        share = 1.0 if self._starts(step) else 1 - self.dampening
+        given = x if share == 1.0 else x * share
+        m = torch.add(given, before, alpha=self.beta, out=before if step.in_place and self.state == "float" else None)
         kept = {"momentum_buffer": m}
         if self.state == "int8":
             kept["momentum_buffer"], kept["scale"] = blocks.to_codes(m)
@@ -90,6 +101,11 @@ class HeavyBall(Rule):
             weights = (1 - self.beta**clock) / (1 - self.beta)
             out = out.div_(1 + self.beta * weights) if self.nesterov else out / weights  # with nesterov `out` is a new tensor
         return out, kept
+
+    def _starts(self, step: Step) -> bool:
+        """True at the first update of M, or if there is no dampening: the signal then has weight 1."""
+        anew = self.on_refresh == "reset" and step.refresh
+        return self.dampening == 0.0 or step.first or anew or float(step.t) == 1.0
 
 
 @register

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from .. import linalg
@@ -24,6 +24,12 @@ class LDAdam(Adam):
 
     kind: Literal["ldadam"] = "ldadam"  # type: ignore[assignment]
     on_refresh: Transport = Field("project", description="The moments follow the basis, by the formulas above.")
+
+    @model_validator(mode="after")
+    def _carries_every_moment(self) -> LDAdam:
+        if self.amsgrad:
+            raise ValueError("`amsgrad` has no formula for a moving subspace: leave it out, or use kind 'adam' with `on_refresh: project`")
+        return self
 
     def transport(self, state: State, slots: dict[str, Slot], change: Change, step: Step) -> State:
         c = change.rotation(change.cols)

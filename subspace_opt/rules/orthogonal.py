@@ -12,9 +12,10 @@ from torch import Tensor
 from .. import linalg
 from ..algebra import Dim, Rule, RuleTraits, State, Step
 from ..linalg import polar
+from ..linalg.bounds import Bound
 from ..registry import register
 
-Named = Literal["keller", "quintic", "cubic", "classical", "cans"]
+Named = Literal["keller", "quintic", "cubic", "classical", "cans", "aol"]
 ComputeDtype = Literal["auto", "input", "bfloat16", "float16", "float32", "float64"]
 
 
@@ -36,7 +37,10 @@ def _quick(x: Tensor) -> torch.dtype:
 
 @register
 class Orthogonalize(Rule):
-    """`U V'` of `X = U S V'`: by Newton-Schulz (Muon), Polar Express (arXiv:2505.16932) or an exact SVD (arXiv:2505.24749)."""
+    """`U V'` of `X = U S V'`: by Newton-Schulz (Muon), Polar Express (arXiv:2505.16932) or an exact SVD (arXiv:2505.24749).
+
+    Newton-Schulz first divides X by its Frobenius norm or a closer `bound` of its largest singular value (arXiv:2506.10935, 2512.04632).
+    """
 
     kind: Literal["orthogonalize"] = "orthogonalize"
     method: Literal["newton_schulz", "polar_express", "svd"] = Field(
@@ -47,6 +51,13 @@ class Orthogonalize(Rule):
         "keller", description="The polynomials of `newton_schulz`: a named schedule, or a list of [a, b, c] whose last entry is repeated."
     )
     safety: float = Field(1.02, ge=1.0, lt=2.0, description="The largest singular value that `polar_express` and `cans` must tolerate.")
+    bound: Bound = Field(
+        "frobenius",
+        description="What divides the matrix before the iteration. `schatten4`: the Schatten-4 norm. `spectral`: the largest singular "
+        "value, by power iterations. `aol`: a number for each row of the short side (of a square matrix: its rows), as the coefficients "
+        "`aol` need it; this changes the polar factor.",
+    )
+    power_iterations: PositiveInt = Field(8, description="Power iterations of bound `spectral`.")
     eps: float = Field(1e-7, ge=0.0, description="Guards the division by the Frobenius norm.")
     eps_floor: bool = Field(False, description="Divide by max(norm, eps) instead of norm + eps.")
     dtype: ComputeDtype = Field(
@@ -61,6 +72,12 @@ class Orthogonalize(Rule):
             raise ValueError(f"`coefficients` belong to method newton_schulz; method {self.method} has its own")
         if not self.coefficients:
             raise ValueError("`coefficients` is an empty list; give at least one [a, b, c]")
+        if self.coefficients == "aol" and self.bound != "aol":
+            raise ValueError("coefficients 'aol' turn some directions around unless rows are scaled for them; use `bound: aol`")
+        if self.method == "svd" and self.bound != "frobenius":
+            raise ValueError("method svd is exact and needs no `bound`; leave it out, or use method newton_schulz")
+        if self.bound != "spectral" and "power_iterations" in self.model_fields_set and self.power_iterations != 8:
+            raise ValueError("`power_iterations` belong to `bound: spectral`; leave them out, or use that bound")
         return self
 
     def traits(self, rows: Dim, cols: Dim) -> RuleTraits:
@@ -71,7 +88,8 @@ class Orthogonalize(Rule):
         if self.method == "svd":
             return 8.0 * l * k * k + 20.0 * k**3
         named = {"auto": torch.bfloat16, "input": torch.float32}
-        return polar.flops(k, l, self._polynomials(), named.get(self.dtype) or getattr(torch, self.dtype))
+        probing = 16.0 * k * k * (self.power_iterations + 1) if self.bound == "spectral" else 0.0
+        return probing + polar.flops(k, l, self._polynomials(), named.get(self.dtype) or getattr(torch, self.dtype))
 
     def apply(self, x: Tensor, grad: Tensor, state: State, step: Step) -> tuple[Tensor, State]:
         return self.orthogonalized(x), {}
@@ -86,12 +104,14 @@ class Orthogonalize(Rule):
         dtype: torch.dtype = _quick(x) if self.dtype == "auto" else getattr(torch, self.dtype)
         return dtype
 
+    def _divisor(self) -> dict[str, Any]:
+        return {} if self.bound == "frobenius" else {"bound": self.bound, "power_iterations": self.power_iterations}
+
     def orthogonalized(self, x: Tensor) -> Tensor:
         """The polar factor of a stack, in the dtype of `x`."""
         if self.method == "svd":
             return polar.polar(x)
-        dtype = self._dtype(x)
-        o = polar.newton_schulz(x, self._polynomials(), eps=self.eps, floor=self.eps_floor, dtype=dtype)
+        o = polar.newton_schulz(x, self._polynomials(), eps=self.eps, floor=self.eps_floor, dtype=self._dtype(x), **self._divisor())
         # Row-major as weights are: the update of the weight then reads it faster.
         return o.to(x.dtype, memory_format=torch.contiguous_format).contiguous()
 

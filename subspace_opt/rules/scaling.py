@@ -33,6 +33,8 @@ class RmsNormalize(Rule):
 class Scale(Rule):
     """`factor s(m, n) X`, with one of the published shape factors for an orthogonal update of an `(m, n)` weight.
 
+    m and n are the sides of X. Inside a subspace these are the sides of the coordinates; `sides: weight` takes the sides of the weight.
+
     keller: sqrt(max(1, m/n)) (Jordan 2024); spectral: sqrt(m/n) (arXiv:2310.17813, Dion); moonshot: sqrt(max(m, n)), with factor 0.2
     the root mean square of AdamW (arXiv:2502.16982).
     """
@@ -40,12 +42,22 @@ class Scale(Rule):
     kind: Literal["scale"] = "scale"
     factor: float = Field(1.0, gt=0.0, description="A constant factor.")
     by: Literal["none", "keller", "spectral", "moonshot"] = Field("none", description="The shape factor s(m, n).")
+    sides: Literal["signal", "weight"] = Field(
+        "signal", description="m and n: the rows and columns of the signal, or those of the weight in its own orientation."
+    )
+
+    @model_validator(mode="after")
+    def _has_a_factor_of_sides(self) -> Scale:
+        if self.sides == "weight" and self.by == "none":
+            raise ValueError("`sides: weight` has no effect without a shape factor; give `by`, or leave `sides` out")
+        return self
 
     def traits(self, rows: Dim, cols: Dim) -> RuleTraits:
         return RuleTraits(reads_grad=False, lazy=True)
 
     def apply(self, x: S, grad: S, state: State, step: Step) -> tuple[S, State]:
-        return x * (self.factor * self.shape_factor(x.size(-2), x.size(-1))), {}
+        sides = (x.size(-2), x.size(-1)) if self.sides == "signal" else _sides_of_weight(step)
+        return x * (self.factor * self.shape_factor(*sides)), {}
 
     def shape_factor(self, m: int, n: int) -> float:
         """s(m, n) for a weight of m rows (outputs) and n columns (inputs)."""
@@ -58,6 +70,11 @@ class Scale(Rule):
                 return math.sqrt(max(m, n))
             case "none":
                 return 1.0
+
+
+def _sides_of_weight(step: Step) -> tuple[int, int]:
+    rows, cols = step.rows.size, step.cols.size
+    return (cols, rows) if step.turned else (rows, cols)
 
 
 @register

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import linalg
 from ..algebra import Dim, Rule, RuleTraits, Slot, State, Step, averaged_square
 from ..registry import register
-from .adaptive import precondition
+from .adaptive import Amsgrad, largest, precondition
 
 
 @register
@@ -26,10 +26,13 @@ class Soap(Rule):
     eps: float = Field(1e-8, ge=0.0, description="Added to the root of the second moment.")
     eps_inside: bool = Field(False, description="Add eps to the second moment before its root and its correction.")
     debias: bool = Field(True, description="Correct the bias of the second moment.")
+    amsgrad: bool = Amsgrad
     cov_beta: float = Field(0.95, ge=0.0, lt=1.0, description="Decay rate of the covariance, if the rule keeps one.")
 
     def slots(self, rows: Dim, cols: Dim) -> dict[str, Slot]:
         slots = {"exp_avg_sq": Slot((rows, cols), holds="unsigned")}
+        if self.amsgrad:
+            slots["max_exp_avg_sq"] = slots["exp_avg_sq"]
         if not cols.eigen:
             slots["covariance"] = Slot((cols, cols), "project")
             slots["rotation"] = Slot((cols, Dim("eigen", cols.size)), "project", holds="basis")
@@ -44,8 +47,8 @@ class Soap(Rule):
 
     def apply(self, x: Tensor, grad: Tensor, state: State, step: Step) -> tuple[Tensor, State]:
         if "covariance" not in state:
-            v = self._second_moment(grad, state, step)
-            return self._precondition(x, v, step), {"exp_avg_sq": v}
+            v, moments = self._second_moment(grad, state, step)
+            return self._precondition(x, v, step), moments
         cov = linalg.addmm(state["covariance"], grad.mT, grad, beta=self.cov_beta, alpha=1 - self.cov_beta)
         if step.first:
             q = linalg.fix_signs(linalg.eigh(cov)[1])
@@ -54,12 +57,17 @@ class Soap(Rule):
             # keeps round-off from choosing the directions without covariance.
             ridge = cov.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] * 1e-6
             q = linalg.orthonormal(linalg.mm(cov, state["rotation"]) + ridge * state["rotation"])
-        v = self._second_moment(linalg.mm(grad, q), state, step)
+        v, moments = self._second_moment(linalg.mm(grad, q), state, step)
         out = self._precondition(linalg.mm(x, q), v, step)
-        return linalg.mm(out, q.mT), {"exp_avg_sq": v, "covariance": cov, "rotation": q}
+        return linalg.mm(out, q.mT), {**moments, "covariance": cov, "rotation": q}
 
-    def _second_moment(self, grad: Tensor, state: State, step: Step) -> Tensor:
-        return averaged_square(state["exp_avg_sq"], grad, self.beta2, step)
+    def _second_moment(self, grad: Tensor, state: State, step: Step) -> tuple[Tensor, State]:
+        """The second moment that divides, and the slots of the moments."""
+        v = averaged_square(state["exp_avg_sq"], grad, self.beta2, step)
+        if not self.amsgrad:
+            return v, {"exp_avg_sq": v}
+        top = largest(state["max_exp_avg_sq"], v, step)
+        return top, {"exp_avg_sq": v, "max_exp_avg_sq": top}
 
     def _precondition(self, x: Tensor, v: Tensor, step: Step) -> Tensor:
         correction = 1 - self.beta2**step.t if self.debias else 1.0

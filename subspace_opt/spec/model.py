@@ -67,6 +67,12 @@ class Route(Model):
         "`modes`: one matrix (O, rest) whose joined dimensions get a basis each (selector `kron_eigen`). `auto`: `flatten` for "
         "convolutions and for four or more dimensions, else `stack`.",
     )
+    merge: PositiveInt | None = Field(
+        None,
+        description="With `view: modes`: neighbouring dimensions, the first included, are joined while their product is at most this "
+        "(SOAP's `merge_dims`). The first joined dimension is the rows.",
+        examples=[64],
+    )
     split: dict[str, PositiveInt] | Literal["auto"] | None = Field(
         "auto",
         description="Cuts the rows of a fused weight into blocks: name of the block to number of rows. `auto` cuts a weight of role "
@@ -79,6 +85,10 @@ class Route(Model):
     def _one_cut(self) -> Route:
         if isinstance(self.split, dict) and self.heads is not None:
             raise ValueError("`split` and `heads` both cut the rows; give one of them")
+        if self.merge is not None and self.view != "modes":
+            raise ValueError("`merge` joins the dimensions of `view: modes`; use that view, or leave `merge` out")
+        if self.merge is not None and (isinstance(self.split, dict) or self.heads is not None):
+            raise ValueError("`merge` may join the rows that `split` or `heads` would cut; leave one of them out")
         return self
 
     def accepts(self, name: str, dims: int, sides: tuple[int, int], modules: frozenset[str], role: str = "") -> bool:

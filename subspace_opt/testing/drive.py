@@ -79,6 +79,7 @@ def moment(frame: Frame, call: int, grad: Tensor, twins: bool) -> Step:
         decay=decay,
         rows=frame.rows,
         cols=frame.cols,
+        turned=frame.turned,
         position=torch.stack([places, torch.full_like(places, 4)], dim=1),
         noise=_draws(frame, call, grad, twins) if refresh else None,
         constants={name: make().to(grad.device, grad.dtype) for name, make in tables.items()},
