@@ -37,6 +37,12 @@ VARIANTS = [
     'orthogonalize={"method": "polar_express"}',
     'subset_norm={"subsets": 2, "beta2": 1.0}',
     'subset_norm={"subsets": -1, "reduce": "mean"}',
+    'subset_norm={"subsets": "rows", "of": "signal", "reduce": "mean", "eps_floor": true, "keep_norm": true}',
+    'subset_norm={"subsets": "columns", "of": "signal", "keep_norm": true, "eps": 0.0}',
+    'subset_norm={"subsets": "entries", "of": "signal"}',
+    'subset_norm={"subsets": "matrix"}',
+    'muon={"norm": "nuclear"}',
+    'muon={"norm": "signal"}',
     'scale={"by": "moonshot"}',
     'eigen={"init": "randomized"}',
     'fft={"transform": "fft", "dictionary": "dct3"}',
@@ -51,6 +57,10 @@ VARIANTS = [
     'svd={"method": "gram", "source": "weight", "every": null}',
     'svd={"timing": "after", "offset": 1}',
     'top_norm={"rank": 0.5}',
+    'top_norm={"ranking": "l1", "every": 1}',
+    'orthogonalize={"coefficients": "dion", "margin": 1.02}',
+    'orthogonalize={"coefficients": "deepseek", "steps": 10}',
+    'subset_norm={"subsets": "rows", "of": "signal", "keep_idle": true}',
 ]
 
 

@@ -25,6 +25,10 @@ def test_preset_reproduces_the_authors_code(name: str) -> None:
 
 # ------------------------------------------------------------------------------------------------------------- deliberate mistakes
 
+POLAR = {"kind": "orthogonalize", "steps": 5, "coefficients": "quintic", "eps": 1e-15, "eps_floor": True}
+SCALED_FIRST = [POLAR, {"kind": "scale", "by": "moonshot", "factor": 0.2}, {"kind": "subset_norm", "of": "signal", "subsets": "entries"}]
+SCALED_FIRST[-1] |= {"beta2": 0.9, "eps": 1e-8}
+
 # mistake -> (file, overrides for every group that has the pipeline)
 MISTAKES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "epsilon inside the root": ("cosmos_nesterov_wd", "matrix", {"matrix.inside.eps_inside": True}),
@@ -43,6 +47,13 @@ MISTAKES: dict[str, tuple[str, str, dict[str, Any]]] = {
         {"all.complement.debias": False, "all.finish": {"kind": "debias", "beta1": 0.9, "beta2": 0.95}},
     ),
     "Nesterov left out": ("muon_kj_wd", "matrix", {"matrix.momentum.nesterov": False}),
+    "statistic along the wrong side": ("normuon_nemo", "matrix", {"matrix.complement.1.subsets": "rows"}),
+    "statistic of the gradient": ("normuon_nemo", "matrix", {"matrix.complement.1.of": "gradient"}),
+    "norm not restored": ("normuon_nemo", "matrix", {"matrix.complement.1.keep_norm": False}),
+    "norm restored": ("adamuon_nemo", "matrix", {"matrix.complement.1.keep_norm": True}),
+    "scale before the statistic": ("adamuon_nemo", "matrix", {"matrix.complement": SCALED_FIRST, "matrix.finish": "none"}),
+    "statistic of the polar factor": ("namo_nemo", "matrix", {"matrix.complement.1.of": "signal"}),
+    "mean for sum": ("namo_nemo", "matrix", {"matrix.complement.1.reduce": "mean"}),
     "heavy ball for EMA under a floor": ("muon_kj_wd", "matrix", {"matrix.complement.eps": 1e-2}),
 }
 

@@ -14,7 +14,7 @@ from ..algebra import Dim, Rule, RuleTraits, State, Step
 from ..linalg import polar
 from ..registry import register
 
-Named = Literal["keller", "quintic", "cubic", "classical", "cans"]
+Named = Literal["keller", "quintic", "cubic", "classical", "cans", "dion", "deepseek"]
 ComputeDtype = Literal["auto", "bfloat16", "float16", "float32", "float64"]
 
 
@@ -49,6 +49,7 @@ class Orthogonalize(Rule):
     safety: float = Field(1.02, ge=1.0, lt=2.0, description="The largest singular value that `polar_express` and `cans` must tolerate.")
     eps: float = Field(1e-7, ge=0.0, description="Guards the division by the Frobenius norm.")
     eps_floor: bool = Field(False, description="Divide by max(norm, eps) instead of norm + eps.")
+    margin: float = Field(1.0, ge=1.0, description="Divide by this multiple of the Frobenius norm; the coefficients `dion` need 1.02.")
     dtype: ComputeDtype = Field(
         "auto",
         description="Dtype of the iteration; `auto`: float64 for float64, else bfloat16; float32 on a CPU without bfloat16 products.",
@@ -83,22 +84,40 @@ class Orthogonalize(Rule):
         if self.method == "svd":
             return polar.polar(x)
         dtype = _quick(x) if self.dtype == "auto" else getattr(torch, self.dtype)
-        o = polar.newton_schulz(x, self._polynomials(), eps=self.eps, floor=self.eps_floor, dtype=dtype)
+        o = polar.newton_schulz(x, self._polynomials(), eps=self.eps, floor=self.eps_floor, margin=self.margin, dtype=dtype)
         # Row-major as weights are: the update of the weight then reads it faster.
         return o.to(x.dtype, memory_format=torch.contiguous_format).contiguous()
 
 
 @register
 class Muon(Orthogonalize):
-    """`sqrt(mn) O / (|O|_F + norm_eps)`, `O = UV'` of X: root mean square 1 per entry; with `norm: none`, O itself."""
+    """`s O`, `O = UV'` of X, with s by `norm`: `sqrt(mn) / (|O|_F + norm_eps)`, so that an entry has root mean square 1; 1 for `none`;
+    `<O, X>`, the sum of the singular values, for `nuclear` (PolarGrad, arXiv:2505.21799); `|X|_F` for `signal` (NAMO, arXiv:2602.17080).
+    """
 
     kind: Literal["muon"] = "muon"  # type: ignore[assignment]
-    norm: Literal["rms", "none"] = Field("rms", description="Scale the result to root mean square 1 per entry, or leave it as it is.")
-    norm_eps: float = Field(1e-8, ge=0.0, description="Added to the norm that divides the result.")
+    norm: Literal["rms", "none", "nuclear", "signal"] = Field(
+        "rms",
+        description="Scale the result to root mean square 1 per entry, leave it as it is, or multiply it by the nuclear norm <O, X> or "
+        "the Frobenius norm of the signal X.",
+    )
+    norm_eps: float = Field(1e-8, ge=0.0, description="Added to the norm that divides the result of `norm: rms`.")
+
+    def traits(self, rows: Dim, cols: Dim) -> RuleTraits:
+        return super().traits(rows, cols)._replace(scale_free=self.norm in ("rms", "none"))
 
     def apply(self, x: Tensor, grad: Tensor, state: State, step: Step) -> tuple[Tensor, State]:
         o = self.orthogonalized(x)
-        if self.norm == "rms":
-            factor = linalg.ratio(math.sqrt(x.size(-2) * x.size(-1)), linalg.norm(o), self.norm_eps)
+        if self.norm != "none":
+            factor = self._factor(o, x)
             o = o.mul_(factor) if o is not x else o * factor
         return o, {}
+
+    def _factor(self, o: Tensor, x: Tensor) -> Tensor:
+        """The scale s of every matrix, `(B, 1, 1)`."""
+        match self.norm:
+            case "nuclear":
+                return (o * x).sum((-2, -1), keepdim=True)
+            case "signal":
+                return linalg.norm(x)
+        return linalg.ratio(math.sqrt(x.size(-2) * x.size(-1)), linalg.norm(o), self.norm_eps)

@@ -164,9 +164,12 @@ NEMO_POLAR_EXPRESS = [
 ]
 
 
+NEMO_SCALES = {"spectral": "moonshot", "shape_scaling": "keller", "unit_rms_norm": "spectral"}
+
+
 def muon_nemo(golden: Golden, params: dict[str, torch.nn.Parameter]) -> SubspaceOptimizer:
     o = options(golden)
-    by = {"spectral": "moonshot", "shape_scaling": "keller", "unit_rms_norm": "spectral"}[o["scale_mode"]]
+    by = NEMO_SCALES[o["scale_mode"]]
     overrides: dict[str, Any] = {
         "matrix.momentum.beta": o["momentum"],
         "matrix.momentum.nesterov": o["nesterov"],
@@ -181,6 +184,28 @@ def muon_nemo(golden: Golden, params: dict[str, torch.nn.Parameter]) -> Subspace
         overrides |= {"matrix.complement.coefficients": o["coefficient_type"]}
     rates = {"lr": o["lr"], "weight_decay": o["weight_decay"]}
     return built(golden, params, "muon", [{"params": list(params), "use": "matrix", "overrides": overrides, **rates}])
+
+
+def nemo(preset: str, extra: Callable[[dict[str, Any]], dict[str, Any]] = lambda o: {}) -> Make:
+    """NVIDIA's optimizers on a momentum: an EMA, a polar factor, a scale, decoupled decay; `extra` gives the overrides of one of them."""
+
+    def make(golden: Golden, params: dict[str, torch.nn.Parameter]) -> SubspaceOptimizer:
+        o = options(golden)
+        overrides = {"matrix.momentum.beta": o["momentum"], **extra(o)}
+        rates = {"lr": o["lr"], "weight_decay": o.get("weight_decay", 1.0)}  # Scion's decay is part of its update
+        return built(golden, params, preset, [{"params": list(params), "use": "matrix", "overrides": overrides, **rates}])
+
+    return make
+
+
+def _moment2(o: dict[str, Any]) -> dict[str, Any]:
+    """The second moment of NVIDIA's adaptive Muon, after the polar factor, and its scale."""
+    return {
+        "matrix.momentum.nesterov": o["nesterov"],
+        "matrix.complement.1.beta2": o["beta2"],
+        "matrix.complement.1.eps": o["eps"],
+        "matrix.finish": {"kind": "scale", "by": NEMO_SCALES[o["scale_mode"]], "factor": o["extra_scale_factor"]},
+    }
 
 
 def muon_dion(golden: Golden, params: dict[str, torch.nn.Parameter]) -> SubspaceOptimizer:
@@ -388,6 +413,16 @@ def dion(golden: Golden, params: Params) -> SubspaceOptimizer:
                 overrides = {"other.complement": lion, "other.lr_scale": 1.0}
                 groups.append({**rates(o), "use": "other", "overrides": overrides})
     return built(golden, params, "dion", groups)
+
+
+def dion2(golden: Golden, params: Params) -> SubspaceOptimizer:
+    o = options(golden)
+    groups: Groups = []
+    for name, p in params.items():
+        rank = math.ceil(o["fraction"] * min(p.shape))  # a preset's share of the lines is rounded, the authors' is rounded up
+        overrides = {"matrix.feedback": o["ef_decay"], "matrix.selector.rank": rank}
+        groups.append({**rates({**o, "params": [name]}), "use": "matrix", "overrides": overrides})
+    return built(golden, params, "dion2", groups)
 
 
 # ------------------------------------------------------------------------------------------------------------- cosine dictionaries
@@ -603,6 +638,9 @@ CASES: dict[str, Case] = {
     "muon_torch_rms_plain": Case("muon", muon_torch),
     "muon_nemo_polar_express": Case("muon", muon_nemo),
     "muon_nemo_quintic_nesterov": Case("muon", muon_nemo),
+    "normuon_nemo": Case("normuon", nemo("normuon", _moment2)),
+    "adamuon_nemo": Case("adamuon", nemo("adamuon", _moment2)),
+    "namo_nemo": Case("namo", nemo("namo", _moment2)),
     "muon_dionref_spectral": Case("muon", muon_dion),
     "adamw_torch": Case("adamw", adamw),
     "galore_std_wd": Case("galore", galore),
@@ -621,6 +659,7 @@ CASES: dict[str, Case] = {
     "frugal_block_ascending": Case("frugal", frugal),
     "ldadam_power_ef": Case("ldadam", ldadam),
     "ldadam_svd_noef": Case("ldadam", ldadam),
+    "dion2": Case("dion2", dion2),
     "dion_simple": Case("dion", dion),
     "dion_ref_qr": Case("dion", dion),
     "dion_ref_rcqr_full": Case("dion", dion),
