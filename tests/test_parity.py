@@ -54,6 +54,12 @@ MISTAKES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "scale before the statistic": ("adamuon_nemo", "matrix", {"matrix.complement": SCALED_FIRST, "matrix.finish": "none"}),
     "statistic of the polar factor": ("namo_nemo", "matrix", {"matrix.complement.1.of": "signal"}),
     "mean for sum": ("namo_nemo", "matrix", {"matrix.complement.1.reduce": "mean"}),
+    "scale without the nuclear norm": ("polargrad_nemo", "matrix", {"matrix.complement.norm": "none"}),
+    "Frobenius for nuclear norm": ("mop_nemo", "matrix", {"matrix.complement.norm": "signal"}),
+    "l2 for l1": ("dion2", "matrix", {"matrix.selector.ranking": "l2"}),
+    "lines of the longer side": ("dion2", "matrix", {"matrix.orient": "long"}),
+    "all of the momentum decays": ("dion2", "matrix", {"matrix.feedback": 0.8}),
+    "Polar Express without its margin": ("dion2", "matrix", {"matrix.inside.margin": 1.0}),
     "heavy ball for EMA under a floor": ("muon_kj_wd", "matrix", {"matrix.complement.eps": 1e-2}),
 }
 

@@ -641,6 +641,12 @@ CASES: dict[str, Case] = {
     "normuon_nemo": Case("normuon", nemo("normuon", _moment2)),
     "adamuon_nemo": Case("adamuon", nemo("adamuon", _moment2)),
     "namo_nemo": Case("namo", nemo("namo", _moment2)),
+    "polargrad_nemo": Case(
+        "polargrad",
+        nemo("polargrad", lambda o: {"matrix.momentum.nesterov": o["nesterov"], "matrix.finish.factor": o["extra_scale_factor"]}),
+    ),
+    "mop_nemo": Case("mop", nemo("mop")),
+    "scion_nemo": Case("scion", nemo("scion", lambda o: {"matrix.finish.factor": o["spectral_radius"]})),
     "muon_dionref_spectral": Case("muon", muon_dion),
     "adamw_torch": Case("adamw", adamw),
     "galore_std_wd": Case("galore", galore),
