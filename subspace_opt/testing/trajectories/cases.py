@@ -242,6 +242,17 @@ def adamw(golden: Golden, params: dict[str, torch.nn.Parameter]) -> SubspaceOpti
     return built(golden, params, "adamw", [{"params": list(params), "overrides": overrides, **rates}])
 
 
+def adafactor(golden: Golden, params: dict[str, torch.nn.Parameter]) -> SubspaceOptimizer:
+    o = options(golden)
+    overrides = {
+        "all.complement.0.decay": -o["decay_rate"],
+        "all.complement.0.eps": o["eps"][0],
+        "all.complement.1.limit": o["clip_threshold"],
+    }
+    rates = {"lr": o["lr"], "weight_decay": o["weight_decay"]}
+    return built(golden, params, "adafactor", [{"params": list(params), "overrides": overrides, **rates}])
+
+
 # ------------------------------------------------------------------------------------------------------------------- the GaLore line
 
 Groups = list[dict[str, Any]]
@@ -562,7 +573,25 @@ def nemo_soap(golden: Golden, params: Params) -> SubspaceOptimizer:
         "matrix.decay": {"decoupled": "before", "l2": "coupled"}[o["weight_decay_method"]],
     }
     group = {"params": list(params), "use": "matrix", "lr": o["lr"], "weight_decay": o["weight_decay"], "overrides": overrides}
-    return built(golden, params, "soap", [group])
+    return built(golden, params, "soap-qr", [group])
+
+
+def kl_soap(preset: str) -> Make:
+    def make(golden: Golden, params: Params) -> SubspaceOptimizer:
+        o = options(golden)
+        b1, b2 = o["betas"]
+        overrides = {
+            "matrix.momentum.beta": b1,
+            "matrix.selector.beta": o["shampoo_beta"],
+            "matrix.selector.floor": o["eps"],
+            "matrix.selector.start": o["eps"],  # the authors start from eigenvalues of 0
+            "matrix.inside.beta2": b2,
+            "matrix.inside.eps": o["eps"],
+        }
+        group = {"params": list(params), "use": "matrix", "lr": o["lr"], "weight_decay": o["weight_decay"], "overrides": overrides}
+        return built(golden, params, preset, [group])
+
+    return make
 
 
 # -------------------------------------------------------------------------------------------------------------------------- SUMO
@@ -609,6 +638,7 @@ class Case:
     preset: str
     make: Make
     left_out: dict[str, str] = field(default_factory=dict)
+    rounded: str = ""  # why round-off decides the first update of the reference: the comparison then starts after it
 
 
 def _all(names: str, why: str) -> dict[str, str]:
@@ -619,6 +649,7 @@ DISCARDED = "without Nesterov the momentum is updated and never read"
 GAIN = "the first moment takes 0.1 of the gradient and is corrected for beta1 = 0.9, even if beta1 is another number"
 STALE = "a refresh uses the old momentum once more in the new basis, and stores 0"
 ONE_SHOT = "a refresh uses the carried first moment for one update and does not store it"
+FIRST_IS_ROUND_OFF = "in the eigenbasis of the first gradient, coordinates off the diagonal are round-off, which eps 1e-8 divides"
 UNSORTED = "the columns are sorted after the QR, but their second moment is not"
 
 CASES: dict[str, Case] = {
@@ -630,8 +661,10 @@ CASES: dict[str, Case] = {
     "soap_rect_fixedspace": Case("soap", soap),
     "soap_onesided": Case("soap", soap),
     "soap_normalize_nobias_conv": Case("soap", soap),
-    "nemo_soap_qr": Case("soap", nemo_soap, _all("square square2", UNSORTED)),
-    "nemo_soap_eigh_nesterov": Case("soap", nemo_soap),
+    "nemo_soap_qr": Case("soap-qr", nemo_soap, _all("square square2", UNSORTED)),
+    "nemo_soap_eigh_nesterov": Case("soap-qr", nemo_soap),
+    "kl_soap_eigh_nemo": Case("rekls", kl_soap("rekls"), rounded=FIRST_IS_ROUND_OFF),
+    "kl_soap_qr_nemo": Case("kl-soap", kl_soap("kl-soap"), rounded=FIRST_IS_ROUND_OFF),
     "muon_kj_wd": Case("muon", muon_keller),
     "muon_kj_auxadam": Case("muon", muon_keller),
     "muon_torch_original": Case("muon", muon_torch),
@@ -649,6 +682,7 @@ CASES: dict[str, Case] = {
     "scion_nemo": Case("scion", nemo("scion", lambda o: {"matrix.finish.factor": o["spectral_radius"]})),
     "muon_dionref_spectral": Case("muon", muon_dion),
     "adamw_torch": Case("adamw", adamw),
+    "adafactor_hf": Case("adafactor", adafactor),
     "galore_std_wd": Case("galore", galore),
     "galore_sides": Case("galore", galore),
     "galore_full": Case("galore", galore),
