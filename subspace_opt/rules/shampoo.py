@@ -25,7 +25,7 @@ class Shampoo(Rule):
     kind: Literal["shampoo"] = "shampoo"
     beta2: float = Field(0.95, ge=0.0, le=1.0, description="Decay rate of the covariances; 1 sums without forgetting.")
     every: PositiveInt = Field(10, description="Updates between recomputations of the roots.")
-    eps: float = Field(1e-6, gt=0.0, lt=1.0, description="Added to all eigenvalues, as a share of the largest.")
+    eps: float = Field(1e-6, ge=0.0, lt=1.0, description="Added to all eigenvalues, as a share of the largest.")
     debias: bool = Field(True, description="Correct the bias of the covariances, if `beta2` is below 1.")
     max_dim: PositiveInt = Field(10000, description="The longest side that has a covariance.")
 
@@ -61,10 +61,12 @@ class Shampoo(Rule):
         return x, new
 
     def _inverse_root(self, p: Tensor, power: int, step: Step) -> Tensor:
-        """`(P / c + eps max(lambda) I)^(-1 / power)` for a stack of covariances P, c the bias; 0 for a covariance of 0."""
+        """`(P / c + eps max(lambda) I)^(-1 / power)` for covariances P with bias c; 0 where an eigenvalue is only round-off."""
         values, vectors = linalg.eigh(p)
         if self.debias and self.beta2 < 1:
             values = values / (1 - self.beta2**step.t)
         top = values[..., :1]
-        inverse = torch.where(top > 0, linalg.divisor(values + self.eps * top) ** (-1.0 / power), 0.0)
+        values = values + self.eps * top
+        held = values > p.size(-1) * torch.finfo(p.dtype).eps * top
+        inverse = torch.where(held, linalg.divisor(values) ** (-1.0 / power), 0.0)
         return linalg.mm(vectors * inverse.unsqueeze(-2), vectors.mT)

@@ -34,7 +34,7 @@ class KronEigen(Selector):
     With `covariance: kl` each side measures the gradient whitened by the other side (KL-Shampoo, arXiv:2509.03378), both from the bases Q
     and eigenvalues `lambda = diag(Q'PQ)` of the last refresh:
 
-        L <- beta L + (1 - beta) / n  G Q_R max(lambda_R, floor)^-1 Q_R' G'        and likewise R, with G' and 1 / m
+        L <- beta L + (1 - beta) / n  G Q_R max(lambda_R, floor mean(lambda_R))^-1 Q_R' G'        and likewise R, with G' and 1 / m
     """
 
     kind: Literal["kron_eigen"] = "kron_eigen"
@@ -47,13 +47,20 @@ class KronEigen(Selector):
     timing: Literal["before", "after"] = Field(
         "after", description="Refresh before the update is made, or after it; with `after`, the first gradient only sets the basis."
     )
+    skip_first: bool = Field(
+        False,
+        description="The first gradient only sets the basis, also with `timing: before`. In its own eigenbasis most of its coordinates are "
+        "round-off, which Adam would divide by round-off.",
+    )
     beta: float = Field(0.95, ge=0.0, lt=1.0, description="Decay rate of the covariances.")
     debias: bool = Field(False, description="Correct the bias of the covariances.")
     covariance: Literal["gradient", "kl"] = Field(
         "gradient",
         description="Covariances of the gradient, or for each side those of the gradient whitened by the others (KL-Shampoo).",
     )
-    floor: float = Field(1e-8, gt=0.0, description="The least eigenvalue by which `covariance: kl` divides.")
+    floor: float = Field(
+        1e-4, gt=0.0, le=1.0, description="The least eigenvalue by which `covariance: kl` divides, as a share of their mean."
+    )
     start: float = Field(1.0, gt=0.0, description="The eigenvalues by which `covariance: kl` divides the first gradient.")
     solver: Literal["power", "eigh"] = Field("power", description="One power iteration and QR from the present basis, or eigh.")
     sort: bool = Field(True, description="Sort columns by eigenvalue before the QR, and permute kept coordinates with them.")
@@ -62,7 +69,7 @@ class KronEigen(Selector):
     merge: PositiveInt = Field(1, description="Merge neighbouring modes while their product is at most this.")
 
     def traits(self) -> SelectorTraits:
-        return SelectorTraits(primes=self.timing == "after")
+        return SelectorTraits(primes=self.timing == "after" or self.skip_first)
 
     def modes(self, rows: Dim, cols: Dim) -> list[_Mode]:
         """The modes of a matrix, in the order of its sizes."""
@@ -146,7 +153,7 @@ class KronEigen(Selector):
 
     def _accumulated(self, x: Tensor, state: State, step: Step) -> State:
         """The covariances with the gradient added; with `debias`, weighted so that they are averages from the first update on."""
-        count = step.t.item() + (1 if self.timing == "after" else 0)
+        count = step.t.item() + (1 if self.traits().primes else 0)
         weight = (1 - self.beta) / (1 - self.beta**count) if self.debias else 1 - self.beta
         new = dict(state)
         modes = self.modes(step.rows, step.cols)
@@ -167,9 +174,11 @@ class KronEigen(Selector):
             if other == mode or not other.rotated:
                 continue
             if step.first:  # there is no basis yet
-                x = x * max(self.start, self.floor) ** -0.5
+                x = x * self.start**-0.5
                 continue
-            root = state[f"{other.name}.eigenvalues"].clamp_min(self.floor).rsqrt().unsqueeze(-2)
+            values = state[f"{other.name}.eigenvalues"]
+            least = self.floor * values.mean(-1, keepdim=True)
+            root = linalg.divisor(torch.maximum(values, least)).rsqrt().unsqueeze(-2)
             moved = x.movedim(1 + other.axis, -1)
             turned = linalg.mm(moved.reshape(x.size(0), -1, other.size), state[f"{other.name}.basis"] * root)
             x = turned.reshape(moved.shape).movedim(-1, 1 + other.axis)

@@ -565,6 +565,7 @@ def nemo_soap(golden: Golden, params: Params) -> SubspaceOptimizer:
             "timing": "before",
             "beta": o["shampoo_beta"],
             "debias": o["correct_bias"],
+            "skip_first": False,
             "solver": "eigh" if o["use_eigh"] else "power",
             "sort": False,
         },
@@ -583,8 +584,9 @@ def kl_soap(preset: str) -> Make:
         overrides = {
             "matrix.momentum.beta": b1,
             "matrix.selector.beta": o["shampoo_beta"],
-            "matrix.selector.floor": o["eps"],
-            "matrix.selector.start": o["eps"],  # the authors start from eigenvalues of 0
+            "matrix.selector.floor": o["eps"],  # of the mean; the authors' floor is absolute, and no eigenvalue is as small
+            "matrix.selector.skip_first": False,
+            "matrix.selector.start": o["eps"],  # the authors start from eigenvalues of 0, which their floor makes eps
             "matrix.inside.beta2": b2,
             "matrix.inside.eps": o["eps"],
         }
