@@ -193,6 +193,8 @@ RANGES = {
     "classical": (0.05, 1.01, 0.005),
     "polar_express": (0.85, 1.15, 0.6),
     "cans": (0.85, 1.15, 0.6),
+    "dion": (0.85, 1.15, 0.6),
+    "deepseek": (0.65, 1.21, 0.3),  # the last two of its ten steps narrow it
 }
 
 
@@ -476,7 +478,7 @@ class Model(nn.Module):
 
 
 # In these presets an embedding or a head has a rule that needs the whole matrix at once.
-WHOLE = {"soap", "soap-one-sided"}
+WHOLE = {"soap", "soap-one-sided", "adafactor"}
 
 
 @functools.lru_cache(maxsize=3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -39,9 +40,9 @@ class FactoredNorm(Rule):
     def apply(self, x: Tensor, grad: Tensor, state: State, step: Step) -> tuple[Tensor, State]:
         clock = step.age if self.on_refresh == "reset" else step.t
         weight = float(clock) ** -self.decay if self.beta2 is None else 1.0 - self.beta2
-        squares = grad.square().add_(self.eps)
-        row = state["row_sq"].lerp(squares.mean(-1), weight)
-        col = state["col_sq"].lerp(squares.mean(-2), weight)
+        row = state["row_sq"].lerp(torch.linalg.vector_norm(grad, dim=-1).square().div_(grad.size(-1)).add_(self.eps), weight)
+        col = state["col_sq"].lerp(grad.square().mean(-2).add_(self.eps), weight)
         # Roots before the product: the product of two small means would underflow in single precision.
-        left = (row / linalg.divisor(row.mean(-1, keepdim=True))).sqrt_().unsqueeze(-1)
-        return linalg.quotient(linalg.quotient(x, left), col.sqrt().unsqueeze(-2)), {"row_sq": row, "col_sq": col}
+        left = (row / linalg.divisor(row.mean(-1, keepdim=True))).sqrt_()
+        out = x * linalg.ratio(1.0, left, 0.0).unsqueeze(-1)
+        return out.mul_(linalg.ratio(1.0, col.sqrt(), 0.0).unsqueeze(-2)), {"row_sq": row, "col_sq": col}

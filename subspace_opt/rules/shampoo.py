@@ -25,7 +25,7 @@ class Shampoo(Rule):
     kind: Literal["shampoo"] = "shampoo"
     beta2: float = Field(0.95, ge=0.0, le=1.0, description="Decay rate of the covariances; 1 sums without forgetting.")
     every: PositiveInt = Field(10, description="Updates between recomputations of the roots.")
-    eps: float = Field(1e-6, ge=0.0, lt=1.0, description="Added to all eigenvalues, as a share of the largest.")
+    eps: float = Field(1e-5, ge=0.0, lt=1.0, description="Added to all eigenvalues, as a share of the largest.")
     debias: bool = Field(True, description="Correct the bias of the covariances, if `beta2` is below 1.")
     max_dim: PositiveInt = Field(10000, description="The longest side that has a covariance.")
 

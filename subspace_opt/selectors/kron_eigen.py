@@ -118,7 +118,8 @@ class KronEigen(Selector):
 
     def refresh(self, x: Tensor, state: State, step: Step) -> tuple[State, Order | None]:
         if self.timing == "before":
-            state = self._accumulated(x, state, step)
+            # A decomposition may fail, and the matrix is then computed again: the covariances must not be written over.
+            state = self._accumulated(x, state, step._replace(in_place=False))
         new, order = self._turned(x, state, step)
         if self.covariance == "kl":
             for key in [key for key in new if key.endswith(".eigenvalues")]:

@@ -586,6 +586,7 @@ def kl_soap(preset: str) -> Make:
             "matrix.selector.beta": o["shampoo_beta"],
             "matrix.selector.floor": o["eps"],  # of the mean; the authors' floor is absolute, and no eigenvalue is as small
             "matrix.selector.skip_first": False,
+            "matrix.finish": "none",
             "matrix.selector.start": o["eps"],  # the authors start from eigenvalues of 0, which their floor makes eps
             "matrix.inside.beta2": b2,
             "matrix.inside.eps": o["eps"],
