@@ -194,6 +194,8 @@ RANGES = {
     "polar_express": (0.85, 1.15, 0.6),
     "cans": (0.85, 1.15, 0.6),
     "aol": (0.95, 1.1, 0.2),
+    "dion": (0.85, 1.15, 0.6),
+    "deepseek": (0.65, 1.21, 0.3),  # the last two of its ten steps narrow it
 }
 TOP = {"aol": 0.88}  # the largest singular value that a schedule takes, if it is not 1
 
@@ -479,7 +481,7 @@ class Model(nn.Module):
 
 
 # In these presets an embedding or a head has a rule that needs the whole matrix at once.
-WHOLE = {"soap", "soap-one-sided"}
+WHOLE = {"soap", "soap-one-sided", "adafactor"}
 
 
 @functools.lru_cache(maxsize=3)

@@ -58,6 +58,19 @@ SCHEDULES: dict[str, tuple[tuple[Polynomial, ...], Literal["cycle", "repeat"]]] 
         ),
         "repeat",
     ),
+    # Polar Express for an input divided by 1.02 times its norm, as in Dion's code: the 1.02 is part of all polynomials but the last.
+    "dion": (
+        (
+            (8.156554524902461, -22.48329292557795, 15.878769915207462),
+            (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+            (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+            (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+            (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+        ),
+        "repeat",
+    ),
+    # Ten steps of DeepSeek: eight of Keller Jordan's, then two of a polynomial with slope 0 at 1.
+    "deepseek": ((*[(3.4445, -4.7750, 2.0315)] * 8, (2.0, -1.5, 0.5)), "repeat"),
     # Chebyshev-optimal (CANS, arXiv:2506.10935); like Polar Express it needs a safety factor.
     "cans": (
         (
@@ -105,6 +118,7 @@ def newton_schulz(
     *,
     eps: float = 1e-7,
     floor: bool = False,
+    margin: float = 1.0,
     dtype: torch.dtype | None = None,
     bound: Bound = "frobenius",
     power_iterations: int = 8,
@@ -117,6 +131,7 @@ def newton_schulz(
     Args:
         x: `(B, m, n)`.
         eps: Added to the Frobenius norm that divides X; with `floor`, the least divisor.
+        margin: A factor of the norm that divides X.
         dtype: Dtype of the iteration and of the result (default: that of `x`). The result may be column-major.
         bound: What divides X after its Frobenius norm, see `bounded`.
         power_iterations: Those of bound `spectral`.
@@ -125,6 +140,7 @@ def newton_schulz(
     if eps < SAFE:  # the squares of a norm may underflow to 0
         x = unit(x)
     size = divisor(norm(x)) if eps < SAFE else norm(x)
+    size = size if margin == 1.0 else size * margin
     size = size.clamp_min(eps) if floor else size + eps
     # The division is a pass of its own: as a factor of the first polynomial it would make oneDNN compile a product for every new number.
     if dtype == torch.bfloat16 and x.dtype == torch.float32:  # bfloat16 has the same range, so the division can run on half the bytes

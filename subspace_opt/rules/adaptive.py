@@ -163,5 +163,6 @@ class Lion(Rule):
 
     def apply(self, x: Tensor, grad: Tensor, state: State, step: Step) -> tuple[Tensor, State]:
         m = state["exp_avg"]
-        out = x.lerp(m, self.beta1).sign()
+        mixed = x.lerp(m, self.beta1)
+        out = mixed.sign().masked_fill_(mixed.isnan(), torch.nan)  # the sign of NaN is 0
         return out, {"exp_avg": averaged(m, x, self.beta2, step)}

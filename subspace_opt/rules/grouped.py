@@ -14,23 +14,31 @@ from ..algebra import Dim, Rule, RuleTraits, Slot, State, Step, linear
 from ..algebra.linear import S
 from ..registry import register
 
+Shape = Literal["lines", "rows", "columns", "entries", "matrix"]
+
 
 @register
 class SubsetNorm(Rule):
-    """`S_i <- b2 S_i + (1 - b2) |G_i|^2` for every subset i of entries; `X_j / (sqrt(S_i) + eps)` for j in i (arXiv:2411.07120).
+    """`S_i <- b2 S_i + (1 - b2) |Y_i|^2` for every subset i of entries; `X_j / (sqrt(S_i) + eps)` for j in i (arXiv:2411.07120).
 
-    A subset is a line along the short side, so there is one statistic for each row or column of the long side; or it is a run of entries in
-    row-major order. With `beta2: 1` squares are summed as in AdaGrad. In `finish` the rule divides the whole update.
+    Y is the gradient, or with `of: signal` the signal X itself: after `orthogonalize` these are the second moments of NorMuon (`lines` or
+    `rows`, arXiv:2510.05491) and AdaMuon (`entries`, arXiv:2507.11005); NAMO divides by the size of the gradient (`matrix`,
+    arXiv:2602.17080). With `beta2: 1` squares are summed as in AdaGrad. In `finish` the rule divides the whole update.
     """
 
     kind: Literal["subset_norm"] = "subset_norm"
-    subsets: Literal["lines"] | int = Field(
+    subsets: Shape | int = Field(
         "lines",
-        description="`lines` along the short side; a size k, reduced to a divisor of the number of entries; -k for sqrt(entries) / k.",
+        description="`lines` along the short side; each of the `rows`, `columns` or `entries`, or the whole `matrix`; a size k of runs in "
+        "row-major order, reduced to a divisor of the number of entries; -k for sqrt(entries) / k.",
     )
+    of: Literal["gradient", "signal"] = Field("gradient", description="The matrix Y whose squares the statistic averages.")
     beta2: float = Field(0.999, ge=0.0, le=1.0, description="Decay rate of the statistic; 1 sums without forgetting.")
     eps: float = Field(1e-6, ge=0.0, description="Added to the root of the statistic.")
+    eps_floor: bool = Field(False, description="Divide by the root of max(statistic, eps) instead of root + eps.")
     reduce: Literal["sum", "mean"] = Field("sum", description="Sum or mean of a subset's squares; the paper and its code sum.")
+    keep_idle: bool = Field(False, description="Leave the statistic of a subset of zeros as it is, instead of letting it decay.")
+    keep_norm: bool = Field(False, description="Scale the result to the Frobenius norm that the signal had.")
 
     @field_validator("subsets")
     @classmethod
@@ -40,15 +48,35 @@ class SubsetNorm(Rule):
         return value
 
     def slots(self, rows: Dim, cols: Dim) -> dict[str, Slot]:
-        if self.subsets == "lines":
-            return {"exp_avg_sq": Slot((rows if rows.size >= cols.size else cols,), holds="unsigned")}
+        return {"exp_avg_sq": Slot(self._statistics(rows, cols), holds="unsigned")}
+
+    def _statistics(self, rows: Dim, cols: Dim) -> tuple[Dim, ...]:
+        """The dimensions of the statistic."""
+        match self.subsets:
+            case "lines":
+                return (rows if rows.size >= cols.size else cols,)
+            case "rows":
+                return (rows,)
+            case "columns":
+                return (cols,)
+            case "entries":
+                return rows, cols
+            case "matrix":
+                return ()
         entries = rows.size * cols.size
-        return {"exp_avg_sq": Slot((Dim("subsets", entries // self.subset_size(entries)),), holds="unsigned")}
+        return (Dim("subsets", entries // self.subset_size(entries)),)
 
     def traits(self, rows: Dim, cols: Dim) -> RuleTraits:
-        lines = self.subsets == "lines"
-        by_rows = rows.size >= cols.size if lines else cols.size % self.subset_size(rows.size * cols.size) == 0
-        return RuleTraits(scale_free=True, by_rows=by_rows)
+        if isinstance(self.subsets, int):
+            by_rows = cols.size % self.subset_size(rows.size * cols.size) == 0
+        else:
+            by_rows = self.subsets in ("rows", "entries") or (self.subsets == "lines" and rows.size >= cols.size)
+        return RuleTraits(
+            scale_free=True,
+            reads_grad=self.of == "gradient",
+            elementwise=self.subsets == "entries" and not self.keep_norm,
+            by_rows=by_rows and not self.keep_norm,
+        )
 
     def subset_size(self, entries: int) -> int:
         """Entries of a subset: the largest divisor of `entries` that is at most the size in the spec."""
@@ -57,29 +85,68 @@ class SubsetNorm(Rule):
         return next(k for k in range(max(1, min(asked, entries)), 0, -1) if entries % k == 0)
 
     def apply(self, x: Tensor, grad: Tensor, state: State, step: Step) -> tuple[Tensor, State]:
-        b, m, n = x.shape
-        if self.subsets == "lines":
-            size, dim = (n, -1) if state["exp_avg_sq"].size(-1) == m else (m, -2)  # x may be some rows of the matrix
-            # Along rows a norm reads memory once; down columns it is 10x slower than squares that are written and summed.
-            squares = torch.linalg.vector_norm(grad, dim=-1).square() if dim == -1 else grad.square().sum(-2)
+        before, size = state["exp_avg_sq"], linalg.norm(x) if self.keep_norm else None
+        squares = self._squares(grad if self.of == "gradient" else x, before)
+        s = self._averaged(before, squares, step)
+        root = s.clamp_min(self.eps).sqrt_() if self.eps_floor else s.sqrt().add_(self.eps)
+        if isinstance(self.subsets, int):
+            shape, x = x.shape, x.reshape(x.size(0), root.size(-1), -1)
+            out = self._divided(x, root.unsqueeze(-1), step).reshape(shape)
         else:
-            size = self.subset_size(m * n)
-            squares = grad.reshape(b, -1, size).square().sum(-1)
-        if self.reduce == "mean":
-            squares.div_(size)
-        before = state["exp_avg_sq"]
+            out = self._divided(x, _broadcast(root, self._axis(x, root)), step)
+        return (out if size is None else self._resized(out, size)), {"exp_avg_sq": s}
+
+    def _averaged(self, before: Tensor, squares: Tensor, step: Step) -> Tensor:
+        if self.keep_idle and self.beta2 < 1:
+            weight = (squares > 0).to(squares.dtype).mul_(1 - self.beta2)
+            return before.lerp_(squares, weight) if step.in_place else before.lerp(squares, weight)
         s = before.mul_(self.beta2) if step.in_place else before * self.beta2
-        s.add_(squares.mul_(1 - self.beta2) if self.beta2 < 1 else squares)
-        root = s.sqrt().add_(self.eps)
-        if self.subsets == "lines":
-            root = root.unsqueeze(dim)
-            return self._divided(x, root, step), {"exp_avg_sq": s}
-        return self._divided(x.reshape(b, -1, size), root.unsqueeze(-1), step).reshape(b, m, n), {"exp_avg_sq": s}
+        return s.add_(squares.mul_(1 - self.beta2) if self.beta2 < 1 else squares)
+
+    def _axis(self, x: Tensor, statistic: Tensor) -> int | None:
+        """The dimension of `x` along which a subset lies: -1 for rows, -2 for columns, 0 for the whole matrix, None for an entry."""
+        match self.subsets:
+            case "lines":
+                return -1 if statistic.size(-1) == x.size(-2) else -2  # x may be some rows of the matrix
+            case "rows":
+                return -1
+            case "columns":
+                return -2
+        return None if self.subsets == "entries" else 0
+
+    def _squares(self, y: Tensor, statistic: Tensor) -> Tensor:
+        """The sum or mean of the squares of each subset, in the shape of the statistic."""
+        if isinstance(self.subsets, int):
+            squares, size = y.reshape(*statistic.shape, -1).square().sum(-1), y[0].numel() // statistic.size(-1)
+        else:
+            axis = self._axis(y, statistic)
+            if axis is None:
+                return y.square()
+            size = y[0].numel() if axis == 0 else y.size(axis)
+            # Along rows a norm reads memory once; down columns it is 10x slower than squares that are written and summed.
+            if axis == 0:
+                squares = linalg.norm(y).square().view(-1)
+            else:
+                squares = torch.linalg.vector_norm(y, dim=-1).square() if axis == -1 else y.square().sum(-2)
+        return squares.div_(size) if self.reduce == "mean" else squares
 
     def _divided(self, x: Tensor, root: Tensor, step: Step) -> Tensor:
         if self.eps < linalg.SAFE:
             return linalg.quotient(x, root)
         return x.div_(root) if step.spare else x / root
+
+    def _resized(self, out: Tensor, size: Tensor) -> Tensor:
+        """A matrix of norm `size` in the direction of `out`."""
+        if self.eps < linalg.SAFE:
+            return out * linalg.ratio(size, linalg.norm(out), self.eps)
+        return out.mul_(size / linalg.norm(out).clamp_min(self.eps))
+
+
+def _broadcast(root: Tensor, axis: int | None) -> Tensor:
+    """A divisor for each entry, from one for each subset along `axis`."""
+    if axis is None:
+        return root
+    return root.view(-1, 1, 1) if axis == 0 else root.unsqueeze(axis)
 
 
 @register

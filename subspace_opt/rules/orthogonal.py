@@ -15,7 +15,7 @@ from ..linalg import polar
 from ..linalg.bounds import Bound
 from ..registry import register
 
-Named = Literal["keller", "quintic", "cubic", "classical", "cans", "aol"]
+Named = Literal["keller", "quintic", "cubic", "classical", "cans", "aol", "dion", "deepseek"]
 ComputeDtype = Literal["auto", "input", "bfloat16", "float16", "float32", "float64"]
 
 
@@ -60,6 +60,7 @@ class Orthogonalize(Rule):
     power_iterations: PositiveInt = Field(8, description="Power iterations of bound `spectral`.")
     eps: float = Field(1e-7, ge=0.0, description="Guards the division by the Frobenius norm.")
     eps_floor: bool = Field(False, description="Divide by max(norm, eps) instead of norm + eps.")
+    margin: float = Field(1.0, ge=1.0, description="Divide by this multiple of the Frobenius norm; the coefficients `dion` need 1.02.")
     dtype: ComputeDtype = Field(
         "auto",
         description="Dtype of the iteration; `auto`: float64 for float64, else bfloat16; float32 on a CPU without bfloat16 products; "
@@ -111,22 +112,41 @@ class Orthogonalize(Rule):
         """The polar factor of a stack, in the dtype of `x`."""
         if self.method == "svd":
             return polar.polar(x)
-        o = polar.newton_schulz(x, self._polynomials(), eps=self.eps, floor=self.eps_floor, dtype=self._dtype(x), **self._divisor())
+        guards: dict[str, Any] = {"eps": self.eps, "floor": self.eps_floor, "margin": self.margin}
+        o = polar.newton_schulz(x, self._polynomials(), dtype=self._dtype(x), **guards, **self._divisor())
         # Row-major as weights are: the update of the weight then reads it faster.
         return o.to(x.dtype, memory_format=torch.contiguous_format).contiguous()
 
 
 @register
 class Muon(Orthogonalize):
-    """`sqrt(mn) O / (|O|_F + norm_eps)`, `O = UV'` of X: root mean square 1 per entry; with `norm: none`, O itself."""
+    """`s O`, `O = UV'` of X, with s by `norm`: `sqrt(mn) / (|O|_F + norm_eps)`, so that an entry has root mean square 1; 1 for `none`;
+    `<O, X>`, the sum of the singular values, for `nuclear` (PolarGrad, arXiv:2505.21799); `|X|_F` for `signal` (NAMO, arXiv:2602.17080).
+    """
 
     kind: Literal["muon"] = "muon"  # type: ignore[assignment]
-    norm: Literal["rms", "none"] = Field("rms", description="Scale the result to root mean square 1 per entry, or leave it as it is.")
-    norm_eps: float = Field(1e-8, ge=0.0, description="Added to the norm that divides the result.")
+    norm: Literal["rms", "none", "nuclear", "signal"] = Field(
+        "rms",
+        description="Scale the result to root mean square 1 per entry, leave it as it is, or multiply it by the nuclear norm <O, X> or "
+        "the Frobenius norm of the signal X.",
+    )
+    norm_eps: float = Field(1e-8, ge=0.0, description="Added to the norm that divides the result of `norm: rms`.")
+
+    def traits(self, rows: Dim, cols: Dim) -> RuleTraits:
+        return super().traits(rows, cols)._replace(scale_free=self.norm in ("rms", "none"))
 
     def apply(self, x: Tensor, grad: Tensor, state: State, step: Step) -> tuple[Tensor, State]:
         o = self.orthogonalized(x)
-        if self.norm == "rms":
-            factor = linalg.ratio(math.sqrt(x.size(-2) * x.size(-1)), linalg.norm(o), self.norm_eps)
+        if self.norm != "none":
+            factor = self._factor(o, x)
             o = o.mul_(factor) if o is not x else o * factor
         return o, {}
+
+    def _factor(self, o: Tensor, x: Tensor) -> Tensor:
+        """The scale s of every matrix, `(B, 1, 1)`."""
+        match self.norm:
+            case "nuclear":
+                return (o * x).sum((-2, -1), keepdim=True)
+            case "signal":
+                return linalg.norm(x)
+        return linalg.ratio(math.sqrt(x.size(-2) * x.size(-1)), linalg.norm(o), self.norm_eps)

@@ -14,10 +14,14 @@ from ..registry import register
 
 @register
 class TopNorm(LowRank):
-    """The `rank` columns of largest l2 norm, as coordinates: a basis of r indices (arXiv:2406.17660, arXiv:2411.07120)."""
+    """The `rank` columns of largest norm, as coordinates: a basis of r indices (arXiv:2406.17660, arXiv:2411.07120).
+
+    With the l1 norm these are the lines that Dion2 takes out of its momentum (arXiv:2512.16928).
+    """
 
     kind: Literal["top_norm"] = "top_norm"
     every: PositiveInt | None = Field(200, description="Updates between refreshes.")
+    ranking: Literal["l1", "l2"] = Field("l2", description="The norm that ranks the columns.")
 
     def limit(self, rows: Dim, cols: Dim) -> int:
         return cols.size
@@ -35,4 +39,5 @@ class TopNorm(LowRank):
         return SelectorFlops(project=0.0)  # columns are picked, not multiplied
 
     def refresh(self, x: Tensor, state: State, step: Step) -> tuple[State, Order | None]:
-        return {"index": torch.linalg.vector_norm(x, dim=-2).topk(state["index"].size(-1)).indices}, None
+        size = x.abs().sum(-2) if self.ranking == "l1" else torch.linalg.vector_norm(x, dim=-2)
+        return {"index": size.topk(state["index"].size(-1)).indices}, None

@@ -164,9 +164,12 @@ NEMO_POLAR_EXPRESS = [
 ]
 
 
+NEMO_SCALES = {"spectral": "moonshot", "shape_scaling": "keller", "unit_rms_norm": "spectral"}
+
+
 def muon_nemo(golden: Golden, params: dict[str, torch.nn.Parameter]) -> SubspaceOptimizer:
     o = options(golden)
-    by = {"spectral": "moonshot", "shape_scaling": "keller", "unit_rms_norm": "spectral"}[o["scale_mode"]]
+    by = NEMO_SCALES[o["scale_mode"]]
     overrides: dict[str, Any] = {
         "matrix.momentum.beta": o["momentum"],
         "matrix.momentum.nesterov": o["nesterov"],
@@ -203,6 +206,28 @@ def muon_applied(preset: str, apply: dict[str, Any]) -> Make:
     return make
 
 
+def nemo(preset: str, extra: Callable[[dict[str, Any]], dict[str, Any]] = lambda o: {}) -> Make:
+    """NVIDIA's optimizers on a momentum: an EMA, a polar factor, a scale, decoupled decay; `extra` gives the overrides of one of them."""
+
+    def make(golden: Golden, params: dict[str, torch.nn.Parameter]) -> SubspaceOptimizer:
+        o = options(golden)
+        overrides = {"matrix.momentum.beta": o["momentum"], **extra(o)}
+        rates = {"lr": o["lr"], "weight_decay": o.get("weight_decay", 1.0)}  # Scion's decay is part of its update
+        return built(golden, params, preset, [{"params": list(params), "use": "matrix", "overrides": overrides, **rates}])
+
+    return make
+
+
+def _moment2(o: dict[str, Any]) -> dict[str, Any]:
+    """The second moment of NVIDIA's adaptive Muon, after the polar factor, and its scale."""
+    return {
+        "matrix.momentum.nesterov": o["nesterov"],
+        "matrix.complement.1.beta2": o["beta2"],
+        "matrix.complement.1.eps": o["eps"],
+        "matrix.finish": {"kind": "scale", "by": NEMO_SCALES[o["scale_mode"]], "factor": o["extra_scale_factor"]},
+    }
+
+
 def muon_dion(golden: Golden, params: dict[str, torch.nn.Parameter]) -> SubspaceOptimizer:
     groups = []
     for group in golden.meta["param_groups"]:
@@ -235,6 +260,17 @@ def adamw(golden: Golden, params: dict[str, torch.nn.Parameter]) -> SubspaceOpti
     overrides = {"all.complement.beta1": b1, "all.complement.beta2": b2, "all.complement.eps": o["eps"]}
     rates = {"lr": o["lr"], "weight_decay": o["weight_decay"]}
     return built(golden, params, "adamw", [{"params": list(params), "overrides": overrides, **rates}])
+
+
+def adafactor(golden: Golden, params: dict[str, torch.nn.Parameter]) -> SubspaceOptimizer:
+    o = options(golden)
+    overrides = {
+        "all.complement.0.decay": -o["decay_rate"],
+        "all.complement.0.eps": o["eps"][0],
+        "all.complement.1.limit": o["clip_threshold"],
+    }
+    rates = {"lr": o["lr"], "weight_decay": o["weight_decay"]}
+    return built(golden, params, "adafactor", [{"params": list(params), "overrides": overrides, **rates}])
 
 
 # ------------------------------------------------------------------------------------------------------------------- the GaLore line
@@ -410,6 +446,16 @@ def dion(golden: Golden, params: Params) -> SubspaceOptimizer:
     return built(golden, params, "dion", groups)
 
 
+def dion2(golden: Golden, params: Params) -> SubspaceOptimizer:
+    o = options(golden)
+    groups: Groups = []
+    for name, p in params.items():
+        rank = math.ceil(o["fraction"] * min(p.shape))  # a preset's share of the lines is rounded, the authors' is rounded up
+        overrides = {"matrix.feedback": o["ef_decay"], "matrix.selector.rank": rank}
+        groups.append({**rates({**o, "params": [name]}), "use": "matrix", "overrides": overrides})
+    return built(golden, params, "dion2", groups)
+
+
 # ------------------------------------------------------------------------------------------------------------- cosine dictionaries
 
 
@@ -539,6 +585,7 @@ def nemo_soap(golden: Golden, params: Params) -> SubspaceOptimizer:
             "timing": "before",
             "beta": o["shampoo_beta"],
             "debias": o["correct_bias"],
+            "skip_first": False,
             "solver": "eigh" if o["use_eigh"] else "power",
             "sort": False,
         },
@@ -547,7 +594,27 @@ def nemo_soap(golden: Golden, params: Params) -> SubspaceOptimizer:
         "matrix.decay": {"decoupled": "before", "l2": "coupled"}[o["weight_decay_method"]],
     }
     group = {"params": list(params), "use": "matrix", "lr": o["lr"], "weight_decay": o["weight_decay"], "overrides": overrides}
-    return built(golden, params, "soap", [group])
+    return built(golden, params, "soap-qr", [group])
+
+
+def kl_soap(preset: str) -> Make:
+    def make(golden: Golden, params: Params) -> SubspaceOptimizer:
+        o = options(golden)
+        b1, b2 = o["betas"]
+        overrides = {
+            "matrix.momentum.beta": b1,
+            "matrix.selector.beta": o["shampoo_beta"],
+            "matrix.selector.floor": o["eps"],  # of the mean; the authors' floor is absolute, and no eigenvalue is as small
+            "matrix.selector.skip_first": False,
+            "matrix.finish": "none",
+            "matrix.selector.start": o["eps"],  # the authors start from eigenvalues of 0, which their floor makes eps
+            "matrix.inside.beta2": b2,
+            "matrix.inside.eps": o["eps"],
+        }
+        group = {"params": list(params), "use": "matrix", "lr": o["lr"], "weight_decay": o["weight_decay"], "overrides": overrides}
+        return built(golden, params, preset, [group])
+
+    return make
 
 
 # -------------------------------------------------------------------------------------------------------------------------- SUMO
@@ -594,6 +661,7 @@ class Case:
     preset: str
     make: Make
     left_out: dict[str, str] = field(default_factory=dict)
+    rounded: str = ""  # why round-off decides the first update of the reference: the comparison then starts after it
 
 
 def _all(names: str, why: str) -> dict[str, str]:
@@ -604,6 +672,7 @@ DISCARDED = "without Nesterov the momentum is updated and never read"
 GAIN = "the first moment takes 0.1 of the gradient and is corrected for beta1 = 0.9, even if beta1 is another number"
 STALE = "a refresh uses the old momentum once more in the new basis, and stores 0"
 ONE_SHOT = "a refresh uses the carried first moment for one update and does not store it"
+FIRST_IS_ROUND_OFF = "in the eigenbasis of the first gradient, coordinates off the diagonal are round-off, which eps 1e-8 divides"
 UNSORTED = "the columns are sorted after the QR, but their second moment is not"
 
 CASES: dict[str, Case] = {
@@ -615,14 +684,25 @@ CASES: dict[str, Case] = {
     "soap_rect_fixedspace": Case("soap", soap),
     "soap_onesided": Case("soap", soap),
     "soap_normalize_nobias_conv": Case("soap", soap),
-    "nemo_soap_qr": Case("soap", nemo_soap, _all("square square2", UNSORTED)),
-    "nemo_soap_eigh_nesterov": Case("soap", nemo_soap),
+    "nemo_soap_qr": Case("soap-qr", nemo_soap, _all("square square2", UNSORTED)),
+    "nemo_soap_eigh_nesterov": Case("soap-qr", nemo_soap),
+    "kl_soap_eigh_nemo": Case("rekls", kl_soap("rekls"), rounded=FIRST_IS_ROUND_OFF),
+    "kl_soap_qr_nemo": Case("kl-soap", kl_soap("kl-soap"), rounded=FIRST_IS_ROUND_OFF),
     "muon_kj_wd": Case("muon", muon_keller),
     "muon_kj_auxadam": Case("muon", muon_keller),
     "muon_torch_original": Case("muon", muon_torch),
     "muon_torch_rms_plain": Case("muon", muon_torch),
     "muon_nemo_polar_express": Case("muon", muon_nemo),
     "muon_nemo_quintic_nesterov": Case("muon", muon_nemo),
+    "normuon_nemo": Case("normuon", nemo("normuon", _moment2)),
+    "adamuon_nemo": Case("adamuon", nemo("adamuon", _moment2)),
+    "namo_nemo": Case("namo", nemo("namo", _moment2)),
+    "polargrad_nemo": Case(
+        "polargrad",
+        nemo("polargrad", lambda o: {"matrix.momentum.nesterov": o["nesterov"], "matrix.finish.factor": o["extra_scale_factor"]}),
+    ),
+    "mop_nemo": Case("mop", nemo("mop")),
+    "scion_nemo": Case("scion", nemo("scion", lambda o: {"matrix.finish.factor": o["spectral_radius"]})),
     "muon_dionref_spectral": Case("muon", muon_dion),
     "muon_relative_nemo": Case("muon", muon_applied("muon", {"kind": "relative"})),
     "muon_hyperball_nemo": Case("muon-hyperball", muon_applied("muon-hyperball", {"kind": "hyperball", "radius": "hyperball_radius"})),
@@ -631,6 +711,7 @@ CASES: dict[str, Case] = {
     ),
     "spel_nemo": Case("spel", muon_applied("spel", {})),
     "adamw_torch": Case("adamw", adamw),
+    "adafactor_hf": Case("adafactor", adafactor),
     "galore_std_wd": Case("galore", galore),
     "galore_sides": Case("galore", galore),
     "galore_full": Case("galore", galore),
@@ -647,6 +728,7 @@ CASES: dict[str, Case] = {
     "frugal_block_ascending": Case("frugal", frugal),
     "ldadam_power_ef": Case("ldadam", ldadam),
     "ldadam_svd_noef": Case("ldadam", ldadam),
+    "dion2": Case("dion2", dion2),
     "dion_simple": Case("dion", dion),
     "dion_ref_qr": Case("dion", dion),
     "dion_ref_rcqr_full": Case("dion", dion),

@@ -22,6 +22,7 @@ class Parity:
     error: float  # largest over steps and compared parameters; 0 if none is compared
     compared: int
     left_out: dict[str, str]  # parameter -> the defect of the reference that it pins
+    rounded: str = ""  # why round-off decides the first update of the reference
 
     @property
     def holds(self) -> bool:
@@ -34,7 +35,7 @@ class Parity:
 def measure(name: str, folder: Path) -> Parity:
     """Replay one file of `folder`."""
     case, golden = CASES[name], Golden(folder / f"{name}.npz")
-    errors = replay(golden, case.make, exclude=tuple(case.left_out))
+    errors = replay(golden, case.make, exclude=tuple(case.left_out), rounded=bool(case.rounded))
     reference = golden.meta["reference"]
     return Parity(
         preset=case.preset,
@@ -45,6 +46,7 @@ def measure(name: str, folder: Path) -> Parity:
         error=max(errors.values(), default=0.0),
         compared=len(errors),
         left_out=dict(case.left_out),
+        rounded=case.rounded,
     )
 
 
