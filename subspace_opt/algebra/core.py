@@ -323,7 +323,8 @@ class Selector(Scheduled, Component, family="selector"):
     def period(self, t: int) -> int:
         """The number of whole periods before update `t`; 0 in the first period."""
         if "every" in self.schedules:
-            return last_refresh(self.schedules["every"], self._offset(0.0), t)[1]
+            (first, _), (_, index) = (last_refresh(self.schedules["every"], self._offset(0.0), at) for at in (1, t))
+            return max(index - (first < 1), 0)
         return 0 if self.every is None else (t - 1) // self.every
 
     def _offset(self, turn: float) -> int:
