@@ -80,8 +80,7 @@ def spec_page(schema: Schema) -> str:
         '## A schedule {#schedule}\n\n<a id="Ramp"></a><a id="Piecewise"></a>A number that changes with the count of updates, '
         "in place of a number; see [schedules](schedules.md).\n"
     )
-    for name in ("Ramp", "Piecewise"):
-        parts.append(f"{defs[name]['description']}\n\n{fields(defs[name])}")
+    parts += [f"{defs[name]['description']}\n\n{fields(defs[name])}" for name in ("Ramp", "Piecewise")]
     for family, title in FAMILIES.items():
         parts.append(
             f"## {title} {{#{family}}}\n\nA {family} is the name of a kind, or a mapping with `kind` and the fields of that kind.\n"

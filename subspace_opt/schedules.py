@@ -13,7 +13,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
 from pydantic import (
     BaseModel,
@@ -207,7 +207,9 @@ class Scheduled(Model):
     @property
     def schedules(self) -> Mapping[str, Schedule]:
         """The schedules by field. A field itself holds the first value."""
-        return self._schedules
+        private = self.__pydantic_private__  # not `self._schedules`: pydantic takes microseconds to look that up, at every step
+        found: Mapping[str, Schedule] = private["_schedules"] if private else {}
+        return found
 
     def scheduled_at(self, name: str, n: int) -> int | float:
         """The value of a scheduled field after `n` updates."""
@@ -219,11 +221,13 @@ class Scheduled(Model):
         schedule = self._schedules.get(name)
         return getattr(self, name) > 0 or (schedule is not None and any(value > 0 for _, value in schedule.points))
 
-    def with_number(self, name: str, value: float) -> Scheduled:
-        """A copy with a number in place of a field's value and schedule. The number is not validated."""
+    def with_field(self, name: str, value: Any) -> Self:
+        """A copy with another value in a field, in place of its schedule too. The value is not validated."""
         made = self.model_copy(update={name: value})
-        if name in made._schedules:
-            made._schedules = {key: one for key, one in made._schedules.items() if key != name}
+        for key in vars(made).keys() - type(self).model_fields.keys():
+            del vars(made)[key]  # a cached property may depend on the field
+        if name in self.schedules:
+            made._schedules = {key: one for key, one in self.schedules.items() if key != name}
         return made
 
     @model_validator(mode="wrap")

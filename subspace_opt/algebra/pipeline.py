@@ -272,4 +272,4 @@ def _changed(part: Any, path: list[str], value: float) -> Any:
         index, rest = (0, path) if len(part) == 1 else (int(path[0]), path[1:])
         return (*part[:index], _changed(part[index], rest, value), *part[index + 1 :])
     name, *rest = path
-    return part.model_copy(update={name: _changed(getattr(part, name), rest, value)}) if rest else part.with_number(name, value)
+    return part.with_field(name, _changed(getattr(part, name), rest, value) if rest else value)
