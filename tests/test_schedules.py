@@ -6,6 +6,7 @@ import gc
 import json
 import math
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any, Literal
 
 import pytest
@@ -24,6 +25,7 @@ import subspace_opt
 from subspace_opt import CheckpointError, Spec, SpecError, load_spec, registry
 from subspace_opt.algebra import Basis, Dim, Order, Rule, Selector, SelectorTraits, Slot, State, Step
 from subspace_opt.algebra.frame import Frame
+from subspace_opt.algebra.pipeline import with_values
 from subspace_opt.engine import moment
 from subspace_opt.schedules import last_refresh
 from subspace_opt.spec import json_schema, parse_spec
@@ -114,14 +116,24 @@ def test_a_schedule_equals_the_number_set_by_hand_before_each_step(case: str) ->
 
 @pytest.mark.parametrize("over", [1, 7, 300])
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "exponential"])
-def test_a_ramp_begins_and_ends_exactly_and_stays_between(schedule: str, over: int) -> None:
-    spec = load_spec("muon", {"matrix.momentum.beta": {"schedule": schedule, "from": 0.7, "to": 0.1, "over": over, "delay": 2}})
+@pytest.mark.parametrize(("start", "to"), [(0.7, 0.1), (0.01, 0.47), (0.28, 0.11)])
+def test_a_ramp_begins_and_ends_exactly_and_stays_between(schedule: str, over: int, start: float, to: float) -> None:
+    spec = load_spec("muon", {"matrix.momentum.beta": {"schedule": schedule, "from": start, "to": to, "over": over, "delay": 2}})
     at = spec.pipelines["matrix"].momentum[0].schedules["beta"].at
     values = [at(n) for n in range(over + 4)]
-    assert values[:3] == [0.7] * 3
-    assert values[-2:] == [0.1] * 2
-    assert values == sorted(values, reverse=True)
+    assert values[:3] == [start] * 3
+    assert values[-2:] == [to] * 2
+    assert values == sorted(values, reverse=to < start)
     assert len(set(values)) == over + 1
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "exponential"])
+def test_round_off_does_not_leave_the_range(schedule: str) -> None:
+    """A value outside both ends might be outside the field's range."""
+    for value in (0.95, 0.1, 0.7):
+        given = {"schedule": schedule, "from": value, "to": value, "over": 300}
+        at = load_spec("muon", {"matrix.momentum.beta": given}).pipelines["matrix"].momentum[0].schedules["beta"].at
+        assert {at(n) for n in range(301)} == {value}
 
 
 def test_a_jump_of_a_piecewise_schedule() -> None:
@@ -255,6 +267,24 @@ def test_a_step_takes_a_new_basis_when_the_schedule_says() -> None:
     assert seen == [1, 2, 4, 7, 11, 16]
 
 
+def test_a_group_that_sets_every_wins_over_the_schedule() -> None:
+    params = parameters({"tall": (7, 4)})
+    opt = optimizer(load_spec(small("galore"), {"matrix.selector.every": GROW}), params, lr=0.02)
+    seen, before = [], torch.zeros(())
+    for step in range(20):
+        if step == 5:
+            opt.param_groups[0]["values"] = {"matrix.selector.every": 6}
+        if step == 14:
+            del opt.param_groups[0]["values"]
+        give(params, step)
+        opt.step()
+        now = bases(opt, "tall", params)
+        if not torch.equal(now, before):
+            seen.append(step + 1)
+        before = now
+    assert seen == [1, 2, 4, 7, 13, 16]
+
+
 def test_turns_of_whole_parameters_follow_a_growing_period() -> None:
     """Every parameter of FRUGAL's block mode has its turn when the length of a turn grows."""
     blocks = {"kind": "blocks", "every": {"schedule": "linear", "from": 2, "to": 4, "over": 6}, "share": 0.25}
@@ -276,7 +306,7 @@ def test_turns_of_whole_parameters_follow_a_growing_period() -> None:
 MIXED: dict[str, dict[str, Any]] = {
     "muon": {"matrix.momentum.beta": WARM},
     "cosmos": {"matrix.selector.every": GROW, "matrix.mix.complement": {**FADE, "to": 0.0}, "matrix.momentum.beta": WARM},
-    "galore": {"matrix.selector.every": GROW, "matrix.inside.beta1": BEND},
+    "galore": {"matrix.selector.every": {**GROW, "from": 2}, "matrix.inside.beta1": BEND},
     "soap": {"matrix.selector.every": GROW, "matrix.inside.1.beta2": BEND},
     "trion": {"matrix.feedback": BEND},
     "ldadam": {"matrix.inside.beta1": BEND},
@@ -534,6 +564,10 @@ def test_a_plugins_selector_follows_schedules_too() -> None:
         kind: Literal["first_columns"] = "first_columns"
         turn: float = 1.0
 
+        @cached_property
+        def twice(self) -> float:
+            return 2 * self.turn
+
         def traits(self) -> SelectorTraits:
             return SelectorTraits(decomposes=False)
 
@@ -561,6 +595,9 @@ def test_a_plugins_selector_follows_schedules_too() -> None:
             opt.step()
             seen.append(float(opt.state[params["tall"]]["selector.seen"]))
         assert seen == [0, 1, 1, 3, 3, 3, 6, 6]
+        pipeline = load_spec({"pipelines": {"matrix": {"selector": selector, "inside": "adam"}}}).pipelines["matrix"]
+        assert pipeline.selector.twice == 0  # type: ignore[attr-defined]
+        assert with_values(pipeline, (("selector.turn", 5.0),)).selector.twice == 10  # type: ignore[attr-defined]
     finally:
         registry.unregister(First)
 
@@ -608,6 +645,8 @@ def test_values_are_saved_and_loaded_as_copies() -> None:
     assert saved["param_groups"][0]["values"]["matrix.mix.complement"] == 0.5
     assert resumed.param_groups[0]["values"]["matrix.mix.complement"] == 0.5
     assert "'matrix.mix.complement': 0.1" in repr(opt)
+    resumed.param_groups[0]["values"]["matrix.mix.complement"] = 0.2
+    assert saved["param_groups"][0]["values"]["matrix.mix.complement"] == 0.5
 
 
 def test_a_value_changed_in_place_counts_at_once() -> None:
@@ -624,14 +663,14 @@ def test_a_value_changed_in_place_counts_at_once() -> None:
     assert not equal(*runs)
 
 
-def test_a_weight_of_0_keeps_the_state_of_the_complement() -> None:
+@pytest.mark.parametrize("weights", [[1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 1.0, 1.0], [0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0]])
+def test_a_weight_of_0_keeps_the_state_of_the_complement(weights: list[float]) -> None:
     """The complement's rules go on while their weight is 0, by a schedule or by a group."""
-    zero = {"schedule": "piecewise", "points": [[2, 1.0], [3, 0.0], [5, 0.0], [6, 1.0]]}
-    spec = load_spec(small("fira"), {"matrix.mix.complement": zero})
-    by_hand = {"points": [1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 1.0, 1.0]}["points"]
+    points = [[n, value] for n, value in enumerate(weights)]
+    spec = load_spec(small("fira"), {"matrix.mix.complement": {"schedule": "piecewise", "points": points}})
     params, others = parameters(), parameters()
     one, other = optimizer(spec, params, lr=0.02), optimizer("fira", others, lr=0.02)
-    for step, value in enumerate(by_hand):
+    for step, value in enumerate(weights):
         other.param_groups[0]["values"] = {"matrix.mix.complement": value}
         for some, opt in ((params, one), (others, other)):
             give(some, step)
