@@ -307,6 +307,10 @@ MIXED: dict[str, dict[str, Any]] = {
     "muon": {"matrix.momentum.beta": WARM},
     "cosmos": {"matrix.selector.every": GROW, "matrix.mix.complement": {**FADE, "to": 0.0}, "matrix.momentum.beta": WARM},
     "galore": {"matrix.selector.every": {**GROW, "from": 2}, "matrix.inside.beta1": BEND},
+    "frugal": {
+        "matrix.selector.every": {**GROW, "from": 2},
+        "matrix.mix.complement": {**FADE, "to": 0.0},
+    },  # its moments reset at a refresh
     "soap": {"matrix.selector.every": GROW, "matrix.inside.1.beta2": BEND},
     "trion": {"matrix.feedback": BEND},
     "ldadam": {"matrix.inside.beta1": BEND},
@@ -402,6 +406,7 @@ def test_a_schedule_adds_no_operation_and_reads_no_tensor(preset: str) -> None:
     assert seen[0] == seen[1]
 
 
+@pytest.mark.slow
 def test_a_thousand_steps_keep_a_few_frames() -> None:
     over = {"schedule": "linear", "from": 0.5, "to": 0.9, "over": 1000}
     spec = load_spec(
@@ -419,6 +424,7 @@ def test_a_thousand_steps_keep_a_few_frames() -> None:
     assert frames[0] == frames[1]
 
 
+@pytest.mark.slow
 def test_a_compiled_step_is_not_compiled_again() -> None:
     from torch._dynamo.testing import CompileCounter  # late: importing dynamo takes seconds
 
