@@ -310,7 +310,7 @@ MIXED: dict[str, dict[str, Any]] = {
     "frugal": {
         "matrix.selector.every": {**GROW, "from": 2},
         "matrix.mix.complement": {**FADE, "to": 0.0},
-    },  # its moments reset at a refresh
+    },  # moments that reset
     "soap": {"matrix.selector.every": GROW, "matrix.inside.1.beta2": BEND},
     "trion": {"matrix.feedback": BEND},
     "ldadam": {"matrix.inside.beta1": BEND},
