@@ -164,9 +164,8 @@ def sentence(text: str) -> str:
 
 def table(methods: Iterable[Method]) -> list[str]:
     """All methods in one table."""
-    head = (
-        "method | selector | source | refresh | momentum | inside | complement | finish | apply | decay | state / mn | GFLOP an update | a refresh"
-    )
+    head = "method | selector | source | refresh | momentum | inside | complement | finish | apply | decay"
+    head += " | state / mn | GFLOP an update | a refresh"
     rows = [f"| {' | '.join(cells(m))} |" for m in methods]
     top = ["## All in one table", "", '<div class="wide" markdown>', "", f"| {head} |", "|" + " --- |" * (head.count("|") + 1)]
     return [*top, *rows, "", "</div>", ""]

@@ -77,6 +77,11 @@ def spec_page(schema: Schema) -> str:
     ]
     for name, title in SECTIONS.items():
         parts.append(f"## {title} {{#{name}}}\n\n{defs[name].get('description', '')}\n\n{fields(defs[name])}")
+    parts.append(
+        '## A schedule {#schedule}\n\n<a id="Ramp"></a><a id="Piecewise"></a>A number that changes with the count of updates, '
+        "in place of a number; see [schedules](schedules.md).\n"
+    )
+    parts += [f"{defs[name]['description']}\n\n{fields(defs[name])}" for name in ("Ramp", "Piecewise")]
     for family, title in FAMILIES.items():
         one = title.lower().removesuffix("s")
         parts.append(f"## {title} {{#{family}}}\n\nA {one} is the name of a kind, or a mapping with `kind` and the fields of that kind.\n")

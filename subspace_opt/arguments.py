@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from .algebra import Rule, Selector
-from .algebra.pipeline import MomentFields, Values, moment_fields
+from .algebra.pipeline import moment_fields
 from .algebra.storage import StateDtype
-from .plan import Row
 from .plan.modules import module_kinds, refuse_flat
 from .plan.names import canonical_name
 from .plan.roles import find_roles
@@ -32,6 +31,7 @@ GROUP_KEYS = (
     "weight_decay",
     "momentum",
     "betas",
+    "values",
     "maximize",
     "spec",
     "overrides",
@@ -188,28 +188,6 @@ def check_moments(group: Mapping[str, Any], spec: Spec) -> None:
     ):
         if value is not None and not has:
             raise ValueError(f"a parameter group sets `{name}`, and no rule of spec '{spec.name}' has such a decay rate; leave it out")
-
-
-def moment_values(group: Mapping[str, Any], row: Row) -> Values:
-    """The decay rates that a group sets for the moments of a parameter. `momentum` comes before the first of `betas`.
-
-    Raises:
-        ValueError: A rate is not between 0 and 1. A scheduler may have set it.
-    """
-    first, betas = group.get("momentum"), group.get("betas")
-    if (first is None and betas is None) or not row.splits:
-        return ()
-    memo = row.splits[0][1].memo
-    if "moments" not in memo:
-        memo["moments"] = moment_fields(row.splits[0][1].pipeline)
-    fields: MomentFields = memo["moments"]
-    pairs = [(fields.first, float(first))] if first is not None else []
-    if betas is not None:
-        pairs += [(fields.second, float(betas[1]))] + ([(fields.first, float(betas[0]))] if first is None else [])
-    for _, value in pairs:
-        if not 0 < value < 1:
-            raise ValueError(f"a parameter group has momentum {first} and betas {betas}; decay rates are between 0 and 1")
-    return tuple((path, value) for paths, value in pairs for path in paths)
 
 
 def check_globs(roles: Mapping[str, str], names: Sequence[str]) -> None:

@@ -23,6 +23,7 @@ from .engine.homes import Memory
 from .engine.rounding import Rounding
 from .engine.work import Nonfinite, Options, Stacking, Work, allocate
 from .plan import Plan, Role, Row
+from .plan.numbers import numbers_of
 from .planned import PlannedOptimizer
 from .spec import RoleName, load_spec
 
@@ -42,8 +43,8 @@ class SubspaceOptimizer(PlannedOptimizer):
     Args:
         params: Parameters, (name, parameter) pairs, or parameter groups. A group may have its own `lr`, `weight_decay`, `maximize`,
             `overrides` (dotted paths into the spec), `spec`, and `use` (the name of a pipeline, which overrides the routes). `momentum`
-            is the decay rate of all first moments, and `betas` of first and second ones; schedulers may change them at any step. A
-            model stands for all its parameters.
+            is the decay rate of all first moments, and `betas` of first and second ones. `values` sets numbers of the spec by dotted path,
+            such as `{"matrix.mix.complement": 0.5}`. All three may change at any step. A model stands for all its parameters.
         spec: A preset's name, a path to YAML or JSON, a mapping, or a `Spec`.
         lr, weight_decay: None takes the spec's defaults.
         overrides: Values by dotted path into the spec, such as `{"matrix.selector.rank": 128}`.
@@ -237,15 +238,17 @@ class SubspaceOptimizer(PlannedOptimizer):
         lr = group["lr"]
         if isinstance(lr, Tensor) and lr.device.type == "cpu":
             lr = lr.item()
+        count = engine.count(row.entry.name, state, self._memory) if state else 0
+        numbers = numbers_of(group, row, count, self.values_of(group))
         return Work(
             row=row,
             param=p,
             grad=p if grad is None else grad,
-            lr=lr * row.lr_scale,
-            weight_decay=float(group["weight_decay"]) * row.decay_scale,
-            values=arguments.moment_values(group, row),
+            lr=lr * numbers.lr_scale,
+            weight_decay=float(group["weight_decay"]) * numbers.decay_scale,
+            values=numbers.values,
             refresh=group["refresh"] or row.entry.name in self.failures,
-            count=engine.count(row.entry.name, state, self._memory) if state else 0,
+            count=count,
         )
 
     def refresh_bases(self) -> None:

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 
 from . import arguments
+from .algebra.pipeline import Values
 from .checkpoint import STATE_VERSION, keys_in, names_in
 from .engine import lowbit
 from .engine.work import Options
 from .plan import Entry, Plan, Role, Row, counts, make_plan
 from .plan.names import canonical_name
+from .plan.numbers import checked_values, listed_values
 from .spec import Spec, SpecError, load_spec
 from .spec.summary import html_table
 
@@ -25,6 +27,11 @@ MOST_NAMES = 5  # in one warning
 @functools.lru_cache(maxsize=64)
 def _spec_of(text: str) -> Spec:
     return Spec.model_validate_json(text)
+
+
+@functools.lru_cache(maxsize=64)
+def _values_of(text: str, values: Values) -> dict[str, Values]:
+    return checked_values(_spec_of(text), values)
 
 
 class PlannedOptimizer(torch.optim.Optimizer):
@@ -55,6 +62,9 @@ class PlannedOptimizer(torch.optim.Optimizer):
             group["spec"] = load_spec(base, overrides).to_json()
         arguments.check_rates(group)
         arguments.check_moments(group, _spec_of(group["spec"]) if "spec" in group else self.spec)
+        if group.get("values"):
+            _values_of(group.get("spec") or self.spec.to_json(), listed_values(group["values"]))
+            group["values"] = dict(group["values"])
         super().add_param_group(group)
         try:
             self._check_last_group()
@@ -86,6 +96,23 @@ class PlannedOptimizer(torch.optim.Optimizer):
     def spec_of(self, group: Mapping[str, Any]) -> Spec:
         """The spec in force for a parameter group."""
         return _spec_of(group["spec"])
+
+    def values_of(self, group: Mapping[str, Any]) -> Mapping[str, Values]:
+        """The numbers that a parameter group sets by its `values`, by pipeline.
+
+        Raises:
+            ValueError: A path leads to no number of the group's spec, or a number cannot be used there.
+        """
+        given = group.get("values")
+        return _values_of(group["spec"], listed_values(given)) if given else {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state dictionary of torch's class, with copies of the groups' `values`, which a run may change in place."""
+        state = super().state_dict()
+        for group in state["param_groups"]:
+            if group.get("values"):
+                group["values"] = dict(group["values"])
+        return state
 
     def _check_roles(self, roles: Mapping[str, str], *, in_groups: bool) -> None:
         """Warn, once, of matrices whose role is a guess and decides their pipeline.
@@ -199,8 +226,8 @@ def _options(group: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """The rates, and those options that are set."""
     yield "lr", f"{float(group['lr']):g}"
     yield "weight_decay", f"{float(group['weight_decay']):g}"
-    for key in ("momentum", "betas"):
-        if group.get(key) is not None:
+    for key in ("momentum", "betas", "values"):
+        if group.get(key):
             yield key, str(group[key])
     if group["maximize"]:
         yield "maximize", "True"

@@ -16,7 +16,7 @@ from subspace_opt import registry
 from subspace_opt.spec import parse_spec
 
 ROOT = Path(__file__).parent.parent
-PAGES = ["docs/quick-start.md", "docs/plugins.md", "docs/snapshots.md"]
+PAGES = ["docs/quick-start.md", "docs/plugins.md", "docs/schedules.md", "docs/snapshots.md"]
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +58,7 @@ def test_readmes_python_runs() -> None:
         exec(compile(source, "README.md", "exec"), {"model": model, "__name__": "readme"})
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/quick-start.md", "docs/memory.md", "docs/roles.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/quick-start.md", "docs/memory.md", "docs/roles.md", "docs/schedules.md"])
 def test_specs_in_pages_parse_and_plan(page: str) -> None:
     found = blocks(page, "yaml")
     assert found

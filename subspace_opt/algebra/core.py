@@ -16,6 +16,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor, dtype
 
 from ..registry import Component
+from ..schedules import Scheduled, last_refresh
 
 if TYPE_CHECKING:
     from .transport import Change
@@ -156,7 +157,7 @@ _FORMER = {
 }
 
 
-class Rule(Component, family="rule"):
+class Rule(Scheduled, Component, family="rule"):
     """A stateful map on a stack of matrices that also sees the gradient in the same coordinates: `(x, g, s) -> (x', s')`.
 
     A rule is written with `slots` and `apply`. Everything else has a safe default.
@@ -243,7 +244,7 @@ class Refreshed(NamedTuple):
     coords: Tensor | None = None  # the coordinates of the source in the new basis, if the refresh has computed them
 
 
-class Selector(Component, family="selector"):
+class Selector(Scheduled, Component, family="selector"):
     """Opens a subspace: a basis, kept in state, refreshed by its own schedule.
 
     A selector is written with `coords`, `slots`, `basis` and `refresh`. Everything else has a safe default.
@@ -322,17 +323,29 @@ class Selector(Component, family="selector"):
     def refreshes(self, t: int, turn: float = 0.0) -> bool:
         """True if the schedule refreshes the basis at update `t` (1-based).
 
-        `turn` in [0, 1): the parameter's place in a period, for offset `spread`.
+        `turn` in [0, 1): the parameter's place in a period, for offset `spread`. If `every` follows a schedule, each refresh says when the
+        next one comes; see `last_refresh`.
         """
         if t == 1 and not self.traits().primes:
             return True
+        if "every" in self.schedules:
+            return t >= 1 and last_refresh(self.schedules["every"], self._offset(turn), t)[0] == t
         return self.every is not None and t >= 1 and (t - 1 + self._offset(turn)) % self.every == 0
 
     def age(self, t: int, turn: float = 0.0) -> int:
         """Updates since the last scheduled refresh at or before update `t`, including update `t`."""
+        if "every" in self.schedules:
+            return t - max(last_refresh(self.schedules["every"], self._offset(turn), t)[0], 1) + 1
         if self.every is None:
             return t
         return min((t - 1 + self._offset(turn)) % self.every, t - 1) + 1
+
+    def period(self, t: int) -> int:
+        """The number of whole periods before update `t`; 0 in the first period."""
+        if "every" in self.schedules:
+            (first, _), (_, index) = (last_refresh(self.schedules["every"], self._offset(0.0), at) for at in (1, t))
+            return max(index - (first < 1), 0)
+        return 0 if self.every is None else (t - 1) // self.every
 
     def _offset(self, turn: float) -> int:
         return int(turn * (self.every or 0)) if self.offset == "spread" else self.offset

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from ..registry import Model, kind_of, suggest
+from ..registry import kind_of, suggest
+from ..schedules import Place, Scheduled, scheduled_fields, takes_float
 from .core import Dim, Rule, Selector, Slot
 from .storage import StateDtype
 from .weight_rule import WeightRule
@@ -31,14 +32,14 @@ WeightRules = Annotated[tuple[WeightRule, ...], BeforeValidator(_listed)]
 Values = tuple[tuple[str, float], ...]  # by dotted path, such as ("inside.beta1", 0.85)
 
 
-class Mix(Model):
+class Mix(Scheduled):
     """`inside * lift(update inside) + complement * update of the complement`."""
 
     inside: float = Field(1.0, ge=0.0, description="Weight of the update made inside the subspace.")
     complement: float = Field(1.0, ge=0.0, description="Weight of the update made from the complement.")
 
 
-class Pipeline(Model):
+class Pipeline(Scheduled):
     """How the gradient of a matrix becomes an update, place by place."""
 
     orient: Literal["right", "left", "short", "long"] = Field(
@@ -75,6 +76,11 @@ class Pipeline(Model):
     @field_validator("momentum", "inside", "complement", "finish", mode="after")
     @classmethod
     def _without_silence(cls, rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
+        for rule in rules:
+            if rule.schedules and rule.traits(*SAMPLE).silent:
+                raise ValueError(
+                    f"rule '{kind_of(type(rule))}' makes an update of 0 here, so a schedule has no effect; remove the schedule"
+                )
         # A rule whose update is 0 makes the whole place 0, as an empty place is.
         return () if any(rule.traits(*SAMPLE).silent for rule in rules) else rules
 
@@ -82,12 +88,12 @@ class Pipeline(Model):
     def _makes_an_update(self) -> Pipeline:
         inner, traits = self.selector.coords(*SAMPLE), self.selector.traits()
         opens = inner[0].size * inner[1].size > 0
-        outside = bool(self.complement) and self.mix.complement > 0
+        outside = bool(self.complement) and self.mix.ever_positive("complement")
         if opens and not self.inside and not outside:
             raise ValueError(f"selector '{kind_of(type(self.selector))}' opens a subspace, and `inside` names no rule for it")
         if self.inside and not opens:
             raise ValueError("`inside` needs a `selector` that opens a subspace; for a rule on the whole signal use `complement`")
-        if not (self.inside and self.mix.inside > 0) and not outside:
+        if not (self.inside and self.mix.ever_positive("inside")) and not outside:
             raise ValueError("neither `inside` nor `complement` makes an update; give one of them a rule and a weight")
         if self.feedback is not None and not opens:
             raise ValueError("`feedback` keeps the residual of a subspace; it needs a `selector` that opens one")
@@ -133,6 +139,20 @@ class Pipeline(Model):
                 raise PydanticCustomError("route", "{why}", {"why": why, "place": ("state_dtype", name)})
         return self
 
+    @model_validator(mode="after")
+    def _schedules_keep_the_state(self) -> Pipeline:
+        for path, place, part, name in scheduled(self):
+            for point, value in part.schedules[name].points:
+                number = value if takes_float(type(part), name) else int(value)
+                if changes_state(self, ((path, number),)):
+                    why = (
+                        f"with {value} here, the rules or the selector would keep other state, or declare other traits, than with "
+                        f"{getattr(part, name)}; a schedule may change numbers alone: leave out values that add or remove a moment, such "
+                        "as a decay rate of 0, and ranks"
+                    )
+                    raise PydanticCustomError("route", "{why}", {"why": why, "place": (*place, *point)})
+        return self
+
     @property
     def storable(self) -> dict[str, bool]:
         """The slots that `state_dtype` may name; True for those as large as the matrix or its coordinates."""
@@ -167,7 +187,7 @@ class Pipeline(Model):
         return f"no rule of this pipeline has a slot '{name}'; {suggest(name, self.storable)}"
 
 
-# --------------------------------------------------------------------------------------- numbers that a parameter group sets
+# ------------------------------------------------------------------------------------- numbers that groups and schedules set
 
 
 class MomentFields(NamedTuple):
@@ -204,6 +224,65 @@ def _rules(path: str, part: Any) -> Iterator[tuple[str, Rule]]:
             yield from _rules(f"{path}.{name}", getattr(part, name))
 
 
+def _parts(path: str, place: Place, part: Any) -> Iterator[tuple[str, Place, Scheduled]]:
+    """The pipeline and every component in it: dotted path, place in the spec, component. The only rule of a place has no index."""
+    if isinstance(part, tuple):
+        for i, item in enumerate(part):
+            yield from _parts(path if len(part) == 1 else f"{path}.{i}", (*place, i), item)
+    elif isinstance(part, Scheduled):
+        yield path, place, part
+        for name in type(part).model_fields:
+            yield from _parts(f"{path}.{name}".strip("."), (*place, name), getattr(part, name))
+
+
+def scheduled(pipeline: Pipeline) -> Iterator[tuple[str, Place, Scheduled, str]]:
+    """The numbers that follow a schedule: dotted path, place in the spec, component and field."""
+    for path, place, part in _parts("", (), pipeline):
+        yield from ((f"{path}.{name}".strip("."), (*place, name), part, name) for name in part.schedules)
+
+
+def changes_state(pipeline: Pipeline, values: Values) -> bool:
+    """True if other numbers would change the slots, coordinates or traits of matrices of some shape."""
+    return any(_form(pipeline, *sides) != _form(with_values(pipeline, values), *sides) for sides in _SIDES)
+
+
+_SIDES = (SAMPLE, (Dim("rows", 512), Dim("cols", 384)), (Dim("rows", 384), Dim("cols", 512)))
+
+
+def _form(pipeline: Pipeline, rows: Dim, cols: Dim) -> tuple[Any, ...]:
+    """All that the numbers of a pipeline may not change."""
+    selector, inner = pipeline.selector, pipeline.selector.coords(rows, cols)
+    sides = {"momentum": (rows, cols), "inside": inner, "complement": (rows, cols), "finish": (rows, cols), "apply": (rows, cols)}
+    rules = [(rule.slots(*dims), rule.traits(*dims)) for place, dims in sides.items() for rule in getattr(pipeline, place)]
+    return inner, selector.slots(rows, cols), selector.traits(), pipeline.feedback is None, rules
+
+
+def checked_value(pipeline: Pipeline, path: str, value: float) -> str:
+    """The path of a number as `Values` have it, for a number that replaces it.
+
+    Raises:
+        ValueError: The path leads to no number that may change, or the number is outside the range of its field, or would change the state.
+    """
+    known = {}
+    for dotted, place, part in _parts("", (), pipeline):
+        for name in scheduled_fields(type(part)):
+            found = f"{dotted}.{name}".strip("."), part, name
+            known[".".join(map(str, (*place, name)))] = known[found[0]] = found
+    if path not in known:
+        raise ValueError(f"this path leads to no number that may change; {suggest(path, {found[0] for found in known.values()})}")
+    own, part, name = known[path]
+    try:
+        type(part)(**{**{key: getattr(part, key) for key in type(part).model_fields}, name: value})
+    except ValidationError as error:
+        said = str(error.errors()[0]["msg"]).removeprefix("Value error, ").replace("Input should", "it should")
+        raise ValueError(f"{value!r} cannot be used: {said}") from None
+    if isinstance(part, Mix) and not part.ever_positive(name):
+        raise ValueError("the spec gives this weight 0, so that part of the update has no state; give it a weight above 0 there")
+    if changes_state(pipeline, ((own, value),)):
+        raise ValueError(f"{value!r} would change the state that the rules keep; a group may change numbers alone")
+    return own
+
+
 def with_values(pipeline: Pipeline, values: Values) -> Pipeline:
     """The pipeline with other numbers at dotted paths, which must exist. The numbers are not validated."""
     for path, value in values:
@@ -217,4 +296,4 @@ def _changed(part: Any, path: list[str], value: float) -> Any:
         index, rest = (0, path) if len(part) == 1 else (int(path[0]), path[1:])
         return (*part[:index], _changed(part[index], rest, value), *part[index + 1 :])
     name, *rest = path
-    return part.model_copy(update={name: _changed(getattr(part, name), rest, value) if rest else value})
+    return part.with_field(name, _changed(getattr(part, name), rest, value) if rest else value)

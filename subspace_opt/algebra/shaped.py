@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from typing import Any, Self, TypeVar
 
+from ..schedules import Scheduled
 from . import storage
-from .core import Dim, Rule, SelectorTraits, Slot, State
-from .pipeline import Pipeline, Values, with_values
+from .core import Dim, Rule, Selector, SelectorTraits, Slot, State
+from .pipeline import Pipeline, Values, scheduled, with_values
 from .storage import Codes, StateDtype
 from .weight_rule import WeightRule
 
 R = TypeVar("R", bound=Rule | WeightRule)
+
+KEPT = 8  # results for other numbers that are kept, so that memory does not grow with the steps
+# Answers that other numbers do not change.
+SAME = ("inner", "opens", "has_complement", "selector_traits", "primes", "refreshes_first", "slots", "wanted", "codes")
 
 
 @dataclass(frozen=True)
@@ -41,14 +46,22 @@ class Shaped:
         return cls(pipeline, Dim("rows", rows), Dim("cols", cols, modes=modes), turned=False)
 
     def at(self, values: Values) -> Self:
-        """The same with other numbers in its pipeline, which must not change its state. The last result is kept."""
+        """The same with other numbers in its pipeline, which must not change its state. The last few results are kept."""
         if not values:
             return self
-        known = self.memo.get("at")
-        if known is None or known[0] != values:
-            known = self.memo["at"] = (values, replace(self, pipeline=with_values(self.pipeline, values)))
-        found: Self = known[1]
-        return found
+        made: Self = recent(self.memo.setdefault("at", {}), values, lambda: self._with(values))
+        return made
+
+    def _with(self, values: Values) -> Self:
+        made = replace(self, pipeline=with_values(self.pipeline, values))
+        vars(made).update({name: getattr(self, name) for name in SAME})
+        return made
+
+    @cached_property
+    def scheduled(self) -> tuple[tuple[str, Scheduled, str], ...]:
+        """The numbers that schedules change from step to step: dotted path, component and field. A selector follows `every` by itself."""
+        found = scheduled(self.pipeline)
+        return tuple((path, part, name) for path, _, part, name in found if not (isinstance(part, Selector) and name == "every"))
 
     @cached_property
     def inner(self) -> tuple[Dim, Dim]:
@@ -74,7 +87,7 @@ class Shaped:
     def has_complement(self) -> bool:
         """True if the complement makes an update. The residual of a full basis is only round-off, so it makes none."""
         p = self.pipeline
-        if not p.complement or p.mix.complement == 0:
+        if not p.complement or not p.mix.ever_positive("complement"):
             return False
         full = (self.inner[0].size, self.inner[1].size) == (self.rows.size, self.cols.size) and not self.selector_traits.gated
         return not full or p.complement[0].traits(self.rows, self.cols).takes_whole
@@ -151,6 +164,15 @@ class Shaped:
     def memo(self) -> dict[Any, Any]:
         """Answers that other rooms derive from this pipeline and shape."""
         return {}
+
+
+def recent(known: dict[Any, Any], key: Any, make: Callable[[], Any]) -> Any:
+    """The value of a key, made if it is not among the `KEPT` values used last."""
+    value = known.pop(key) if key in known else make()
+    if len(known) == KEPT:
+        del known[next(iter(known))]
+    known[key] = value
+    return value
 
 
 def keyed(place: str, rules: Sequence[R]) -> list[tuple[str, R]]:

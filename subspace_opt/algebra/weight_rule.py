@@ -7,6 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ..registry import Component
+from ..schedules import Scheduled
 from .core import Dim, Slot, State, Step
 
 
@@ -23,7 +24,7 @@ class WeightTraits(NamedTuple):
     by_rows: bool = False  # the same for rows
 
 
-class WeightRule(Component, family="weight_rule"):
+class WeightRule(Scheduled, Component, family="weight_rule"):
     """How an update U meets a weight W: three maps on stacks `(B, rows, cols)`, each the identity unless a rule defines it.
 
         W <- decayed(W, U);    U <- scaled(U, W);    W' <- landed(W - lr U, W)

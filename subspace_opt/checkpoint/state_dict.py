@@ -137,7 +137,10 @@ def _merged_groups(
 
 def _options_of(sources: Sequence[Mapping[str, Any]], group: Mapping[str, Any], index: int, rows: Sequence[Row]) -> dict[str, Any]:
     """The saved options for one group, checked: the same spec and pipeline as here, and one value for every option."""
-    options = [{k: v for k, v in source.items() if k not in ("params", "param_names", "keys")} for source in sources]
+    options: list[dict[str, Any]] = [
+        {k: dict(v) if isinstance(v, dict) else v for k, v in source.items() if k not in ("params", "param_names", "keys")}
+        for source in sources
+    ]
     for kept in options:
         _check_spec(kept["spec"], group["spec"], [] if group.get("use") else rows)
         if kept.get("use") != group.get("use"):

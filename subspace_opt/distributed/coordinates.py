@@ -26,8 +26,7 @@ from .shards import ShardedParam, rank_messages, update_shard
 
 def needs_refresh(param: ShardedParam) -> bool:
     """True if this step refreshes the basis, so that the whole gradient must be sent. Every rank computes the same answer."""
-    frame = param.sharding.row.splits[0][1]
-    return due(param.work, frame, Phase.BEGUN)
+    return due(param.work, param.work.splits[0][1], Phase.BEGUN)
 
 
 def batches(params: Sequence[ShardedParam], limit: float = math.inf) -> Iterator[list[ShardedParam]]:

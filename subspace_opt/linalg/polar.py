@@ -92,7 +92,7 @@ SCHEDULES["aol"] = (
 )
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)  # bounded, because `safety` may follow a schedule
 def schedule(coefficients: str | tuple[Polynomial, ...], steps: int, safety: float = 1.0) -> tuple[Polynomial, ...]:
     """The polynomials of `steps` iterations.
 
@@ -180,7 +180,7 @@ def _together(short: int, long: int, polynomials: tuple[Polynomial, ...], dtype:
     return next(size for size in range(most, 0, -1) if size == 1 or _bounded(polynomials, size, OFF[dtype]))
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)
 def _bounded(polynomials: tuple[Polynomial, ...], together: int, off: float) -> bool:
     """True if an iteration from [0, 1] ends below 1.6, even with a relative error of `off` between two polynomials of a group."""
     x = torch.linspace(0.0, 1.0, 2001, dtype=torch.float64)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..algebra.frame import Frame
-from ..algebra.pipeline import Pipeline
+from ..algebra.pipeline import Pipeline, scheduled
 from ..spec import Route, Spec, SpecError
 from .names import Role, canonical_name, expert_parents, role_by_name
 from .plan import Plan
@@ -132,10 +132,16 @@ def _row(spec: Spec, entry: Entry, role: Role, index: int, route: Route, frames:
         view=view,
         pipeline=route.use,
         splits=tuple(pairs),
-        why="its group's `use`" if index < 0 else f"routes.{index}: {route}; {role}",
+        why=("its group's `use`" if index < 0 else f"routes.{index}: {route}; {role}") + _following(pipeline),
         role=role,
         compensated=compensated and entry.dtype in (torch.bfloat16, torch.float16),
         decay=entry.weight_decay * pipeline.decay_scale,
         lr_scale=pipeline.lr_scale,
         decay_scale=pipeline.decay_scale,
     )
+
+
+def _following(pipeline: Pipeline) -> str:
+    """The numbers that follow schedules, as the end of a reason."""
+    paths = sorted(path for path, *_ in scheduled(pipeline))
+    return f"; scheduled: {', '.join(paths)}" if paths else ""

@@ -40,11 +40,10 @@ class Blocks(Selector):
 
     def refresh(self, x: Tensor, state: State, step: Step) -> tuple[State, Order | None]:
         assert step.position is not None  # the engine always gives it
-        assert self.every is not None
         place, total = step.position[:, 0], step.position[:, 1]
         if self.order == "descending":
             place = total - 1 - place
         count = (self.share * total).round().clamp_min(1)
-        turn = (int(step.t) - 1) // self.every
+        turn = self.period(int(step.t))
         since = (place - turn * count) % total
         return {"active": (since < count).to(x.device, x.dtype)}, None

@@ -8,6 +8,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from ..registry import Component, find, near, suggest
+from ..schedules import schedule_model, scheduled_fields
 
 Path = tuple[int | str, ...]
 
@@ -89,13 +90,16 @@ def _known_keys(path: Path, data: Any, top: type[BaseModel]) -> list[str]:
     for part in path:
         data = data[part]
         kind = _below(kind, part, data)
-    return sorted(kind.model_fields) if isinstance(kind, type) and issubclass(kind, BaseModel) else []
+    fields = kind.model_fields.items() if isinstance(kind, type) and issubclass(kind, BaseModel) else ()
+    return sorted(field.alias or name for name, field in fields)
 
 
 def _below(kind: Any, part: int | str, data: Any) -> Any:
     """The type of one field of a model, or of the values of a container; for a component, the class of its kind."""
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         field = kind.model_fields.get(str(part))
+        if isinstance(data, Mapping) and part in scheduled_fields(kind):
+            return schedule_model(data)
         kind = None if field is None else field.annotation
     else:
         kind = next((a for a in reversed(get_args(kind)) if a is not ...), None)

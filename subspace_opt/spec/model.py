@@ -17,6 +17,7 @@ from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 from .. import rules, selectors
 from ..algebra.pipeline import Pipeline
 from ..registry import Component, Model, suggest
+from ..schedules import Scheduled
 from .summary import spec_html, spec_text
 
 __all__ = ["MODULE_KINDS", "ROLES", "Defaults", "ModuleKind", "RoleName", "Route", "Spec", "SpecError", "rules", "selectors"]
@@ -202,8 +203,12 @@ def _misrouted(place: tuple[int | str, ...], message: str) -> PydanticCustomErro
 def _fields(model: Model, full: bool) -> dict[str, Any]:
     """A model's fields as plain data, `kind` first. Fields with their default value are included only if `full`."""
     plain: dict[str, Any] = {}
+    schedules = model.schedules if isinstance(model, Scheduled) else {}
     for name, field in type(model).model_fields.items():
         value = getattr(model, name)
+        if name in schedules:
+            plain[name] = schedules[name].plain()
+            continue
         default = field.get_default(call_default_factory=True, validated_data={})
         # A default of None or () is left out even if `full`: reading the file gives the same default.
         if name == "kind" or field.is_required() or value != default or (full and value not in (None, ())):

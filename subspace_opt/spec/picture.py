@@ -107,10 +107,16 @@ def _words(rules: Sequence[Rule | WeightRule]) -> list[str]:
 def _call(rule: Rule | WeightRule) -> str:
     given = rule.model_dump(exclude_defaults=True)
     given.pop("kind", None)
-    return " ".join([kind_of(type(rule)), *(f"{key} {_short(value)}" for key, value in given.items() if not isinstance(value, dict))])
+    return " ".join([kind_of(type(rule)), *(f"{key} {_short(value)}" for key, value in given.items() if _is_short(value))])
+
+
+def _is_short(value: Any) -> bool:
+    return not isinstance(value, dict | list | tuple) or (isinstance(value, dict) and "schedule" in value)
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        return value["schedule"]
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic import BaseModel
+
+from ..algebra.pipeline import Mix, Pipeline
 from ..registry import FAMILIES, kinds
+from ..schedules import Piecewise, Ramp, scheduled_fields
 from .model import Spec
 
 LISTED = [{"$ref": "#/$defs/rule"}, {"$ref": "#/$defs/weight_rule"}]  # families whose places hold one component or a list
@@ -19,14 +23,31 @@ def json_schema() -> dict[str, Any]:
         for name, cls in known.items():
             own = cls.model_json_schema()
             defs |= own.pop("$defs", {})
+            _allow_schedules(own, cls)
             own["properties"]["kind"] = {"const": name, "title": "Kind", "type": "string"}
             own["required"] = sorted({*own.get("required", []), "kind"})
             defs[f"{family}.{name}"] = own
         refs = [{"$ref": f"#/$defs/{family}.{name}"} for name in known]
         defs[family] = {"anyOf": [{"enum": list(known), "type": "string"}, {"type": "null"}, *refs]}
+    for part in (Pipeline, Mix):
+        _allow_schedules(defs[part.__name__], part)
+    for curve in (Ramp, Piecewise):
+        defs[curve.__name__] = curve.model_json_schema()
+    defs["schedule"] = {"anyOf": [{"$ref": f"#/$defs/{curve.__name__}"} for curve in (Ramp, Piecewise)]}
     schema = _with_families(schema)
     schema["required"] = ["pipelines"]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def _allow_schedules(schema: dict[str, Any], cls: type[BaseModel]) -> None:
+    """Let a schedule replace the number of every field that may follow one."""
+    about = ("title", "description", "default", "examples")
+    for name in scheduled_fields(cls):
+        field = schema["properties"][name]
+        own = {key: value for key, value in field.items() if key not in about}
+        either = own["anyOf"] if list(own) == ["anyOf"] else [own]
+        told = {key: value for key, value in field.items() if key in about}
+        schema["properties"][name] = {"anyOf": [*either, {"$ref": "#/$defs/schedule"}], **told}
 
 
 def _with_families(node: Any) -> Any:
