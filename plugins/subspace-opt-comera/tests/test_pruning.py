@@ -368,12 +368,13 @@ def test_bad_calls_are_refused_and_change_nothing() -> None:
     handle.remove()
     with pytest.raises(PruneError, match=r"'up': no gate of tt_gate_0 is above 1e\+09"):
         prune(nn.ModuleDict({"up": model.up}), threshold=1e9)
-    shared = nn.Sequential(TTLinear(16, 16, 4, seed=0), TTLinear(16, 16, 4, seed=1))
-    shared[1].tt_gate_1 = shared[0].tt_gate_1
-    with torch.no_grad():
-        shared[0].tt_gate_1[0] = 0.0
-    with pytest.raises(PruneError, match="'1' shares a core or a gate with another layer"):
-        prune(shared)
+    for part in ("tt_gate_1", "tt_core_1"):
+        shared = nn.Sequential(TTLinear(16, 16, 4, seed=0), TTLinear(16, 16, 4, seed=1))
+        setattr(shared[1], part, getattr(shared[0], part))
+        with torch.no_grad():
+            shared[0].tt_gate_1[0] = 0.0
+        with pytest.raises(PruneError, match="'0' shares a core or a gate with another layer"):
+            prune(shared)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert prune(model, optimizer)
 

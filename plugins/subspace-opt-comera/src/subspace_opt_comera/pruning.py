@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -43,7 +43,7 @@ def prune(
         optimizer: None if there is none yet.
         threshold: By default the tolerance of each layer. A higher one also cuts open gates; `Pruned.change` measures the effect.
         uncuttable: For state that cannot be cut, such as a basis of a side that shrinks: `raise`, or `reset` the state of that parameter,
-            which then starts again as after its first step.
+            which then starts again as at its first step.
 
     Returns:
         A record for each layer that changed.
@@ -55,12 +55,14 @@ def prune(
     """
     kept: dict[nn.Parameter, Kept] = {}
     done = []
-    for name, train in trains_in(model).items():
+    trains = trains_in(model)
+    holders = Counter(p for train in trains.values() for p in (*train.cores, *train.gates))
+    for name, train in trains.items():
         keep = _indices(name, train, threshold)
         if tuple(index.numel() for index in keep) == train.ranks[1:-1]:
             continue
-        of_train = list(_kept(train, keep))
-        if any(p in kept for p, _ in of_train):
+        of_train = dict(_kept(train, keep))
+        if any(holders[p] > 1 for p in of_train):
             raise PruneError(f"'{name}' shares a core or a gate with another layer, so its ranks cannot be removed")
         kept.update(of_train)
         done.append(_record(name, train, keep))
@@ -68,7 +70,7 @@ def prune(
     states = {} if optimizer is None else cut_states(optimizer, kept, uncuttable)
     new = {p: _smaller(p, how) for p, how in kept.items()}
     for module in model.modules():
-        for name, p in module.named_parameters(recurse=False):
+        for name, p in list(module.named_parameters(recurse=False)):
             if p in new:
                 module.register_parameter(name, new[p])
     if optimizer is not None and new:
