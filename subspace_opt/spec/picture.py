@@ -116,7 +116,7 @@ def _is_short(value: Any) -> bool:
 
 def _short(value: Any) -> str:
     if isinstance(value, dict):
-        return value["schedule"]
+        return str(value["schedule"])
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
