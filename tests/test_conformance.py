@@ -15,7 +15,7 @@ from pydantic import ConfigDict, Field
 from torch import Tensor
 
 import subspace_opt
-from subspace_opt import Basis, Change, Dim, LowRank, Rule, Selector, Slot, State, Step, load_spec
+from subspace_opt import Basis, Change, Dim, LowRank, Rule, Selector, Slot, State, Step, WeightRule, load_spec
 from subspace_opt.algebra import Order, averaged
 from subspace_opt.registry import Component, unregister
 from subspace_opt.spec import preset_names
@@ -379,6 +379,45 @@ class Listens(_Columns):
 
 
 # broken class -> (the question that it fails, the message)
+# ------------------------------------------------------------------------------------------------------- broken weight rules
+
+
+class Clamps(WeightRule):
+    """Clamps the new weight in place."""
+
+    kind: Literal["clamps"] = "clamps"
+
+    def landed(self, after: Tensor, before: Tensor, state: State, step: Step) -> Tensor:
+        return after.clamp_(-0.1, 0.1)
+
+
+class OneNorm(WeightRule):
+    """Divides by the norm of the stack, not of the matrix."""
+
+    kind: Literal["one_norm"] = "one_norm"
+
+    def scaled(self, u: Tensor, w: Tensor, state: State, step: Step) -> Tensor:
+        return u * (w.norm() / u.norm().clamp_min(1e-12))
+
+
+class Tells(WeightRule):
+    """Returns a key that it does not declare."""
+
+    kind: Literal["tells"] = "tells"
+
+    def observe(self, w: Tensor, u: Tensor, state: State, step: Step) -> State:
+        return {"angle": (w * u).sum((-2, -1))}
+
+
+class Halves(WeightRule):
+    """Returns some rows of the weight only."""
+
+    kind: Literal["halves"] = "halves"
+
+    def decayed(self, w: Tensor, u: Tensor, state: State, step: Step) -> Tensor:
+        return w[:, :1]
+
+
 BROKEN: dict[type[Component], tuple[str, str]] = {
     Undeclared: ("slots", "returned state has key 'peak' that `slots` does not declare"),
     Unheard: ("slots", "`apply` reads state 'variance', which `slots` does not declare (declared: mean)"),
@@ -399,6 +438,10 @@ BROKEN: dict[type[Component], tuple[str, str]] = {
     Loose: ("documented", "refuses unknown options"),
     Wordless: ("documented", "Wordless has no docstring"),
     Costly: ("planned", "`flops` should return finite numbers"),
+    Clamps: ("pure", "`landed` writes to its input `after`"),
+    OneNorm: ("stacked", "the result for a matrix changes with another matrix of the stack; reduce over the last two dimensions only"),
+    Tells: ("slots", "`observe`: returned state has key 'angle' that `slots` does not declare"),
+    Halves: ("slots", "the result of `decayed` has shape (3, 1, 4), and should have (3, 6, 4)"),
     Oblique: ("basis", "the columns of the right side are not orthonormal"),
     Fleeting: ("slots", "`basis` reads state 'basis', which `slots` does not declare (declared: warm)"),
     Unclamped: ("basis", "gives 6 x 1000000 coordinates for a matrix 6 x 4"),
