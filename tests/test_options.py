@@ -114,11 +114,11 @@ def merging(most: int, preset: str = "soap", **overrides: Any) -> subspace_opt.S
 
 
 OPTIONS["merged dimensions"] = spec(complement="adam", selector="none")
-OPTIONS["merged dimensions"]["routes"] = [{"use": "all", "view": "modes", "merge": 12}]
+OPTIONS["merged dimensions"]["routes"] = [{"use": "all", "view": "modes", "merge": 60}]
 OPTIONS["merged dimensions of a subspace"] = spec(
     orient="short", selector={"kind": "svd", "rank": 2, "every": 3}, inside="adam", complement="sgd"
 )
-OPTIONS["merged dimensions of a subspace"]["routes"] = [{"use": "all", "view": "modes", "merge": 12}]
+OPTIONS["merged dimensions of a subspace"]["routes"] = [{"use": "all", "view": "modes", "merge": 20}]
 each_option = pytest.mark.parametrize("name", OPTIONS)
 
 
@@ -150,14 +150,14 @@ def test_every_strategy_is_the_plain_frame(name: str) -> None:
 
 
 @each_option
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_every_cut_goes_on_to_the_bit(name: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("dtype", "word"), [(torch.float32, None), (torch.bfloat16, None), (torch.float32, "bf16")], ids=str)
+def test_every_cut_goes_on_to_the_bit(name: str, dtype: torch.dtype, word: Any) -> None:
     params = parameters(ALL, dtype)
-    opt = made(OPTIONS[name], params)
+    opt = made(OPTIONS[name], params, state_dtype=word)
     for cut in range(6):
         saved = copy.deepcopy({"optimizer": opt.state_dict(), "params": {n: p.detach() for n, p in params.items()}})
         others = parameters(ALL, dtype, seed=7)
-        resumed = made(OPTIONS[name], others, lr=0.5)
+        resumed = made(OPTIONS[name], others, lr=0.5, state_dtype=word)
         torch.manual_seed(100 + cut)
         train(resumed, others, range(1), seed=9)
         with torch.no_grad():
@@ -167,7 +167,7 @@ def test_every_cut_goes_on_to_the_bit(name: str, dtype: torch.dtype) -> None:
         train(resumed, others, range(cut, cut + 2))
         train(opt, params, range(cut, cut + 1))
         ahead = copied(params)
-        twin = made(OPTIONS[name], ahead)
+        twin = made(OPTIONS[name], ahead, state_dtype=word)
         twin.load_state_dict(copy.deepcopy(opt.state_dict()))
         train(twin, ahead, range(cut + 1, cut + 2))
         assert same(snapshot(resumed, others), snapshot(twin, ahead)), f"cut at {cut}"

@@ -268,7 +268,7 @@ def state_of(spec: Any, shapes: Any = SHAPES, dtype: torch.dtype = torch.float32
     [
         ({"matrix.selector.rank": 2}, "pipelines.matrix.selector.rank is 2 there and 3 here"),
         ({"matrix.inside.eps": 1e-6}, "pipelines.matrix.inside.0.eps is 1e-06 there and 1e-08 here"),
-        ({"matrix.complement": "sgd"}, "pipelines.matrix.complement.0.coefficients is only in this spec"),
+        ({"matrix.complement": "sgd"}, "pipelines.matrix.complement.0.bound is only in this spec"),
         ({"matrix.orient": "left"}, "pipelines.matrix.orient is 'left' there and 'right' here"),
         ({"matrix.finish": None}, "pipelines.matrix.finish is [] there and "),
         ({"routes": [{"min_dims": 2, "name": "t*", "use": "matrix"}, {"use": "other"}]}, "routes.0.min_dims is 2 there and None here"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import math
 from typing import Literal
 
 import torch
@@ -14,7 +14,7 @@ from .sizes import divisor
 #: The numbers that divide X: its Frobenius norm, its Schatten-4 norm, its largest singular value by power iterations, or a number a row.
 Bound = Literal["frobenius", "schatten4", "spectral", "aol"]
 
-PROBES = 8  # vectors of a power iteration
+PRIMES = (2, 3, 5, 7, 11, 13, 17, 19)  # one for each vector of a power iteration
 MARGIN = 1.05  # by which the result of a power iteration is raised: it approaches the largest singular value from below
 
 
@@ -39,7 +39,7 @@ def bounded(y: Tensor, bound: Bound, power_iterations: int) -> tuple[Tensor, Ten
 
 def _largest_eigenvalue(a: Tensor, iterations: int) -> Tensor:
     """The largest Rayleigh quotient of a few fixed vectors after power iterations on a semi-definite `A` `(..., k, k)`, `(..., 1, 1)`."""
-    v = _probes(a.size(-1)).to(a)
+    v = _probes(a)
     for _ in range(iterations):
         v = a @ v
         v = v / divisor(torch.linalg.vector_norm(v, dim=-2, keepdim=True))
@@ -47,9 +47,10 @@ def _largest_eigenvalue(a: Tensor, iterations: int) -> Tensor:
     return largest
 
 
-@functools.lru_cache(maxsize=64)
-def _probes(k: int) -> Tensor:
-    """Unit vectors `(k, PROBES)` in fixed directions, so that a matrix has one result on every rank."""
-    v = torch.randn(k, PROBES, generator=torch.Generator().manual_seed(k), dtype=torch.float64)
-    unit: Tensor = v / torch.linalg.vector_norm(v, dim=0)
-    return unit
+def _probes(a: Tensor) -> Tensor:
+    """Vectors `(k, 8)` for `A` `(..., k, k)` in fixed directions, so that a matrix has one result on every rank.
+
+    Column j is the fractional part of `i sqrt(p_j)`, p_j a prime, less a half: no usual matrix has singular vectors orthogonal to all.
+    """
+    places = torch.arange(1, a.size(-1) + 1, dtype=a.dtype, device=a.device).unsqueeze(-1)
+    return torch.cat([(places * math.sqrt(prime)).frac() for prime in PRIMES], dim=-1) - 0.5
