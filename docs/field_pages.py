@@ -8,7 +8,7 @@ from pathlib import Path
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
-from subspace_opt.algebra import Rule
+from subspace_opt.algebra import Rule, WeightRule
 from subspace_opt.algebra.frame import Frame
 from subspace_opt.algebra.pipeline import Pipeline
 from subspace_opt.plan.costs import flops
@@ -34,7 +34,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def field_page() -> str:
     """The page with one row for each preset."""
     head = (
-        "method | selector | source | refresh | momentum | inside | complement | moments at a refresh | finish | decay "
+        "method | selector | source | refresh | momentum | inside | complement | moments at a refresh | finish | apply | decay "
         "| state / mn | GFLOP an update | a refresh"
     )
     rows = [field_row(name, load_spec(name)) for name in preset_names(installed=False)]
@@ -82,7 +82,8 @@ def field_row(name: str, spec: Spec) -> str:
         words(pipeline.complement),
         "by LDAdam's formula" if "ldadam" in words(pipeline.inside) else ", ".join(sorted(kept)),
         words(pipeline.finish),
-        pipeline.decay,
+        words(pipeline.apply),
+        pipeline.decay_beside_rules or ("by a rule" if pipeline.decay == "before" else pipeline.decay),
         f"{state / prod(SHAPE):.3f}",
         f"{update / 1e9:.2f}" if update else "",
         f"{refresh / 1e9:.2f}" if refresh else "",
@@ -117,7 +118,7 @@ def momentum(pipeline: Pipeline) -> str:
     return "; ".join(where) or "none"
 
 
-def words(rules: tuple[Rule, ...]) -> str:
+def words(rules: tuple[Rule | WeightRule, ...]) -> str:
     """The kinds of a list of rules."""
     return " + ".join(rule.kind for rule in rules)  # type: ignore[attr-defined]
 

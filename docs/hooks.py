@@ -62,7 +62,7 @@ def root_page(file: str) -> str:
 # --- the spec reference
 
 SECTIONS = {"Pipeline": "A pipeline", "Mix": "Mix", "Route": "A route", "Defaults": "Defaults"}
-FAMILIES = {"selector": "Selectors", "rule": "Rules"}
+FAMILIES = {"selector": "Selectors", "rule": "Rules", "weight_rule": "Weight rules"}
 
 
 def spec_page(schema: Schema) -> str:
@@ -77,9 +77,8 @@ def spec_page(schema: Schema) -> str:
     for name, title in SECTIONS.items():
         parts.append(f"## {title} {{#{name}}}\n\n{defs[name].get('description', '')}\n\n{fields(defs[name])}")
     for family, title in FAMILIES.items():
-        parts.append(
-            f"## {title} {{#{family}}}\n\nA {family} is the name of a kind, or a mapping with `kind` and the fields of that kind.\n"
-        )
+        one = title.lower().removesuffix("s")
+        parts.append(f"## {title} {{#{family}}}\n\nA {one} is the name of a kind, or a mapping with `kind` and the fields of that kind.\n")
         for names, kind in by_class(family, defs):
             heading = ", ".join(f"`{name}`" for name in names)
             anchors = "".join(f'<a id="{family}.{name}"></a>' for name in names[1:])
@@ -137,7 +136,7 @@ def type_of(node: Schema) -> str:
     """The type of a field in words: a number with its limits, the allowed words, or a link to the table of a part."""
     if "$ref" in node:
         name = node["$ref"].rsplit("/", 1)[1]
-        return f"[{name.lower()}](#{name})"
+        return f"[{name.lower().replace('_', ' ')}](#{name})"
     if "anyOf" in node:
         # The next column shows a default of null or an empty list, so this one leaves null out.
         nothing = {"type": "null"} if node.get("default") in (None, []) else None

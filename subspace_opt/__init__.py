@@ -17,6 +17,9 @@ from .algebra import (
     State,
     Step,
     Transport,
+    WeightError,
+    WeightRule,
+    WeightTraits,
 )
 from .checkpoint import CheckpointError
 from .engine.gradients import NonFiniteGradient
@@ -56,6 +59,9 @@ __all__ = [
     "Step",
     "SubspaceOptimizer",
     "Transport",
+    "WeightError",
+    "WeightRule",
+    "WeightTraits",
     "build",
     "load_plugin",
     "load_spec",

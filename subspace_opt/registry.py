@@ -1,8 +1,9 @@
 """Components and their names: `register` fills one table of kinds; validation reads it.
 
 A `Component` is a frozen pydantic model. Its fields are the hyper-parameters, its methods the algorithm. A *family* is an abstract
-component (`Rule`, `Selector`); a *kind* is a concrete one, named by its `kind` field. A field annotated with a family accepts a mapping
-with a `kind`, the name of a kind, or an instance. The look-up happens when a value is validated, so a plugin may be registered late.
+component (`Rule`, `Selector`, `WeightRule`); a *kind* is a concrete one, named by its `kind` field. A field annotated with a family accepts
+a mapping with a `kind`, the name of a kind, or an instance. The look-up happens when a value is validated, so a plugin may be registered
+late.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any, ClassVar, TypeVar
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
+FAMILIES = ("rule", "selector", "weight_rule")
 PLUGIN_GROUP = "subspace_opt.plugins"
 # A plugin is foreign code: its import may raise anything, even `SystemExit`. The library must keep working without it.
 FOREIGN = (Exception, SystemExit)
@@ -106,7 +108,7 @@ def register(cls: C) -> C:
         RegistryError: the class has no family or no `kind`, or another class is registered under its name; the message names both.
     """
     if not (isinstance(cls, type) and issubclass(cls, Component)) or cls.is_family or not cls.family:
-        raise RegistryError(f"{cls!r} cannot be registered: it is neither a rule nor a selector; derive it from Rule or Selector")
+        raise RegistryError(f"{cls!r} cannot be registered: it is no component of a family; derive it from Rule, Selector or WeightRule")
     table = _kinds.setdefault(cls.family, {})
     for name in names_of(cls):
         other = table.get(name)

@@ -48,6 +48,9 @@ class Plain:
             state.update(frame.prime(g, w, state, step))
             return weight
         update, new = frame.update(g, w, state, step)
+        if frame.pipeline.apply:
+            state.update({key: new[key] for key in frame.slots})
+            return (w - update.dense()).to(weight.dtype)
         change = self.lr * row.lr_scale * update.dense()
         kept = 1 - self.lr * row.lr_scale * self.weight_decay * row.decay_scale
         match frame.pipeline.decay:

@@ -568,7 +568,7 @@ def test_plugin_file_that_breaks(breakage: str, tmp_path: Path) -> None:
             "class A(Rule):\n    def apply(self, x, grad, state, step): ...",
             "has no name; add a field such as `kind: Literal['my_kind'] = 'my_kind'`",
         ),
-        ("class A:\n    pass", "cannot be registered: it is neither a rule nor a selector; derive it from Rule or Selector"),
+        ("class A:\n    pass", "cannot be registered: it is no component of a family; derive it from Rule, Selector or WeightRule"),
     ],
 )
 @pytest.mark.usefixtures("own_registry")

@@ -119,7 +119,7 @@ def test_list_for_programs(run: Run) -> None:
     listed = json.loads(run("list", "--json"))
     assert {preset["name"] for preset in listed["presets"]} >= set(built_in())
     assert all(preset["source"] and preset["error"] is None for preset in listed["presets"] if not preset["package"])
-    for family in ("rules", "selectors"):
+    for family in ("rules", "selectors", "weight_rules"):
         assert all(kind["doc"] and kind["names"] for kind in listed[family])
     assert ["identity", "sgd"] in [rule["names"] for rule in listed["rules"]]
 

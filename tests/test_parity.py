@@ -49,6 +49,8 @@ MISTAKES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "Nesterov left out": ("muon_kj_wd", "matrix", {"matrix.momentum.nesterov": False}),
     "statistic along the wrong side": ("normuon_nemo", "matrix", {"matrix.complement.1.subsets": "rows"}),
     "statistic of the gradient": ("normuon_nemo", "matrix", {"matrix.complement.1.of": "gradient"}),
+    "mean over the other side": ("normuon_dion_cautious", "matrix", {"matrix.complement.1.subsets": "lines"}),
+    "plain decay for cautious": ("normuon_dion_cautious", "matrix", {"matrix.apply": None}),
     "norm not restored": ("normuon_nemo", "matrix", {"matrix.complement.1.keep_norm": False}),
     "norm restored": ("adamuon_nemo", "matrix", {"matrix.complement.1.keep_norm": True}),
     "scale before the statistic": ("adamuon_nemo", "matrix", {"matrix.complement": SCALED_FIRST, "matrix.finish": "none"}),
@@ -66,6 +68,12 @@ MISTAKES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "fixed decay for 1 - t^-0.8": ("adafactor_hf", "all", {"all.complement.0.beta2": 0.9}),
     "a second moment for rows alone": ("adafactor_hf", "all", {"all.complement.0": {"kind": "subset_norm", "subsets": "rows"}}),
     "clip left out": ("adafactor_hf", "all", {"all.complement.1.limit": 1e9}),
+    "decay after the update, radial brake": ("muon_radial_brake_nemo", "matrix", {"matrix.decay": "after"}),
+    "no decay, radial brake": ("muon_radial_brake_nemo", "matrix", {"matrix.decay_scale": 0.0}),
+    "inward and outward exchanged": ("muon_radial_brake_nemo", "matrix", {"matrix.apply.outward": 1.0, "matrix.apply.inward": 0.5}),
+    "another radius": ("muon_hyperball_nemo", "matrix", {"matrix.apply.radius": 4.001}),
+    "no retraction": ("spel_nemo", "matrix", {"matrix.apply": None}),
+    "retraction with other polynomials": ("spel_nemo", "matrix", {"matrix.apply.by.coefficients": "keller"}),
     "heavy ball for EMA under a floor": ("muon_kj_wd", "matrix", {"matrix.complement.eps": 1e-2}),
 }
 

@@ -94,7 +94,7 @@ def test_a_skeleton_tells_what_it_cannot_be_called(tmp_path: Path) -> None:
         ("kron-eigen", "selector", "the selector 'kron_eigen' exists"),
         ("cosmos", "preset", "the preset 'cosmos' exists"),
         ("step", "rule", "the class name 'Step' is used by the library"),
-        ("some", "preconditioner", "a plugin must be one of selector, rule, preset, not 'preconditioner'"),
+        ("some", "preconditioner", "a plugin must be one of selector, rule, weight_rule, preset, not 'preconditioner'"),
     ):
         with pytest.raises(ScaffoldError) as caught:
             new_plugin(name, tmp_path, kind)  # type: ignore[arg-type]

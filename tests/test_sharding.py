@@ -143,7 +143,7 @@ def compare_fused(kind: str, presets: tuple[str, ...], options: dict[str, Any]) 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "world"), [("fsdp", 2), ("ddp", 2), ("hsdp", 4)])
 def test_weights_cut_by_their_roles_equal_one_process(kind: str, world: int) -> None:
-    assert run_ranks(world, compare_fused, kind, ("cosmos", "galore"), {}) == [[]] * world
+    assert run_ranks(world, compare_fused, kind, ("cosmos", "galore", "muon-hyperball", "spel"), {}) == [[]] * world
 
 
 @pytest.mark.slow
@@ -468,7 +468,7 @@ def low_precision(kind: str) -> list[str]:
             f"{preset}: {n} differs by {gap:.1e}" for n, gap in differences(whole_weights(alone), whole_weights(model)) if not gap < 1e-3
         ]
     for rounding in ("nearest", "stochastic", "kahan"):
-        for preset in ("muon", "adamw"):
+        for preset in ("muon", "adamw", "muon-hyperball"):
             alone, _ = trained(preset, None, None, steps=6, dtype=torch.bfloat16, rounding=rounding, stacking="never")
             model, _ = trained(preset, kind, mesh, steps=6, dtype=torch.bfloat16, rounding=rounding)
             other = whole_weights(model)
@@ -477,6 +477,69 @@ def low_precision(kind: str) -> list[str]:
                 if apart > 0.1 or not torch.allclose(one.float(), other[name].float(), rtol=2e-2, atol=1e-3):
                     wrong.append(f"{preset}, {rounding}: {name} differs in {apart:.0%} of the entries")
     return wrong
+
+
+# Rules in `apply` that no preset has: entries apart, whole matrices, coordinates that ranks would else exchange alone.
+APPLIED: dict[str, tuple[str, dict[str, Any]]] = {
+    "cautious adamw": ("adamw", {"all.apply": "cautious"}),
+    "cautious galore": ("galore", {"matrix.apply": "cautious", "matrix.decay": "before"}),
+    "relative muon": ("muon", {"matrix.apply": ["cautious", "relative"], "other.apply": "cautious"}),
+    "braked cosmos": ("cosmos", {"matrix.apply": "radial_brake", "matrix.decay": "after"}),
+}
+
+
+def compare_applied(kind: str) -> list[str]:
+    """The weights that differ from those of one process, with other rules in `apply`."""
+    mesh, wrong = mesh_of(kind, dist.get_world_size()), []
+    for label, (preset, overrides) in APPLIED.items():
+        ends = []
+        for where in (None, kind):
+            model = make_zoo()
+            if where is not None:
+                place(model, where, mesh)
+            optimizer = subspace_opt.build(shortened(preset), model, lr=1e-2, weight_decay=0.3, overrides=overrides)
+            for step in range(STEPS_OF_FOUR):
+                give(model, step, lambda name, step: name == "square.weight" and step < 2)
+                if model.twin.weight.grad is not None and step < 2:
+                    model.twin.weight.grad.zero_()  # it waits, and decays
+                optimizer.step()
+            ends.append(whole_weights(model))
+        wrong += [f"{label}: {name} differs by {gap:.1e}" for name, gap in differences(*ends) if not gap < 1e-9]
+    return wrong
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "world"), [("fsdp", 2), ("tp", 2), ("fsdp+tp", 4)])
+def test_weight_rules_equal_one_process(kind: str, world: int) -> None:
+    assert run_ranks(world, compare_applied, kind) == [[]] * world
+
+
+def sums_with_compensation(model: nn.Module, optimizer: subspace_opt.SubspaceOptimizer) -> dict[str, Tensor]:
+    """The weights of matrices in float64, with Kahan's compensation."""
+    state = optimizer.state_dict()
+    names = [name for group in state["param_groups"] for name in group["param_names"]]
+    found = {}
+    for number, slots in state["state"].items():
+        p = dict(model.named_parameters())[names[number]].detach()
+        w, lost = (x.full_tensor() if isinstance(x, DTensor) else x for x in (p, slots["compensation"]))
+        if w.dim() > 1:
+            found[names[number]] = w.double() + lost.double()
+    return found
+
+
+def compensated(kind: str) -> list[str]:
+    """Matrices that leave one process because their owner did not see Kahan's compensation, as rules in `apply` do there."""
+    mesh = mesh_of(kind, dist.get_world_size())
+    ends = [
+        sums_with_compensation(*trained("spel", where, mesh, steps=6, dtype=torch.bfloat16, rounding="kahan")) for where in (None, kind)
+    ]
+    return [f"{name} differs by {gap:.1e}" for name, gap in differences(*ends) if not gap < 1e-4]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["fsdp", "ddp"])
+def test_weight_rules_see_the_compensation_on_ranks(kind: str) -> None:
+    assert run_ranks(2, compensated, kind) == [[]] * 2
 
 
 @pytest.mark.slow

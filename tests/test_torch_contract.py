@@ -41,6 +41,7 @@ import subspace_opt
 from subspace_opt import SubspaceOptimizer
 
 every_preset = pytest.mark.parametrize("preset", PRESETS)
+RETRACTED = {"spel"}  # every update, even one of size 0, brings the weight into a set
 
 
 def is_at(opt: SubspaceOptimizer, p: Tensor) -> float:
@@ -82,7 +83,7 @@ def descend(opt: SubspaceOptimizer, loss: Callable[[], Tensor], steps: int = 20)
 def test_goes_in_the_right_direction(preset: str, contiguous: bool, maximize: bool) -> None:
     params, loss = problem(contiguous)
     opt = optimizer(preset, params, maximize=maximize, weight_decay=0.0)
-    losses = descend(opt, loss)
+    losses = descend(opt, loss)[preset in RETRACTED :]  # the first update brings the weight into the set
     assert losses[-1] > losses[0] if maximize else losses[-1] < losses[0]
 
 
@@ -153,7 +154,7 @@ def test_a_scheduler_does_what_setting_lr_by_hand_does(preset: str, scheduler: s
 # ---------------------------------------------------------------------------------------------------------------- lr and groups
 
 
-@every_preset
+@pytest.mark.parametrize("preset", [preset for preset in PRESETS if preset not in RETRACTED])
 def test_a_rate_of_almost_nothing_leaves_weights_in_place(preset: str) -> None:
     params = parameters()
     before = copied(params)

@@ -4,7 +4,6 @@ In: a gradient, the state, the step. Out: an update and the new state. `core` is
 places, `frame` runs them. Nothing here knows parameters, devices or files.
 """
 
-from .averages import averaged, averaged_square
 from .core import (
     Basis,
     Constants,
@@ -27,7 +26,8 @@ from .core import (
 from .linear import Linear
 from .low_rank import LowRank, Rank
 from .projection import add_lift, lift, project
-from .transport import Change
+from .transport import Change, averaged, averaged_square
+from .weight_rule import WeightError, WeightRule, WeightTraits
 
 __all__ = [
     "Basis",
@@ -51,6 +51,9 @@ __all__ = [
     "State",
     "Step",
     "Transport",
+    "WeightError",
+    "WeightRule",
+    "WeightTraits",
     "add_lift",
     "averaged",
     "averaged_square",

@@ -89,7 +89,8 @@ class Step(NamedTuple):
     refresh: bool = False
     in_place: bool = False  # a rule may write its new state over the old
     spare: bool = False  # no other tensor shares the signal's storage: a rule may write its result over it
-    decay: float = 0.0  # weight decay, if the pipeline couples it to the gradient
+    decay: float = 0.0  # weight decay
+    lr: float | Tensor = 1.0  # learning rate, if the pipeline has rules in `apply`; a tensor is 0-d or (B, 1, 1)
     rows: Dim = Dim("rows", 0)  # the sides of the matrices in the working orientation
     cols: Dim = Dim("cols", 0)
     position: Tensor | None = None  # int64 (B, 2): index of each matrix's parameter within its pipeline, and the number of these

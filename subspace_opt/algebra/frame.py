@@ -1,6 +1,7 @@
 """The mathematics of a pipeline: how a gradient becomes an update.
 
     G --> [feedback] --> [momentum ...] --> SPLIT( selector | inside ... | complement ... ) --> mix --> [finish ...] --> update
+    W, update --> [apply ...] --> displacement
 
 `Frame.update` reads like this picture. It is pure, works on stacks of matrices and knows no concrete kind. Places that combine whole
 matrices compute with `Linear` expressions, so their products and passes over memory happen only when entries are read (see `linear`).
@@ -11,6 +12,7 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from .core import Basis, Coords, Order, Refreshed, Rule, RuleTraits, State, Step
@@ -48,6 +50,8 @@ class Frame(Shaped):
     def update(self, grad: Tensor, weight: Tensor | None, state: State, step: Step) -> tuple[Linear, State]:
         """Return the update, to be subtracted times lr, and the new state.
 
+        With rules in `apply` it is the displacement instead, which contains lr and decay and is subtracted as it is.
+
         Args:
             grad: `(B, m, n)` in the weight's own orientation, as the update is.
             weight: The weights, if the pipeline `needs_weight`.
@@ -70,7 +74,8 @@ class Frame(Shaped):
             signal = Linear.of(x)
             grads = signal if g is x else Linear.of(g)
             update = self._run_lazily("complement", signal, grads, new, step) * p.mix.complement
-        return self._finish(update, g, new, step), new
+        update = self._finish(update, g, new, step)
+        return (self._displacement(update.dense(), _given(weight), new, step) if p.apply else update), new
 
     def _split(self, x: Tensor, g: Tensor, sources: dict[str, Tensor | None], opened: Opened | None, new: State, step: Step) -> Linear:
         """Select, project, run the rules inside and outside, lift and mix; then update feedback and selector."""
@@ -123,6 +128,37 @@ class Frame(Shaped):
                 update = Linear.of(out)
             store(key, state, new)
         return update
+
+    # ------------------------------------------------------------------------------------------------------------- the weight
+
+    def _displacement(self, u: Tensor, weight: Tensor, new: State, step: Step) -> Linear:
+        """`W - landed(decayed(W) - lr scaled(U))`, each map by the rules of `apply` in their order."""
+        rules = keyed("apply", self.pipeline.apply)
+        for key, rule in rules:
+            store(key, rule.observe(weight, u, part(key, new), step), new)
+        w = self._decayed(weight, "before", step)
+        for key, rule in rules:
+            w = rule.decayed(w, u, part(key, new), step)
+        for key, rule in rules:
+            u = rule.scaled(u, w, part(key, new), step)
+        after = self._decayed(w - u * step.lr, "after", step)
+        for key, rule in rules:
+            after = rule.landed(after, w, part(key, new), step)
+        return Linear.of(weight - after)
+
+    def waiting_displacement(self, weight: Tensor, step: Step) -> Linear:
+        """The displacement of weights `(B, m, n)` without a gradient so far: their decay alone."""
+        w = self._decayed(self._decayed(weight, "before", step), "after", step)
+        for rule in (rule for rule in self.pipeline.apply if rule.traits(*self.own).decays):
+            slots = rule.slots(*self.own)
+            state = {name: w.new_zeros(w.size(0), *slot.shape, dtype=slot.dtype or w.dtype) for name, slot in slots.items()}
+            w = rule.decayed(w, torch.zeros_like(w), state, step)
+            w = rule.landed(w, w, state, step)
+        return Linear.of(weight - w)
+
+    def _decayed(self, w: Tensor, when: str, step: Step) -> Tensor:
+        """`W (1 - lr wd)`, if that is when the weight decays."""
+        return w * (1 - step.lr * step.decay) if step.decay != 0 and self.pipeline.decay_beside_rules == when else w
 
     # ------------------------------------------------------------------------------------------------------- error feedback
 

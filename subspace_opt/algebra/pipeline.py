@@ -11,6 +11,7 @@ from pydantic_core import PydanticCustomError
 from ..registry import Model, kind_of, suggest
 from .core import Dim, Rule, Selector, Slot
 from .storage import StateDtype
+from .weight_rule import WeightRule
 
 
 def _listed(value: Any) -> Any:
@@ -25,6 +26,7 @@ def _listed(value: Any) -> Any:
 SAMPLE = Dim("rows", 2), Dim("cols", 3)  # sides of some matrix, for questions whose answer does not depend on the shape
 
 Rules = Annotated[tuple[Rule, ...], BeforeValidator(_listed)]
+WeightRules = Annotated[tuple[WeightRule, ...], BeforeValidator(_listed)]
 
 Values = tuple[tuple[str, float], ...]  # by dotted path, such as ("inside.beta1", 0.85)
 
@@ -56,9 +58,11 @@ class Pipeline(Model):
     complement: Rules = Field((), description="Rules on the residual, the part of the signal outside the subspace.")
     mix: Mix = Field(default=Mix(), description="Weights of the two updates.")
     finish: Rules = Field((), description="Rules on the whole update, in the weight's own orientation.")
+    apply: WeightRules = Field((), description="Rules that see the weight too: how the update meets it. Empty: W - lr U.")
     decay: Literal["before", "after", "coupled"] = Field(
         "before",
-        description="Weight decay on the weight before the update, on the updated weight, or added to the gradient that rules see.",
+        description="Weight decay on the weight before the update, on the updated weight, or added to the gradient that rules see. "
+        "A rule in `apply` that decays the weight replaces it.",
     )
     lr_scale: float = Field(1.0, gt=0.0, description="Multiplies the learning rate, for the update and for weight decay.")
     decay_scale: float = Field(1.0, ge=0.0, description="Multiplies weight decay; 0 for none.")
@@ -102,6 +106,25 @@ class Pipeline(Model):
         return self
 
     @model_validator(mode="after")
+    def _decays_once(self) -> Pipeline:
+        own = [kind_of(type(rule)) for rule in self.apply if rule.traits(*SAMPLE).decays]
+        if len(own) > 1:
+            raise ValueError(f"`apply` decays the weight {len(own)} times, by {' and '.join(own)}; keep one of them")
+        if own and self.decay != "before":
+            raise ValueError(
+                f"`decay: {self.decay}` and '{own[0]}' in `apply` both decay the weight; set `decay: before`, which the rule replaces, or "
+                "remove the rule"
+            )
+        return self
+
+    @property
+    def decay_beside_rules(self) -> Literal["before", "after"] | None:
+        """When a weight decays that rules in `apply` update; None if one of them does it, or the gradient has it."""
+        if self.decay == "coupled" or any(rule.traits(*SAMPLE).decays for rule in self.apply):
+            return None
+        return self.decay
+
+    @model_validator(mode="after")
     def _stores_what_there_is(self) -> Pipeline:
         known = self.storable
         for name in self.state_dtype:
@@ -126,7 +149,8 @@ class Pipeline(Model):
     def _rule_slots(self) -> Iterator[tuple[str, Slot, bool]]:
         """Every slot of the rules for some matrix: its last name, and whether it has one entry for each entry of the rule's signal."""
         inner = self.selector.coords(*SAMPLE)
-        for rules, sides in ((self.momentum, SAMPLE), (self.inside, inner), (self.complement, SAMPLE), (self.finish, SAMPLE)):
+        places: list[tuple[tuple[Rule | WeightRule, ...], tuple[Dim, Dim]]] = [(self.momentum, SAMPLE), (self.inside, inner)]
+        for rules, sides in (*places, (self.complement, SAMPLE), (self.finish, SAMPLE), (self.apply, SAMPLE)):
             for rule in rules:
                 for name, slot in rule.slots(*sides).items():
                     yield name.rpartition(".")[2], slot, slot.dims == sides

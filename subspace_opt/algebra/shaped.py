@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from . import storage
 from .core import Dim, Rule, SelectorTraits, Slot, State
 from .pipeline import Pipeline, Values, with_values
 from .storage import Codes, StateDtype
+from .weight_rule import WeightRule
+
+R = TypeVar("R", bound=Rule | WeightRule)
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,8 @@ class Shaped:
     @property
     def needs_weight(self) -> bool:
         """True if the update depends on the weights."""
-        return self.pipeline.decay == "coupled" or (self.opens and self.pipeline.selector.source == "weight")
+        p = self.pipeline
+        return bool(p.apply) or p.decay == "coupled" or (self.opens and p.selector.source == "weight")
 
     @cached_property
     def selector_traits(self) -> SelectorTraits:
@@ -96,7 +100,7 @@ class Shaped:
         """True if a refresh needs no result of the update, and therefore runs before everything else: it may fail."""
         return self.opens and self.pipeline.selector.timing == "before" and self.pipeline.selector.source != "momentum"
 
-    def places(self) -> Iterator[tuple[str, Rule, Dim, Dim]]:
+    def places(self) -> Iterator[tuple[str, Rule | WeightRule, Dim, Dim]]:
         """Every rule that runs, with the key of its state and the dimensions of its signal."""
         p, (rows, cols) = self.pipeline, (self.rows, self.cols)
         yield from ((key, rule, rows, cols) for key, rule in keyed("momentum", p.momentum))
@@ -105,6 +109,7 @@ class Shaped:
         if self.has_complement:
             yield from ((key, rule, rows, cols) for key, rule in keyed("complement", p.complement))
         yield from ((key, rule, *self.own) for key, rule in keyed("finish", p.finish))
+        yield from ((key, rule, *self.own) for key, rule in keyed("apply", p.apply))
 
     @cached_property
     def slots(self) -> dict[str, Slot]:
@@ -143,7 +148,7 @@ class Shaped:
         return {}
 
 
-def keyed(place: str, rules: tuple[Rule, ...]) -> list[tuple[str, Rule]]:
+def keyed(place: str, rules: Sequence[R]) -> list[tuple[str, R]]:
     """Rules with the first part of their state's keys: the place, and a number if several rules share it."""
     return [(place if len(rules) == 1 else f"{place}.{i}", rule) for i, rule in enumerate(rules)]
 

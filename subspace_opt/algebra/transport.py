@@ -1,4 +1,4 @@
-"""State in coordinates after a refresh: kept, reset, permuted or projected onto the new basis."""
+"""How state moves on: moving averages, and state in coordinates after a refresh, which is kept, reset, permuted or projected."""
 
 from __future__ import annotations
 
@@ -8,8 +8,18 @@ import torch
 from torch import Tensor
 
 from .. import linalg
-from .core import Basis, Dim, Order, Slot
+from .core import Basis, Dim, Order, Slot, Step
 from .projection import by_modes, picks
+
+
+def averaged(m: Tensor, x: Tensor, beta: float, step: Step) -> Tensor:
+    """`beta M + (1 - beta) X`, written over M if the step allows it."""
+    return m.lerp_(x, 1 - beta) if step.in_place else m.lerp(x, 1 - beta)
+
+
+def averaged_square(v: Tensor, x: Tensor, beta: float, step: Step) -> Tensor:
+    """`beta V + (1 - beta) X.X`, written over V if the step allows it."""
+    return (v.mul_(beta) if step.in_place else v * beta).addcmul_(x, x, value=1 - beta)
 
 
 class Change(NamedTuple):

@@ -17,7 +17,7 @@ def new(
 ) -> None:
     """Write the skeleton of a plugin package, with tests that pass.
 
-    The package has a working rule, selector or preset to start from, an example, tests and a README.
+    The package has a working component or preset to start from, an example, tests and a README.
     """
     folder = new_plugin(name, directory, kind)
     typer.echo(f"Created {folder}. Next:\n  pip install -e '{folder}[test]'\n  pytest {folder}")

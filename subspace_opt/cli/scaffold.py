@@ -12,7 +12,7 @@ from .. import __version__
 from ..registry import RegistryError, find, owner
 from ..spec import presets
 
-Kind = Literal["selector", "rule", "preset"]
+Kind = Literal["selector", "rule", "weight_rule", "preset"]
 
 NAME = re.compile(r"[a-z][a-z0-9]*([-_][a-z0-9]+)*")
 TAKEN = {*public_names, "Field", "Literal", "Order", "Tensor"}  # names that the generated modules import
@@ -25,7 +25,7 @@ class ScaffoldError(RegistryError):
 def new_plugin(name: str, directory: str | Path = ".", kind: Kind = "selector") -> Path:
     """Write the package `subspace-opt-NAME` into a directory and return its folder.
 
-    The package has a working rule, selector or preset, a spec that uses it, tests that run the conformance kit, and a README.
+    The package has a working component or preset, a spec that uses it, tests that run the conformance kit, and a README.
 
     Raises:
         ScaffoldError: the name is invalid or in use, or the folder exists.
@@ -70,6 +70,7 @@ def _files(word: str, kind: Kind) -> dict[str, str]:
         "KIND": snake,
         "PRESET": word,
         "FAMILY": kind,
+        "NOUN": kind.replace("_", " "),
         "VERSION": ".".join(__version__.split(".")[:2]),
         "GROUP": presets.GROUP if kind == "preset" else "subspace_opt.plugins",
         "USE": USES[kind],
@@ -101,7 +102,7 @@ build-backend = "hatchling.build"
 [project]
 name = "@PROJECT@"
 version = "0.1.0"
-description = "A @FAMILY@ for subspace_opt."
+description = "A @NOUN@ for subspace_opt."
 readme = "README.md"
 requires-python = ">=3.11"
 dependencies = ["subspace-opt>=@VERSION@"]
@@ -182,6 +183,28 @@ class @CLASS@(Rule):
         rms = m.square().mean((-2, -1), keepdim=True).sqrt()
         return m * (self.limit / rms.clamp_min(self.limit)), {"exp_avg": m}
 ''',
+    "weight_rule": '''\
+"""The weight rule `@KIND@`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+from subspace_opt import State, Step, WeightRule, register
+from torch import Tensor
+
+
+@register
+class @CLASS@(WeightRule):
+    """`W' = clamp(W - lr U, -bound, bound)` (name your source here)."""
+
+    kind: Literal["@KIND@"] = "@KIND@"
+    bound: float = Field(1.0, gt=0.0, description="Largest magnitude of an entry of the weight.")
+
+    def landed(self, after: Tensor, before: Tensor, state: State, step: Step) -> Tensor:
+        return after.clamp(-self.bound, self.bound)  # (B, m, n)
+''',
     "preset": '''\
 """Presets for subspace_opt: each .yaml file beside this module is a preset with the name of the file."""
 ''',
@@ -190,6 +213,7 @@ class @CLASS@(Rule):
 USES: dict[Kind, str] = {
     "selector": "    selector: {kind: @KIND@, rank: 32, every: 100}\n    inside: adam",
     "rule": "    selector: {kind: svd, rank: 32, every: 100}\n    inside: {kind: @KIND@}\n    complement: {kind: @KIND@}",
+    "weight_rule": "    complement: adam\n    apply: {kind: @KIND@}",
     "preset": "",
 }
 
@@ -223,7 +247,7 @@ routes:
 """
 
 _COMPONENT_TESTS = '''\
-"""The @FAMILY@ passes the conformance kit, and specs find it by its name."""
+"""The @NOUN@ passes the conformance kit, and specs find it by its name."""
 
 from pathlib import Path
 
@@ -253,6 +277,7 @@ def test_the_kind_is_found_by_its_name() -> None:
 TESTS: dict[Kind, str] = {
     "selector": _COMPONENT_TESTS,
     "rule": _COMPONENT_TESTS,
+    "weight_rule": _COMPONENT_TESTS,
     "preset": '''\
 """The preset is found by its name and passes the conformance kit."""
 
@@ -274,7 +299,7 @@ def test_the_preset_conforms(check: Check) -> None:
 _COMPONENT_README = """\
 # @PROJECT@
 
-A @FAMILY@ for `subspace_opt`.
+A @NOUN@ for `subspace_opt`.
 
 ```yaml
 @USE@
@@ -295,6 +320,7 @@ $ subspace-opt list                                               # lists it
 README: dict[Kind, str] = {
     "selector": _COMPONENT_README,
     "rule": _COMPONENT_README,
+    "weight_rule": _COMPONENT_README,
     "preset": """\
 # @PROJECT@
 

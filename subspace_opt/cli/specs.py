@@ -11,14 +11,14 @@ from typing import Annotated, Any
 
 import typer
 
-from ..registry import Component, failures, kinds, plugin_entry_points
+from ..registry import FAMILIES, Component, failures, kinds, plugin_entry_points
 from ..spec import Spec, SpecError, json_schema, load_spec, presets
 from .options import AsJson, Overrides, Plugins, SpecName, parse_overrides, print_json
 from .tables import console, show_catalogue
 
 
 def list_kinds(plugin: Plugins = [], as_json: AsJson = False) -> None:  # noqa: B006
-    """List presets, selectors, rules and plugins."""
+    """List presets, selectors, rules, weight rules and plugins."""
     catalogue = _catalogue(plugin)
     if as_json:
         print_json(catalogue)
@@ -88,13 +88,14 @@ def _summary(spec: Spec) -> str:
 
 
 def _catalogue(files: Sequence[Path]) -> dict[str, Any]:
-    known = {family: kinds(family) for family in ("selector", "rule")}
+    known = {family: kinds(family) for family in FAMILIES}
     plugins = list(_plugins(files, {kind: cls for family in known.values() for kind, cls in family.items()}))
     origin = {kind: plugin["name"] for plugin in plugins for kind in plugin["gives"]}
     return {
         "presets": list(_presets()),
         "selectors": _described(known["selector"], origin),
         "rules": _described(known["rule"], origin),
+        "weight_rules": _described(known["weight_rule"], origin),
         "plugins": plugins,
     }
 

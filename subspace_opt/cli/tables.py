@@ -65,14 +65,14 @@ def show_parity(measured: Sequence[Parity], out: Console) -> None:
 
 
 def show_catalogue(catalogue: Mapping[str, Any], out: Console) -> None:
-    """One table each for presets, selectors, rules and plugins."""
+    """One table each for presets, selectors, rules, weight rules and plugins."""
     presets = make_table("preset", "source", fold="source")
     for preset in catalogue["presets"]:
         words = escape(", ".join(preset["source"])) if preset["error"] is None else _failed(preset["error"])
         presets.add_row(preset["name"], words + _origin(preset["package"]))
     out.print(presets)
-    for family in ("selectors", "rules"):
-        kinds = make_table(family.removesuffix("s"), "what it does", fold="what it does")
+    for family in ("selectors", "rules", "weight_rules"):
+        kinds = make_table(family.removesuffix("s").replace("_", " "), "what it does", fold="what it does")
         for kind in catalogue[family]:
             kinds.add_row(", ".join(kind["names"]), escape(kind["doc"]) + _origin(kind["plugin"]))
         out.print()

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..engine.work import Options, Work
 from .boxes import Box
 from .exchange import Exchange, RankGroup
-from .parts import Part
+from .parts import Part, sent_weight_dtype
 from .placement import Message
 from .shards import ShardedParam, local_work, rank_messages, update_shard
 
@@ -53,8 +53,7 @@ def make_buckets(params: list[ShardedParam], options: Options, group: RankGroup)
     kinds: dict[Any, list[ShardedParam]] = defaultdict(list)
     for param in params:
         row, sharding = param.sharding.row, param.sharding
-        needs_weight = any(frame.needs_weight for _, frame in row.splits)
-        exchange = (sharding.updates_in_place, needs_weight, sharding.basis_dim is None, param.weight.dtype, row.compute_dtype)
+        exchange = (sharding.updates_in_place, sent_weight_dtype(row), sharding.basis_dim is None, param.weight.dtype, row.compute_dtype)
         kinds[exchange, row.entry.shape, row.pipeline].append(param)
     waiting: dict[Any, list[ShardedParam]] = {}
     held: dict[Any, int] = {}
@@ -72,7 +71,7 @@ def make_buckets(params: list[ShardedParam], options: Options, group: RankGroup)
 
 
 def send_gradients(group: RankGroup, bucket: Bucket) -> None:
-    """Start to send gradients to owners, and weights if a selector reads them."""
+    """Start to send gradients to owners, and weights if a selector or a rule reads them."""
     own, has_traffic = rank_messages(group, bucket.params, "gradient")
     first = bucket.params[0]
 
@@ -81,12 +80,11 @@ def send_gradients(group: RankGroup, bucket: Bucket) -> None:
         return param.filled_grad[message.box.slices_in(param.box)].to(first.weight.dtype)
 
     def weight(message: Message) -> Tensor:
-        param = bucket.params[message.tensor_index]
-        return param.weight[message.box.slices_in(param.box)]
+        return bucket.params[message.tensor_index].sent_weight(message.box)
 
     bucket.gradients = Exchange(group, own, has_traffic, gradient, first.weight.dtype, first.weight.device)
-    if any(frame.needs_weight for _, frame in first.sharding.row.splits):
-        bucket.weights = Exchange(group, own, has_traffic, weight, first.weight.dtype, first.weight.device)
+    if (dtype := sent_weight_dtype(first.sharding.row)) is not None:
+        bucket.weights = Exchange(group, own, has_traffic, weight, dtype, first.weight.device)
 
 
 def receive_gradients(group: RankGroup, bucket: Bucket) -> list[Work]:
@@ -98,7 +96,8 @@ def receive_gradients(group: RankGroup, bucket: Bucket) -> list[Work]:
         param.work.grad = torch.empty(part.box.shape, dtype=param.weight.dtype, device=param.weight.device)
         bucket.outboxes[i] = torch.zeros(part.box.shape, dtype=param.sharding.row.compute_dtype, device=param.weight.device)
         param.work.outbox = bucket.outboxes[i]
-        param.work.param = bucket.outboxes[i] if bucket.weights is None else torch.empty_like(param.work.grad)
+        dtype = sent_weight_dtype(param.sharding.row)
+        param.work.param = bucket.outboxes[i] if dtype is None else torch.empty_like(param.work.grad, dtype=dtype)
     for exchange, name in ((bucket.gradients, "grad"), (bucket.weights, "param")):
         if exchange is not None:
             for message, tensor in exchange.wait():

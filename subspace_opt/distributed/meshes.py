@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..plan import COUNTERS, Entry, Plan
 from .boxes import Box, Cut, box_holders, full_box, replica_index, shard_boxes
+from .parts import bytes_to_owner
 from .placement import Layout, Sharding, add_state_bytes
 
 MeshKind = Literal["fsdp", "hsdp", "ddp", "tp", "fsdp+tp"]
@@ -272,7 +273,7 @@ def _add_bytes_sent(total: Tensor, sharding: Sharding, overlap: Overlap) -> None
     at_home = overlap.box_of[owner][:, None] == torch.arange(common.size(1))  # the box that the owner itself holds
     near = overlap.first + overlap.replica_index[owner][:, None] % overlap.count  # as `Sharding._holder_near`
     source = overlap.holders[near]
-    size = row.entry.dtype.itemsize * (2 if any(frame.needs_weight for _, frame in row.splits) else 1)
+    size = bytes_to_owner(row)
     total.index_add_(0, source.flatten(), common.masked_fill(at_home, 0).flatten() * size)
     compute = row.compute_dtype.itemsize
     total.index_add_(0, owner, common.masked_fill(at_home, 0).sum(1) * compute)

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+import torch
+
 from ..algebra.frame import Frame
 from ..engine import strategies
 from ..plan import Row, state_key
@@ -55,6 +57,23 @@ def is_elementwise(row: Row) -> bool:
         return False
     block, frame = row.splits[0]
     return strategies.is_elementwise(frame) and block.heads == 1 and not block.name
+
+
+def sent_weight_dtype(row: Row) -> torch.dtype | None:
+    """The dtype in which owners get the weights with the gradients; None if they need no weights.
+
+    Rules in `apply` see the weight with Kahan's compensation, and only the dtype of computation holds that sum.
+    """
+    frames = [frame for _, frame in row.splits]
+    if not any(frame.needs_weight for frame in frames):
+        return None
+    return row.compute_dtype if row.compensated and any(frame.pipeline.apply for frame in frames) else row.entry.dtype
+
+
+def bytes_to_owner(row: Row) -> int:
+    """Bytes that an owner gets for each entry of the matrices that it updates: the gradient, and the weight if it needs it."""
+    weight = sent_weight_dtype(row)
+    return row.entry.dtype.itemsize + (0 if weight is None else weight.itemsize)
 
 
 def matrix_axis(row: Row) -> tuple[int, int, int]:

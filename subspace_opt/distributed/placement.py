@@ -20,7 +20,7 @@ from ..algebra.frame import Frame
 from ..engine import strategies
 from ..plan import COUNTERS, Row
 from .boxes import Box, Cut, box_holders, chunk, full_box, owner_order, replica_index
-from .parts import Part, box_in_view, is_elementwise, matrix_axis, run_boxes
+from .parts import Part, box_in_view, bytes_to_owner, is_elementwise, matrix_axis, run_boxes
 
 MessageKind = Literal["gradient", "update", "replica", "projection", "lift"]
 BASIS = "selector.basis"
@@ -189,8 +189,7 @@ class Sharding:
         grad, compute = self.row.entry.dtype.itemsize, self.row.compute_dtype.itemsize
         if self.basis_dim is not None and not refresh:
             return compute * _entries_sent(itertools.chain(self.projection_messages(), self.lift_messages()), rank)
-        weights = 2 if any(frame.needs_weight for _, frame in self.row.splits) else 1
-        sent = weights * grad * _entries_sent(self.gradient_messages(), rank)
+        sent = bytes_to_owner(self.row) * _entries_sent(self.gradient_messages(), rank)
         sent += (grad if self.updates_in_place else compute) * _entries_sent(self.update_messages(), rank)
         sent += compute * _entries_sent(self.replica_messages(), rank)
         return sent if self.basis_dim is None else sent + compute * self.basis_entries_sent.get(rank, 0)

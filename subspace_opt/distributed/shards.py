@@ -18,7 +18,7 @@ from ..plan import Row
 from . import exchange
 from .boxes import Box, full_box
 from .exchange import MeshGroups, RankGroup
-from .parts import Part
+from .parts import Part, sent_weight_dtype
 from .placement import Layout, Message, MessageKind, Sharding
 
 
@@ -41,12 +41,6 @@ class ShardedParam:
         return self.sharding.row.entry.name
 
     @property
-    def decay(self) -> float:
-        """The weight decay that is applied with the update; 0 for coupled decay, which is part of the gradient."""
-        coupled = self.sharding.row.splits[0][1].pipeline.decay == "coupled"
-        return 0.0 if coupled else self.work.weight_decay
-
-    @property
     def needs_status(self) -> bool:
         """True if an owner must report the outcome to all ranks, because a decomposition may fail."""
         return any(frame.opens or strategies.decomposes(frame) for _, frame in self.sharding.row.splits)
@@ -61,6 +55,15 @@ class ShardedParam:
     def box(self) -> Box:
         """The box of this rank's shard."""
         return self.sharding.boxes[self.group.rank]
+
+    def sent_weight(self, box: Box) -> Tensor:
+        """A piece of this rank's shard as owners need it: with Kahan's compensation, if rules in `apply` see it."""
+        here, dtype = box.slices_in(self.box), sent_weight_dtype(self.sharding.row)
+        weight = self.weight[here]
+        if dtype in (None, weight.dtype):
+            return weight
+        lost: Tensor = self.work.state["compensation"]
+        return weight.to(dtype) + lost[here].to(dtype)
 
 
 def sharded_param(group: RankGroup, sharding: Sharding, tensor: Tensor, work: Work, maximize: bool) -> ShardedParam:
@@ -155,7 +158,7 @@ def update_shard(param: ShardedParam, box: Box, weight: Tensor, update: Tensor, 
     low = weight.dtype != update.dtype
     compensation = param.work.state["compensation"][here] if row.compensated else None
     noise = _rounding_noise(row, box, param.work.count, options, update) if low and options.rounding == "stochastic" else None
-    rates = Rates(param.work.lr, param.decay, decay_after=row.splits[0][1].pipeline.decay == "after")
+    rates = Rates.of(row.splits[0][1].pipeline, param.work.lr, param.work.weight_decay)
     update_weight(weight, update, rates, rounding=options.rounding, compensation=compensation, noise=noise)
 
 

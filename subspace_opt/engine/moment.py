@@ -32,12 +32,22 @@ def step_of(stack: Stack, options: Options, tables: dict[Any, Tensor]) -> Step:
         first=first,
         refresh=refresh,
         decay=work.weight_decay,
+        lr=_lr(stack) if frame.pipeline.apply else 1.0,
         rows=frame.rows,
         cols=frame.cols,
         position=_positions(tuple(p.work.row.position for p in pieces for _ in range(p.size))),
         noise=noise,
         constants=_constants(frame, work, tables) if frame.opens else {},
     )
+
+
+def _lr(stack: Stack) -> float | Tensor:
+    """The learning rate of a stack: a number, or `(B, 1, 1)` if the rates are tensors on a device."""
+    rates = [piece.work.lr for piece in stack.pieces]
+    if not isinstance(rates[0], Tensor):
+        return rates[0]
+    tensors = [rate.reshape(1).expand(size) for rate, size in zip(rates, stack.sizes, strict=True) if isinstance(rate, Tensor)]
+    return torch.cat(tensors).to(stack.dtype).view(-1, 1, 1)
 
 
 # Constant tensors, cached: making one takes longer than most operations on it.

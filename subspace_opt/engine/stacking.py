@@ -42,16 +42,25 @@ def _grouped(work: list[Work], options: Options, memory: Memory) -> Iterator[Sta
             most = matrices_at_once(item, block, options)
             # Copies on several ranks stay equal to the bit only in equal stacks: round-off depends on a matrix's place in its stack.
             kind = (id(frame), item.row.compute_dtype, item.param.device, most, item.holders)
-            decay = item.weight_decay if frame.pipeline.decay == "coupled" else None  # rules see a coupled decay
             for phase, start, stop in _runs(_phases(item, index, memory.begun), most):
                 number, size = filled.get(kind, (0, 0))
                 number, size = (number, size + stop - start) if size + stop - start <= most else (number + 1, stop - start)
                 filled[kind] = number, size
                 refresh = due(item, frame, phase)
                 last = None if refresh else refreshed(item)  # bias correction counts from the refresh
-                key = (kind, number, phase, refresh, last, item.count, decay)
+                key = (kind, number, phase, refresh, last, item.count, _rates_seen(item, frame))
                 found.setdefault(key, Stack(frame, phase, refresh, [])).pieces.append(Piece(item, index, start, stop))
     yield from found.values()
+
+
+def _rates_seen(item: Work, frame: Frame) -> tuple[float | None, ...]:
+    """The numbers of a parameter group that the rules of a pipeline see, so that a stack has one value of each.
+
+    A learning rate on a device is no number: a stack has a tensor of them.
+    """
+    if frame.pipeline.apply:
+        return (item.weight_decay, None if isinstance(item.lr, torch.Tensor) else item.lr)
+    return (item.weight_decay,) if frame.pipeline.decay == "coupled" else ()
 
 
 def _in_passes(stack: Stack, options: Options) -> Iterator[Stack]:

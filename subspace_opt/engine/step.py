@@ -18,6 +18,7 @@ from torch import Tensor
 from ..algebra.core import State, Step
 from ..algebra.frame import Frame
 from ..algebra.linear import Linear
+from ..algebra.weight_rule import WeightError
 from ..registry import kind_of
 from .fused import update_by_kernels
 from .homes import Memory, gather, scatter
@@ -134,17 +135,19 @@ class _Inputs:
 def _advance(stack: Stack, options: Options, memory: Memory, errors: dict[str, Exception]) -> None:
     """Compute the update of a stack, update its weights, and store its state."""
     if stack.phase is Phase.WAITING:
-        update_stack(stack, None, options)
+        update_stack(stack, _waiting(stack, options, memory) if stack.frame.pipeline.apply else None, options)
         return
     given = _inputs(stack, options, memory)
     made: tuple[Linear | None, State] | None
     try:
         made = _computed(stack.frame, given)
-    except torch.linalg.LinAlgError as error:
+    except (torch.linalg.LinAlgError, WeightError) as error:
         if len(stack.pieces) > 1:  # one by one, to find the matrix that fails and to spare the others
             for piece in stack.pieces:
                 _advance(replace(stack, pieces=[piece]), options, memory, errors)
             return
+        if isinstance(error, WeightError):
+            raise WeightError(f"'{stack.pieces[0].work.name}': {error}") from error
         made = _after_failure(stack, given, error, errors)
     if made is not None:
         _settle(stack, given, *made, options, memory)
@@ -154,7 +157,7 @@ def _inputs(stack: Stack, options: Options, memory: Memory) -> _Inputs:
     frame, pieces = stack.frame, stack.pieces
     grad = _gradients(stack)
     state, is_stored = gather(stack, memory)
-    weight = _joined([p.of(p.work.weights) for p in pieces], stack.dtype) if frame.needs_weight else None
+    weight = _joined([_weights(p) for p in pieces], stack.dtype) if frame.needs_weight else None
     step = step_of(stack, options, memory.tables)
     sound = options.nonfinite != "propagate"
     # A CPU searches a new basis for NaN at once. Other devices search the update, when overwritten state could no longer be restored.
@@ -162,6 +165,21 @@ def _inputs(stack: Stack, options: Options, memory: Memory) -> _Inputs:
     if is_stored and stack.phase is Phase.BEGUN and fails_first(frame, refresh=step.refresh) and restorable:
         step = step._replace(in_place=True)
     return _Inputs(grad, weight, state, step, sound)
+
+
+def _waiting(stack: Stack, options: Options, memory: Memory) -> Linear:
+    """The displacement of weights without a gradient so far."""
+    weight = _joined([_weights(piece) for piece in stack.pieces], stack.dtype)
+    return stack.frame.waiting_displacement(weight, step_of(stack, options, memory.tables))
+
+
+def _weights(piece: Piece) -> Tensor:
+    """The weights of a piece, `(count, rows, cols)`. Rules in `apply` see what Kahan's rounding has cut off too."""
+    weights, lost = piece.of(piece.work.weights), piece.work.compensations
+    if lost is None or not piece.frame.pipeline.apply:
+        return weights
+    dtype = piece.work.row.compute_dtype
+    return weights.to(dtype) + piece.of(lost).to(dtype)
 
 
 def _computed(frame: Frame, given: _Inputs) -> tuple[Linear | None, State]:

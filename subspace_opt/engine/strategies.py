@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from ..algebra.core import Dim, Kernel, Rule, RuleTraits, Selector
 from ..algebra.frame import Frame
+from ..algebra.weight_rule import WeightTraits
 
 A = TypeVar("A")
 
@@ -25,7 +26,7 @@ def _once(question: Callable[[Frame], A]) -> Callable[[Frame], A]:
     return asked
 
 
-def _traits(frame: Frame) -> list[RuleTraits]:
+def _traits(frame: Frame) -> list[RuleTraits | WeightTraits]:
     return [rule.traits(rows, cols) for _, rule, rows, cols in frame.places()]
 
 
@@ -63,7 +64,7 @@ def is_in_coordinates(frame: Frame) -> bool:
     p = frame.pipeline
     known = all(traits.lazy and not traits.measures for traits in (rule.traits(*frame.own) for rule in p.finish))
     lifted = frame.opens and not frame.has_complement and bool(p.inside) and p.mix.inside > 0 and known
-    if not lifted or p.momentum or p.feedback is not None or p.decay == "coupled" or decomposes(frame):
+    if not lifted or p.momentum or p.feedback is not None or p.decay == "coupled" or p.apply or decomposes(frame):
         return False
     return has_fixed_basis(frame) and frame.inner[0] == frame.rows and p.selector.every != 1 and p.selector.source == "gradient"
 
@@ -84,7 +85,7 @@ def fused(frame: Frame) -> tuple[str, Rule, Kernel] | None:
     """The rule that alone makes the update, with the key of its state and its kernel; None unless there is such a rule."""
     p = frame.pipeline
     alone = not (frame.opens or p.momentum or p.finish) and p.feedback is None and p.mix.complement == 1 and len(p.complement) == 1
-    if not alone or p.decay != "before":
+    if not alone or p.decay != "before" or p.apply:
         return None
     kernel = p.complement[0].kernel()
     return None if kernel is None else ("complement", p.complement[0], kernel)

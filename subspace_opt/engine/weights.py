@@ -1,6 +1,7 @@
 """Decay and update of weights: an expression is subtracted from the weight in the weight's own dtype, with a choice of rounding.
 
     W <- W (1 - lr wd) - lr U        or, with decay after the update:        W <- (W - lr U)(1 - lr wd)
+    W <- W - D                       for the displacement D of a pipeline with rules in `apply`
 
 Three ways compute the same: many weights in one operation, lifts multiplied straight into one weight, and the plain way.
 """
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from .. import linalg
 from ..algebra.linear import Lift, Linear
+from ..algebra.pipeline import Pipeline
 from ..algebra.projection import one_sided, picks
 from .rounding import Rounding, rounding_draw, stochastic
 from .work import Options, Piece, Stack
@@ -26,6 +28,13 @@ class Rates(NamedTuple):
     decay: float
     decay_after: bool = False
     factor: float = 1.0
+
+    @classmethod
+    def of(cls, pipeline: Pipeline, lr: float | Tensor, weight_decay: float, factor: float = 1.0) -> Rates:
+        """The rates for the updates of a pipeline. A displacement contains lr and decay, and a coupled decay is part of the gradient."""
+        if pipeline.apply:
+            return cls(1.0, 0.0, factor=factor)
+        return cls(lr, 0.0 if pipeline.decay == "coupled" else weight_decay, pipeline.decay == "after", factor)
 
 
 def update_stack(stack: Stack, update: Linear | None, options: Options) -> None:
@@ -79,8 +88,7 @@ def _update_piece(piece: Piece, part: Tensor | None, factor: float, options: Opt
 
 
 def _rates(piece: Piece, factor: float = 1.0) -> Rates:
-    place = piece.frame.pipeline.decay
-    return Rates(piece.work.lr, 0.0 if place == "coupled" else piece.work.weight_decay, place == "after", factor)
+    return Rates.of(piece.frame.pipeline, piece.work.lr, piece.work.weight_decay, factor)
 
 
 # ----------------------------------------------------------------------------------------------------------- the plain way

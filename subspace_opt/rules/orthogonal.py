@@ -15,7 +15,7 @@ from ..linalg import polar
 from ..registry import register
 
 Named = Literal["keller", "quintic", "cubic", "classical", "cans", "dion", "deepseek"]
-ComputeDtype = Literal["auto", "bfloat16", "float16", "float32", "float64"]
+ComputeDtype = Literal["auto", "input", "bfloat16", "float16", "float32", "float64"]
 
 
 def _to_tuples(value: Any) -> Any:
@@ -52,7 +52,8 @@ class Orthogonalize(Rule):
     margin: float = Field(1.0, ge=1.0, description="Divide by this multiple of the Frobenius norm; the coefficients `dion` need 1.02.")
     dtype: ComputeDtype = Field(
         "auto",
-        description="Dtype of the iteration; `auto`: float64 for float64, else bfloat16; float32 on a CPU without bfloat16 products.",
+        description="Dtype of the iteration; `auto`: float64 for float64, else bfloat16; float32 on a CPU without bfloat16 products; "
+        "`input`: that of the matrix.",
     )
 
     @model_validator(mode="after")
@@ -70,7 +71,8 @@ class Orthogonalize(Rule):
         k, l = sorted((rows.size, cols.size))  # noqa: E741
         if self.method == "svd":
             return 8.0 * l * k * k + 20.0 * k**3
-        return polar.flops(k, l, self._polynomials(), torch.bfloat16 if self.dtype == "auto" else getattr(torch, self.dtype))
+        named = {"auto": torch.bfloat16, "input": torch.float32}
+        return polar.flops(k, l, self._polynomials(), named.get(self.dtype) or getattr(torch, self.dtype))
 
     def apply(self, x: Tensor, grad: Tensor, state: State, step: Step) -> tuple[Tensor, State]:
         return self.orthogonalized(x), {}
@@ -79,11 +81,17 @@ class Orthogonalize(Rule):
         name = "polar_express" if self.method == "polar_express" else self.coefficients
         return polar.schedule(name, self.steps, self.safety if name in ("polar_express", "cans") else 1.0)
 
+    def _dtype(self, x: Tensor) -> torch.dtype:
+        if self.dtype == "input":
+            return x.dtype
+        dtype: torch.dtype = _quick(x) if self.dtype == "auto" else getattr(torch, self.dtype)
+        return dtype
+
     def orthogonalized(self, x: Tensor) -> Tensor:
         """The polar factor of a stack, in the dtype of `x`."""
         if self.method == "svd":
             return polar.polar(x)
-        dtype = _quick(x) if self.dtype == "auto" else getattr(torch, self.dtype)
+        dtype = self._dtype(x)
         o = polar.newton_schulz(x, self._polynomials(), eps=self.eps, floor=self.eps_floor, margin=self.margin, dtype=dtype)
         # Row-major as weights are: the update of the weight then reads it faster.
         return o.to(x.dtype, memory_format=torch.contiguous_format).contiguous()

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..registry import find, suggest
+from ..registry import FAMILIES, find, suggest
 from .document import DocumentError, parse_document
 from .model import STANDARD_OTHER, Spec, SpecError
 
@@ -70,7 +70,7 @@ def _opened(node: Any, key: int | str, path: str, where: str) -> Any:
     value = node.get(key) if isinstance(node, dict) else node[key]
     if value is None:
         value = {}
-    elif isinstance(value, str) and key != "kind" and (find("rule", value) or find("selector", value)):
+    elif isinstance(value, str) and key != "kind" and any(find(family, value) for family in FAMILIES):
         value = {"kind": value}
     if not isinstance(value, dict | list):
         raise SpecError(f"override '{path}': {where} is {value!r}, a value without fields; shorten the path")

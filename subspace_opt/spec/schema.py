@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..registry import kinds
+from ..registry import FAMILIES, kinds
 from .model import Spec
+
+LISTED = [{"$ref": "#/$defs/rule"}, {"$ref": "#/$defs/weight_rule"}]  # families whose places hold one component or a list
 
 
 def json_schema() -> dict[str, Any]:
     """The JSON schema of a spec file, with every kind that is registered or installed."""
     schema = Spec.model_json_schema()
     defs: dict[str, Any] = schema.setdefault("$defs", {})
-    for family in ("rule", "selector"):
+    for family in FAMILIES:
         known = kinds(family)
         for name, cls in known.items():
             own = cls.model_json_schema()
@@ -36,7 +38,8 @@ def _with_families(node: Any) -> Any:
     if "x-family" in node:
         return {"$ref": f"#/$defs/{node['x-family']}", **{k: v for k, v in node.items() if k != "x-family"}}
     out = {k: _with_families(v) for k, v in node.items()}
-    if out.get("type") == "array" and out.get("items") == {"$ref": "#/$defs/rule"}:
-        del out["type"], out["items"]
-        out["anyOf"] = [{"$ref": "#/$defs/rule"}, {"type": "array", "items": {"$ref": "#/$defs/rule"}}]
+    if out.get("type") == "array" and out.get("items") in LISTED:
+        one = out.pop("items")
+        del out["type"]
+        out["anyOf"] = [one, {"type": "array", "items": one}]
     return out

@@ -1,6 +1,6 @@
 """A conformance kit for authors of components and specs.
 
-In: a rule, a selector or a spec. Out: checks. A check passes, or raises a `ConformanceError` that says what to do. The folder
+In: a rule, a selector, a weight rule or a spec. Out: checks. A check passes, or raises a `ConformanceError` with a remedy. The folder
 `trajectories` holds trajectories of authors' code; it needs numpy.
 
     pytest --pyargs subspace_opt.testing --component my_pkg:MySelector --spec my.yaml
@@ -22,12 +22,12 @@ from typing import Any
 
 import torch
 
-from ..algebra import Rule, Selector
+from ..algebra import Selector
 from ..registry import Component
 from ..spec import Spec, load_spec
 from . import contract, trial
 from .probe import ConformanceError
-from .subject import Subject, UnknownComponentError, subjects
+from .subject import Subject, Testable, UnknownComponentError, subjects
 
 __all__ = ["Check", "ConformanceError", "Subject", "UnknownComponentError", "checks", "spec_checks", "subjects"]
 
@@ -55,7 +55,7 @@ class Check:
         return f"{self.subject}-{self.question}"
 
 
-def checks(asked: str | type[Component] | Rule | Selector) -> list[Check]:
+def checks(asked: str | type[Component] | Testable) -> list[Check]:
     """All checks of a component. It is given as a class, an instance, or the text of `--component` (see `subjects`).
 
     Raises:

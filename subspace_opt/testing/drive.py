@@ -7,14 +7,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..algebra import Rule, Selector, State, Step
+from ..algebra import Selector, State, Step
 from ..algebra.frame import Frame
 from ..algebra.pipeline import Pipeline
 from .models import stack
 from .probe import Notes, is_fake, probed
+from .subject import Testable
 
 SHAPES = ((6, 4), (4, 7), (5, 5), (1, 6))
 DTYPES = (torch.float64, torch.float32)
+LR, DECAY = 0.05, 0.1  # of pipelines with rules in `apply`
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,9 @@ def drive(frame: Frame, grads: list[Tensor], notes: Notes, *, where: str = "", t
         else:
             expression, new = frame.update(grad, weight, state, step)
             update = expression.dense()
+            if frame.pipeline.apply:
+                assert weight is not None
+                weight = weight - update
         state = {key: new[key] for key in frame.slots}
         trace.updates.append(update)
         trace.states.append(state)
@@ -64,11 +69,14 @@ def moment(frame: Frame, call: int, grad: Tensor, twins: bool) -> Step:
         places[2] = 0
     refresh = frame.opens and (call == 1 or selector.refreshes(t))
     tables = selector.constants(frame.rows, frame.cols) if frame.opens else {}
+    lr, decay = (LR, DECAY) if frame.pipeline.apply else (1.0, 0.0)
     return Step(
         t=one * t,
         age=one * selector.age(max(t, 1)),
         first=call == 1,
         refresh=refresh,
+        lr=lr,
+        decay=decay,
         rows=frame.rows,
         cols=frame.cols,
         position=torch.stack([places, torch.full_like(places, 4)], dim=1),
@@ -87,7 +95,7 @@ def _draws(frame: Frame, call: int, grad: Tensor, twins: bool) -> Tensor | None:
     return stack((grad.size(0), *shape), grad.dtype, 1000 + call, twins=twins)
 
 
-def placed(pipeline: Pipeline, component: Rule | Selector, notes: Notes) -> Pipeline:
+def placed(pipeline: Pipeline, component: Testable, notes: Notes) -> Pipeline:
     """The pipeline with a probe in place of the component."""
     if isinstance(component, Selector):
         return pipeline.model_copy(update={"selector": probed(pipeline.selector, notes)})
@@ -95,6 +103,6 @@ def placed(pipeline: Pipeline, component: Rule | Selector, notes: Notes) -> Pipe
     return pipeline.model_copy(
         update={
             place: tuple(probed(rule, notes) if type(rule) is kind else rule for rule in getattr(pipeline, place))
-            for place in ("momentum", "inside", "complement", "finish")
+            for place in ("momentum", "inside", "complement", "finish", "apply")
         }
     )

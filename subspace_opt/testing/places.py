@@ -7,15 +7,17 @@ from typing import Any, get_args
 import torch
 from pydantic import ValidationError
 
-from ..algebra import Basis, Coords, Dim, Rule, Selector, Step, Transport, project
+from ..algebra import Basis, Coords, Dim, Rule, Selector, Step, Transport, WeightRule, project
 from ..algebra.pipeline import SAMPLE, Pipeline
-from .subject import SMALL
+from .subject import SMALL, Testable
 
 SUBSPACE = {"kind": "svd", **SMALL}
 
 
-def places(component: Rule | Selector) -> dict[str, Pipeline]:
+def places(component: Testable) -> dict[str, Pipeline]:
     """Pipelines with the component in each place that it can take, by the name of the place in messages."""
+    if isinstance(component, WeightRule):
+        return _before_weight_rule(component)
     return _around_rule(component) if isinstance(component, Rule) else _around_selector(component)
 
 
@@ -84,6 +86,18 @@ def _around_selector(selector: Selector) -> dict[str, Pipeline]:
     return {
         "selector around adam": _pipeline(selector=selector, inside="adam", complement="sgd"),
         "selector with feedback": _pipeline(selector=selector, inside={"kind": "heavy_ball", "on_refresh": carried}, feedback=0.9),
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------ weight rules
+
+
+def _before_weight_rule(rule: WeightRule) -> dict[str, Pipeline]:
+    """Pipelines whose updates the rule applies: plain and orthogonal ones, and those of a subspace."""
+    return {
+        "apply after sgd": _pipeline(complement="sgd", apply=rule),
+        "apply after muon": _pipeline(momentum="ema", complement="muon", apply=rule),
+        "apply after svd": _pipeline(selector=SUBSPACE, inside="adam", complement="sgd", apply=rule),
     }
 
 

@@ -23,7 +23,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="append",
         default=[],
         metavar="NAME",
-        help="a rule or selector: a kind, module:Class, file.py:Class, or all; options as JSON, 'switch={\"at\": 3}'; can be repeated",
+        help="a component: a kind, module:Class, file.py:Class, or all; options as JSON, 'switch={\"at\": 3}'; can be repeated",
     )
     group.addoption("--spec", action="append", default=[], metavar="SPEC", help="a spec: a preset, a file, or all presets; can be repeated")
 

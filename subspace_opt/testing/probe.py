@@ -14,9 +14,9 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from ..algebra import Basis, Change, Linear, Refreshed, Rule, Selector, Slot, State, Step, project
+from ..algebra import Basis, Change, Linear, Refreshed, Rule, Selector, Slot, State, Step, WeightRule, project
 
-P = TypeVar("P", bound=Rule | Selector)
+P = TypeVar("P", bound=Rule | Selector | WeightRule)
 Declared = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # shape and dtype of one matrix, by slot
 
 
@@ -45,7 +45,8 @@ class Notes:
 def probed(component: P, notes: Notes) -> P:
     """The component as a probe that writes to `notes`."""
     cls = type(component)
-    methods = _rule_methods(cls, notes) if isinstance(component, Rule) else _selector_methods(cls, notes)
+    family = {"rule": _rule_methods, "selector": _selector_methods, "weight_rule": _weight_rule_methods}
+    methods = family[cls.family](cls, notes)
     probe: Any = type(cls.__name__, (cls,), {"__module__": cls.__module__, "__doc__": cls.__doc__, **methods})
     return cast(P, probe.model_construct(**dict(component)))
 
@@ -107,6 +108,26 @@ def _selector_methods(cls: type[Any], notes: Notes) -> dict[str, Callable[..., A
         return found
 
     return {"refresh": refresh, "observe": observe, "basis": basis}
+
+
+def _weight_rule_methods(cls: type[Any], notes: Notes) -> dict[str, Callable[..., Any]]:
+    def observe(self: WeightRule, w: Tensor, u: Tensor, state: State, step: Step) -> State:
+        with _watched(notes, "observe", w=w, u=u, state=state, step=step):
+            new: State = cls.observe(self, w, u, state, step)
+        _check_state(notes, "observe", new, _like(state), w, whole=True)
+        return new
+
+    def watched(name: str, first: str, second: str) -> Callable[..., Tensor]:
+        def method(self: WeightRule, a: Tensor, b: Tensor, state: State, step: Step) -> Tensor:
+            with _watched(notes, name, **{first: a, second: b}, state=state, step=step):
+                out: Tensor = getattr(cls, name)(self, a, b, state, step)
+            _check_tensor(notes, "slots", f"the result of `{name}`", out, tuple(a.shape), a.dtype, a.device)
+            return out
+
+        return method
+
+    maps = {"decayed": ("w", "u"), "scaled": ("u", "w"), "landed": ("after", "before")}
+    return {"observe": observe} | {name: watched(name, *inputs) for name, inputs in maps.items()}
 
 
 def _pair(value: Any, method: str, what: str) -> Any:

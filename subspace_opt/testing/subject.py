@@ -1,4 +1,4 @@
-"""Find a rule or selector by name, and build it with options that fit small matrices."""
+"""Find a rule, selector or weight rule by name, and build it with options that fit small matrices."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ..algebra import Rule, Selector
-from ..registry import Component, RegistryError, find, kind_of, kinds, load_plugin, suggest
+from ..algebra import Rule, Selector, WeightRule
+from ..registry import FAMILIES, Component, RegistryError, find, kind_of, kinds, load_plugin, suggest
 
 # Defaults for components that have these options, because most matrices here have four to seven rows and columns.
 SMALL: Mapping[str, Any] = {"rank": 2, "every": 3}
-FAMILIES = ("rule", "selector")
+
+
+Testable = Rule | Selector | WeightRule
 
 
 class UnknownComponentError(ValueError):
@@ -32,23 +34,23 @@ class Subject:
     """A component, and its name in messages."""
 
     label: str
-    component: Rule | Selector
+    component: Testable
 
     @property
     def kind(self) -> str:
         return kind_of(type(self.component))
 
 
-def subjects(asked: str | type[Component] | Rule | Selector) -> list[Subject]:
+def subjects(asked: str | type[Component] | Testable) -> list[Subject]:
     """The components that `asked` names. It is a class, an instance, or the text of `--component`.
 
     The text is a kind, `module:Class` or `file.py:Class`. `module` or `file.py` alone names every component that it defines, `all` every
-    installed kind, and a kind that is both a rule and a selector names both. Options follow as JSON: `switch={"at": 3}`.
+    installed kind, and a kind of several families names all of them. Options follow as JSON: `switch={"at": 3}`.
 
     Raises:
         UnknownComponentError: no component has that name, or it cannot be built with these options.
     """
-    if isinstance(asked, Rule | Selector):
+    if isinstance(asked, Testable):
         return [Subject(kind_of(type(asked)), asked)]
     if isinstance(asked, type):
         return [Subject(kind_of(asked), made(asked, {}))]
@@ -77,7 +79,7 @@ def _classes(name: str) -> list[type[Component]]:
     if colon and module:
         found = getattr(_module(module), attribute, None)
         if not (isinstance(found, type) and issubclass(found, Component)) or found.is_family:
-            raise UnknownComponentError(f"'{attribute}' of '{module}' is not a rule or selector; the module has {_named(_module(module))}")
+            raise UnknownComponentError(f"'{attribute}' of '{module}' is not a component; the module has {_named(_module(module))}")
         return [found]
     if name.endswith(".py"):
         return _defined(_module(name))
@@ -87,7 +89,7 @@ def _classes(name: str) -> list[type[Component]]:
     if "." in name or importlib.util.find_spec(name) is not None:
         return _defined(_module(name))
     known = {kind for family in FAMILIES for kind in kinds(family)}
-    raise UnknownComponentError(f"no rule, selector or module '{name}'; {suggest(name, known)}")
+    raise UnknownComponentError(f"no component or module '{name}'; {suggest(name, known)}")
 
 
 def _module(name: str) -> ModuleType:
@@ -124,7 +126,7 @@ def _defined(module: ModuleType) -> list[type[Component]]:
         if value.__module__ == module.__name__ and not value.is_family
     ]
     if not found:
-        raise UnknownComponentError(f"'{module.__name__}' defines no rule or selector; it imports {_named(module)}")
+        raise UnknownComponentError(f"'{module.__name__}' defines no component; it imports {_named(module)}")
     return found
 
 
@@ -136,7 +138,7 @@ def _named(module: ModuleType) -> str:
 # ---------------------------------------------------------------------------------------------------------------- building
 
 
-def made(cls: type[Component], options: Mapping[str, Any]) -> Rule | Selector:
+def made(cls: type[Component], options: Mapping[str, Any]) -> Testable:
     """Build a component with these options. Missing ones come from the `examples` of its fields, and from `SMALL` if valid.
 
     Raises:
@@ -155,7 +157,7 @@ def made(cls: type[Component], options: Mapping[str, Any]) -> Rule | Selector:
         if name in cls.model_fields and name not in given and _valid(cls, {**given, name: value}):
             given[name] = value
     component = cls.model_validate(given)
-    assert isinstance(component, Rule | Selector)
+    assert isinstance(component, Testable)
     return component
 
 

@@ -208,6 +208,38 @@ def _moment2(o: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def muon_applied(preset: str, apply: dict[str, Any]) -> Make:
+    """NVIDIA's Muon with a hook around the update of the weight. `apply`: fields of the rule, with reference options in place of names."""
+
+    def make(golden: Golden, params: dict[str, torch.nn.Parameter]) -> SubspaceOptimizer:
+        o = options(golden)
+        o |= o.get("hook_kwargs", {})
+        rule = {field: o[value] if field != "kind" and isinstance(value, str) else value for field, value in apply.items()}
+        overrides: dict[str, Any] = {
+            "matrix.momentum.beta": o["momentum"],
+            "matrix.momentum.nesterov": o.get("nesterov", False),
+            "matrix.complement": {"kind": "muon", "coefficients": "quintic", "eps": 1e-15, "eps_floor": True, "norm": "none"},
+            "matrix.finish": {"kind": "scale", "by": "moonshot"} if preset == "muon" else "none",
+        }
+        overrides |= {"matrix.apply": rule} if rule else {}
+        rates = {"lr": o["lr"], "weight_decay": o["weight_decay"]}
+        return built(golden, params, preset, [{"params": list(params), "use": "matrix", "overrides": overrides, **rates}])
+
+    return make
+
+
+def normuon_dion(golden: Golden, params: dict[str, torch.nn.Parameter]) -> SubspaceOptimizer:
+    o = options(golden)
+    overrides = {
+        "matrix.momentum": {"kind": "heavy_ball", "beta": o["mu"], "nesterov": o["nesterov"]},
+        "matrix.complement.1.beta2": o["muon_beta2"],
+        "matrix.finish.by": {"spectral_norm": "spectral"}[o["adjust_lr"]],
+    }
+    overrides |= {"matrix.apply": {"kind": "cautious"}} if o["cautious_wd"] else {}
+    rates = {"lr": o["lr"], "weight_decay": o["weight_decay"]}
+    return built(golden, params, "normuon-dion", [{"params": list(params), "use": "matrix", "overrides": overrides, **rates}])
+
+
 def muon_dion(golden: Golden, params: dict[str, torch.nn.Parameter]) -> SubspaceOptimizer:
     groups = []
     for group in golden.meta["param_groups"]:
@@ -684,6 +716,13 @@ CASES: dict[str, Case] = {
     "mop_nemo": Case("mop", nemo("mop")),
     "scion_nemo": Case("scion", nemo("scion", lambda o: {"matrix.finish.factor": o["spectral_radius"]})),
     "muon_dionref_spectral": Case("muon", muon_dion),
+    "muon_relative_nemo": Case("muon", muon_applied("muon", {"kind": "relative"})),
+    "muon_hyperball_nemo": Case("muon-hyperball", muon_applied("muon-hyperball", {"kind": "hyperball", "radius": "hyperball_radius"})),
+    "muon_radial_brake_nemo": Case(
+        "muon", muon_applied("muon", {"kind": "radial_brake", "outward": "outward_scale", "inward": "inward_scale"})
+    ),
+    "normuon_dion_cautious": Case("normuon-dion", normuon_dion),
+    "spel_nemo": Case("spel", muon_applied("spel", {})),
     "adamw_torch": Case("adamw", adamw),
     "adafactor_hf": Case("adafactor", adafactor),
     "galore_std_wd": Case("galore", galore),

@@ -47,7 +47,7 @@ class Golden:
         return float(self.meta["tolerance"]["float64"])
 
     def parameters(self, dtype: torch.dtype = torch.float64) -> dict[str, torch.nn.Parameter]:
-        return {n: torch.nn.Parameter(torch.from_numpy(self.arrays[f"init/{n}"]).to(dtype)) for n in self.names}
+        return {n: torch.nn.Parameter(torch.from_numpy(self.arrays[f"init/{n}"]).to(dtype, copy=True)) for n in self.names}
 
     def gradient(self, t: int, name: str) -> torch.Tensor | None:
         g = self.arrays.get(f"grad/{t}/{name}")
