@@ -55,6 +55,8 @@ MISTAKES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "retraction with other polynomials": ("spel_nemo", "matrix", {"matrix.apply.by.coefficients": "keller"}),
     "statistic along the wrong side": ("normuon_nemo", "matrix", {"matrix.complement.1.subsets": "rows"}),
     "statistic of the gradient": ("normuon_nemo", "matrix", {"matrix.complement.1.of": "gradient"}),
+    "mean over the other side": ("normuon_dion_cautious", "matrix", {"matrix.complement.1.subsets": "lines"}),
+    "plain decay for cautious": ("normuon_dion_cautious", "matrix", {"matrix.apply": None}),
     "norm not restored": ("normuon_nemo", "matrix", {"matrix.complement.1.keep_norm": False}),
     "norm restored": ("adamuon_nemo", "matrix", {"matrix.complement.1.keep_norm": True}),
     "scale before the statistic": ("adamuon_nemo", "matrix", {"matrix.complement": SCALED_FIRST, "matrix.finish": "none"}),

@@ -59,6 +59,11 @@ def show_parity(measured: Sequence[Parity], out: Console) -> None:
         for why in sorted(defects):
             names = ", ".join(row.file for row in measured if why in row.left_out.values())
             out.print(f"  {why}: {names}", soft_wrap=True)
+    rounded = [row for row in measured if row.rounded]
+    if rounded:
+        out.print("compared from the second update on, because round-off decides the first one:")
+        for why in sorted({row.rounded for row in rounded}):
+            out.print(f"  {why}: {', '.join(row.file for row in rounded if row.rounded == why)}", soft_wrap=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------- list

@@ -186,26 +186,6 @@ def muon_nemo(golden: Golden, params: dict[str, torch.nn.Parameter]) -> Subspace
     return built(golden, params, "muon", [{"params": list(params), "use": "matrix", "overrides": overrides, **rates}])
 
 
-def muon_applied(preset: str, apply: dict[str, Any]) -> Make:
-    """NVIDIA's Muon with a hook around the update of the weight. `apply`: fields of the rule, with reference options in place of names."""
-
-    def make(golden: Golden, params: dict[str, torch.nn.Parameter]) -> SubspaceOptimizer:
-        o = options(golden)
-        o |= o.get("hook_kwargs", {})
-        rule = {field: o[value] if field != "kind" and isinstance(value, str) else value for field, value in apply.items()}
-        overrides: dict[str, Any] = {
-            "matrix.momentum.beta": o["momentum"],
-            "matrix.momentum.nesterov": o.get("nesterov", False),
-            "matrix.complement": {"kind": "muon", "coefficients": "quintic", "eps": 1e-15, "eps_floor": True, "norm": "none"},
-            "matrix.finish": {"kind": "scale", "by": "moonshot"} if preset == "muon" else "none",
-        }
-        overrides |= {"matrix.apply": rule} if rule else {}
-        rates = {"lr": o["lr"], "weight_decay": o["weight_decay"]}
-        return built(golden, params, preset, [{"params": list(params), "use": "matrix", "overrides": overrides, **rates}])
-
-    return make
-
-
 def nemo(preset: str, extra: Callable[[dict[str, Any]], dict[str, Any]] = lambda o: {}) -> Make:
     """NVIDIA's optimizers on a momentum: an EMA, a polar factor, a scale, decoupled decay; `extra` gives the overrides of one of them."""
 
@@ -226,6 +206,38 @@ def _moment2(o: dict[str, Any]) -> dict[str, Any]:
         "matrix.complement.1.eps": o["eps"],
         "matrix.finish": {"kind": "scale", "by": NEMO_SCALES[o["scale_mode"]], "factor": o["extra_scale_factor"]},
     }
+
+
+def muon_applied(preset: str, apply: dict[str, Any]) -> Make:
+    """NVIDIA's Muon with a hook around the update of the weight. `apply`: fields of the rule, with reference options in place of names."""
+
+    def make(golden: Golden, params: dict[str, torch.nn.Parameter]) -> SubspaceOptimizer:
+        o = options(golden)
+        o |= o.get("hook_kwargs", {})
+        rule = {field: o[value] if field != "kind" and isinstance(value, str) else value for field, value in apply.items()}
+        overrides: dict[str, Any] = {
+            "matrix.momentum.beta": o["momentum"],
+            "matrix.momentum.nesterov": o.get("nesterov", False),
+            "matrix.complement": {"kind": "muon", "coefficients": "quintic", "eps": 1e-15, "eps_floor": True, "norm": "none"},
+            "matrix.finish": {"kind": "scale", "by": "moonshot"} if preset == "muon" else "none",
+        }
+        overrides |= {"matrix.apply": rule} if rule else {}
+        rates = {"lr": o["lr"], "weight_decay": o["weight_decay"]}
+        return built(golden, params, preset, [{"params": list(params), "use": "matrix", "overrides": overrides, **rates}])
+
+    return make
+
+
+def normuon_dion(golden: Golden, params: dict[str, torch.nn.Parameter]) -> SubspaceOptimizer:
+    o = options(golden)
+    overrides = {
+        "matrix.momentum": {"kind": "heavy_ball", "beta": o["mu"], "nesterov": o["nesterov"]},
+        "matrix.complement.1.beta2": o["muon_beta2"],
+        "matrix.finish.by": {"spectral_norm": "spectral"}[o["adjust_lr"]],
+    }
+    overrides |= {"matrix.apply": {"kind": "cautious"}} if o["cautious_wd"] else {}
+    rates = {"lr": o["lr"], "weight_decay": o["weight_decay"]}
+    return built(golden, params, "normuon-dion", [{"params": list(params), "use": "matrix", "overrides": overrides, **rates}])
 
 
 def muon_dion(golden: Golden, params: dict[str, torch.nn.Parameter]) -> SubspaceOptimizer:
@@ -257,12 +269,7 @@ def muon_dion(golden: Golden, params: dict[str, torch.nn.Parameter]) -> Subspace
 def adamw(golden: Golden, params: dict[str, torch.nn.Parameter]) -> SubspaceOptimizer:
     o = options(golden)
     b1, b2 = o["betas"]
-    overrides = {
-        "all.complement.beta1": b1,
-        "all.complement.beta2": b2,
-        "all.complement.eps": o["eps"],
-        "all.complement.amsgrad": o["amsgrad"],
-    }
+    overrides = {"all.complement.beta1": b1, "all.complement.beta2": b2, "all.complement.eps": o["eps"]}
     rates = {"lr": o["lr"], "weight_decay": o["weight_decay"]}
     return built(golden, params, "adamw", [{"params": list(params), "overrides": overrides, **rates}])
 
@@ -342,8 +349,7 @@ def _golore(o: dict[str, Any]) -> dict[str, Any]:
 
 def _online(o: dict[str, Any]) -> dict[str, Any]:
     optimizer = "sgd" if o["proj_type"].endswith("sgd") else "adamw"
-    rate = {"lr": 1 / o["update_proj_gap"], "base_lr": o["lr"]}
-    selector = {"kind": "learned", "rank": o["rank"], "optimizer": optimizer, "init": "exact", **rate}
+    selector = {"kind": "learned", "rank": o["rank"], "optimizer": optimizer, "lr": 1 / o["update_proj_gap"], "init": "exact"}
     return {"matrix.selector": selector, "matrix.mix.inside": o["scale"]}
 
 
@@ -499,8 +505,7 @@ def dct_adamw(golden: Golden, params: Params) -> SubspaceOptimizer:
             "matrix.inside.on_refresh": "project" if o["rotate_subspace"] else "keep",
             "matrix.selector.rank": o["rank"],
             "matrix.selector.every": o["update_proj_gap"],
-            "matrix.selector.ranking": f"l{abs(o['ell_norm'])}",
-            "matrix.selector.weighted": o["ell_norm"] == -1,
+            "matrix.selector.ranking": f"l{o['ell_norm']}",
         }
     )
     common = {"lr": o["lr"], "weight_decay": o["weight_decay"], "overrides": overrides}
@@ -716,6 +721,7 @@ CASES: dict[str, Case] = {
     "muon_radial_brake_nemo": Case(
         "muon", muon_applied("muon", {"kind": "radial_brake", "outward": "outward_scale", "inward": "inward_scale"})
     ),
+    "normuon_dion_cautious": Case("normuon-dion", normuon_dion),
     "spel_nemo": Case("spel", muon_applied("spel", {})),
     "adamw_torch": Case("adamw", adamw),
     "adafactor_hf": Case("adafactor", adafactor),
