@@ -269,7 +269,12 @@ def muon_dion(golden: Golden, params: dict[str, torch.nn.Parameter]) -> Subspace
 def adamw(golden: Golden, params: dict[str, torch.nn.Parameter]) -> SubspaceOptimizer:
     o = options(golden)
     b1, b2 = o["betas"]
-    overrides = {"all.complement.beta1": b1, "all.complement.beta2": b2, "all.complement.eps": o["eps"]}
+    overrides = {
+        "all.complement.beta1": b1,
+        "all.complement.beta2": b2,
+        "all.complement.eps": o["eps"],
+        "all.complement.amsgrad": o["amsgrad"],
+    }
     rates = {"lr": o["lr"], "weight_decay": o["weight_decay"]}
     return built(golden, params, "adamw", [{"params": list(params), "overrides": overrides, **rates}])
 
@@ -349,7 +354,8 @@ def _golore(o: dict[str, Any]) -> dict[str, Any]:
 
 def _online(o: dict[str, Any]) -> dict[str, Any]:
     optimizer = "sgd" if o["proj_type"].endswith("sgd") else "adamw"
-    selector = {"kind": "learned", "rank": o["rank"], "optimizer": optimizer, "lr": 1 / o["update_proj_gap"], "init": "exact"}
+    rate = {"lr": 1 / o["update_proj_gap"], "base_lr": o["lr"]}
+    selector = {"kind": "learned", "rank": o["rank"], "optimizer": optimizer, "init": "exact", **rate}
     return {"matrix.selector": selector, "matrix.mix.inside": o["scale"]}
 
 
@@ -505,7 +511,8 @@ def dct_adamw(golden: Golden, params: Params) -> SubspaceOptimizer:
             "matrix.inside.on_refresh": "project" if o["rotate_subspace"] else "keep",
             "matrix.selector.rank": o["rank"],
             "matrix.selector.every": o["update_proj_gap"],
-            "matrix.selector.ranking": f"l{o['ell_norm']}",
+            "matrix.selector.ranking": f"l{abs(o['ell_norm'])}",
+            "matrix.selector.weighted": o["ell_norm"] == -1,
         }
     )
     common = {"lr": o["lr"], "weight_decay": o["weight_decay"], "overrides": overrides}
