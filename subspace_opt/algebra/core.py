@@ -323,8 +323,7 @@ class Selector(Scheduled, Component, family="selector"):
     def refreshes(self, t: int, turn: float = 0.0) -> bool:
         """True if the schedule refreshes the basis at update `t` (1-based).
 
-        `turn` in [0, 1): the parameter's place in a period, for offset `spread`. If `every` follows a schedule, each refresh says when the
-        next one comes; see `last_refresh`.
+        `turn` in [0, 1): the parameter's place in a period, for offset `spread`. See `last_refresh` if `every` follows a schedule.
         """
         if t == 1 and not self.traits().primes:
             return True
