@@ -123,7 +123,7 @@ WRONG_TYPES = {
     "of no branch of a union": (
         matrix("complement: {kind: muon, coefficients: jordan}"),
         "FILE:4:30: pipelines.matrix.complement.coefficients: "
-        "should be 'keller', 'quintic', 'cubic', 'classical', 'cans' or 'aol', or a list, not 'jordan'",
+        "should be 'keller', 'quintic', 'cubic', 'classical', 'cans', 'aol', 'dion' or 'deepseek', or a list, not 'jordan'",
     ),
     "version": ("version: 2\npipelines: {matrix: {complement: muon}}", "FILE:1:1: version: should be 1, not 2"),
 }
@@ -192,6 +192,10 @@ MAKES_NO_SENSE = {
     "bound of an exact method": (
         matrix("complement: {kind: muon, method: svd, bound: schatten4}"),
         "method svd is exact and needs no `bound`; leave it out, or use method newton_schulz",
+    ),
+    "margin of another bound": (
+        matrix("complement: {kind: muon, coefficients: dion, margin: 1.02, bound: spectral}"),
+        "`margin` multiplies the Frobenius norm, and another bound replaces that; leave out `margin` or `bound`",
     ),
     "power iterations of another bound": (
         matrix("complement: {kind: muon, power_iterations: 9}"),

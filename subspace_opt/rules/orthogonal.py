@@ -77,6 +77,8 @@ class Orthogonalize(Rule):
             raise ValueError("coefficients 'aol' turn some directions around unless rows are scaled for them; use `bound: aol`")
         if self.method == "svd" and self.bound != "frobenius":
             raise ValueError("method svd is exact and needs no `bound`; leave it out, or use method newton_schulz")
+        if self.bound != "frobenius" and self.margin != 1:
+            raise ValueError("`margin` multiplies the Frobenius norm, and another bound replaces that; leave out `margin` or `bound`")
         if self.bound != "spectral" and "power_iterations" in self.model_fields_set and self.power_iterations != 8:
             raise ValueError("`power_iterations` belong to `bound: spectral`; leave them out, or use that bound")
         return self
