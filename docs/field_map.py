@@ -70,8 +70,7 @@ GROUPS = {
     "grouped": ("Second moments shared", "Parts of a matrix share one second moment, so most of AdamW's second state is gone."),
     "matrix": (
         "The matrix as a whole",
-        "A momentum of full size is orthogonalized, or divided by roots of covariances: all its directions get steps of one length. Nothing "
-        "is split.",
+        "A momentum of full size is orthogonalized, or divided by roots of covariances: all its directions get steps of one length.",
     ),
     "rotated": (
         "In a rotated basis",

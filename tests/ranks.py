@@ -171,13 +171,16 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone() for name, p in model.named_parameters()}
 
 
-def differences(one: nn.Module, other: nn.Module | Mapping[str, Tensor]) -> Iterator[tuple[str, float]]:
-    """The largest difference of each parameter of a model from weights given whole, as a part of the largest weight.
+Weights = nn.Module | Mapping[str, Tensor]
 
-    Each rank compares its own shard and sends nothing, so look at the answers of all ranks.
+
+def differences(one: Weights, other: Weights) -> Iterator[tuple[str, float]]:
+    """The largest difference of each parameter from weights given whole, as a part of the largest weight.
+
+    If `one` is sharded, each rank compares its own shard and sends nothing, so look at the answers of all ranks.
     """
-    wanted = other if isinstance(other, Mapping) else dict(other.named_parameters())
-    for name, p in one.named_parameters():
+    wanted = _named(other)
+    for name, p in _named(one).items():
         whole, own = wanted[name].detach(), p.detach()
         if isinstance(own, DTensor):
             part, own = own_shard(whole, own).to_local(), own.to_local()
@@ -185,3 +188,7 @@ def differences(one: nn.Module, other: nn.Module | Mapping[str, Tensor]) -> Iter
             part = whole
         gap = (part.double() - own.double()).abs().amax() if own.numel() else 0.0
         yield name, float(gap / whole.double().abs().max().clamp_min(1e-12))
+
+
+def _named(weights: Weights) -> Mapping[str, Tensor]:
+    return weights if isinstance(weights, Mapping) else dict(weights.named_parameters())

@@ -1,8 +1,8 @@
 """Which cases of the tests run: all, or fewer presets where presets made of the same kinds ask the same question.
 
-Tests marked `all_presets` hold what each preset must show by itself. Other tests that list all presets ask about the engine: a *covering*
-set of presets gets all their cases, and every other preset gets one case in three, chosen by a checksum of the case's name. The option
-`--all-presets` runs everything.
+Tests marked `all_presets` hold what each preset must show by itself; `all_presets(dtype=[...])` says so for some values of another
+argument. Other tests that list all presets ask about the engine: a *covering* set of presets gets all their cases, and every other preset
+gets one case in four, chosen by a checksum of the case's name. So do options of a kind in the conformance kit. `--all-presets` runs all.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from typing import Any
 import pytest
 
 from subspace_opt import load_spec
+from subspace_opt.algebra.frame import Frame
+from subspace_opt.engine.strategies import fused, is_in_coordinates
 from subspace_opt.spec import preset_names
 
 FIRST = ("cosmos", "galore")  # in every selection
-SHARE = 3  # one case in so many of those that are thinned out
+SHARE = 4  # one case in so many of those that are thinned out
 LONG = 12  # cases beyond which `--quick` thins a test out
 
 # `--quick` keeps these rows of tests that run for every preset, or for every component of the conformance kit.
@@ -29,7 +31,7 @@ QUICK_SUBJECTS = frozenset({"cosmos", "rule adam", "selector svd"})
 
 @cache
 def covering() -> frozenset[str]:
-    """Presets in which every kind stands at every place where some preset has it, with every orientation, source, timing and decay."""
+    """Presets that use all places and declarations that some preset uses. The engine knows nothing else: it has no names of kinds."""
     features = {name: frozenset(_features(name)) for name in preset_names(installed=False)}
     chosen = list(FIRST)
     rest = frozenset().union(*features.values()).difference(*(features[name] for name in chosen))
@@ -41,23 +43,23 @@ def covering() -> frozenset[str]:
 
 def _features(preset: str) -> Iterator[tuple[Any, ...]]:
     for pipeline in load_spec(preset).pipelines.values():
-        parts = pipeline.model_dump()
-        selector = parts["selector"]
-        yield from (("orient", parts["orient"]), ("decay", parts["decay"]), ("feedback", parts["feedback"] is not None))
-        yield from (("timing", selector.get("timing")), ("source", selector.get("source")))
-        for place, part in parts.items():
-            yield from ((place, kind) for kind in _kinds(part))
-
-
-def _kinds(part: Any) -> Iterator[str]:
-    if isinstance(part, dict):
-        if isinstance(part.get("kind"), str):
-            yield part["kind"]
-        for value in part.values():
-            yield from _kinds(value)
-    elif isinstance(part, list | tuple):
-        for value in part:
-            yield from _kinds(value)
+        frame, selector = Frame.of(pipeline, 12, 8), pipeline.selector
+        yield from (("orient", pipeline.orient), ("decay", pipeline.decay), ("feedback", pipeline.feedback is not None))
+        yield from (
+            ("kernel", fused(frame) is not None),
+            ("in coordinates", is_in_coordinates(frame)),
+            ("by entries", frame.is_elementwise),
+        )
+        for place in ("momentum", "inside", "complement", "finish", "apply"):
+            rules = getattr(pipeline, place)
+            yield (place, min(len(rules), 2))
+            for rule in rules:
+                sides = frame.inner if place == "inside" else (frame.rows, frame.cols)
+                yield from ((place, trait) for trait, declared in rule.traits(*sides)._asdict().items() if declared)
+        if frame.opens:
+            yield from (("timing", selector.timing), ("source", selector.source), ("traits", selector.traits()))
+            yield from (("draws", selector.draws(frame.rows, frame.cols, 1, True) is not None), ("every update", selector.every == 1))
+            yield from (("tables", bool(selector.constants(frame.rows, frame.cols))), ("complement", frame.has_complement))
 
 
 def selected(items: list[pytest.Item], *, all_presets: bool, quick: bool) -> list[pytest.Item]:
@@ -71,9 +73,16 @@ def selected(items: list[pytest.Item], *, all_presets: bool, quick: bool) -> lis
 
 
 def _is_needed(item: pytest.Item) -> bool:
-    if item.get_closest_marker("all_presets") or not any(map(_lists_all, item.iter_markers("parametrize"))):
+    given, mark = _given(item), item.get_closest_marker("all_presets")
+    if mark is not None and all(given[name] in values for name, values in mark.kwargs.items()):
         return True
-    return _given(item)["preset"] in covering() or _is_drawn(item)
+    if "check" in given:
+        subject = given["check"].subject
+        return _is_drawn(item) or ("=" not in subject and (subject in covering() or subject not in preset_names(installed=False)))
+    if mark is None and not any(map(_lists_all, item.iter_markers("parametrize"))):
+        return True
+    preset = given["preset"]
+    return preset in covering() or preset not in preset_names(installed=False) or _is_drawn(item)
 
 
 def _lists_all(mark: pytest.Mark) -> bool:

@@ -333,7 +333,7 @@ def test_missing_file(tmp_path: Path) -> None:
     ("source", "message"),
     [
         ("cosmso", "no preset 'cosmso'; did you mean 'cosmos'? (for a file, give its path with the ending: ./cosmso.yaml)"),
-        ("zzz", "no preset 'zzz'; known: adagrad-sn, "),
+        ("zzz", "no preset 'zzz'; known: adafactor, "),
         (3, "a spec must be a preset's name, a path, a mapping or a Spec, not int"),
         (None, "a spec must be a preset's name, a path, a mapping or a Spec, not NoneType"),
         ({}, "the given mapping: pipelines: required, but missing"),

@@ -200,7 +200,7 @@ def far_from_one_process(kind: str, alone: dict[str, dict[str, Tensor]]) -> list
     wrong = []
     for name, weights in alone.items():
         model, opt = zoo(OPTIONS[name], kind)
-        wrong += [f"{name}: {key} differs by {gap:.1e}" for key, gap in differences(weights, whole_weights(model)) if not gap < 1e-9]
+        wrong += [f"{name}: {key} differs by {gap:.1e}" for key, gap in differences(model, weights) if not gap < 1e-9]
         planned = sum(sharding.bytes_held(group.rank) for group, sharding in opt._shardings().values())
         wrong += [f"{name}: {planned} bytes planned, {measured_bytes(opt)} held"] * (planned != measured_bytes(opt))
     return wrong

@@ -65,7 +65,7 @@ def put(values: dict[str, Tensor], params: dict[str, nn.Parameter]) -> None:
 # --------------------------------------------------------------------------------------------------------------------- exactness
 
 
-@pytest.mark.all_presets
+@pytest.mark.all_presets(kind=["float32", "bfloat16"])
 @every_preset
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_cut_goes_on_to_the_bit(preset: str, kind: str) -> None:

@@ -77,7 +77,7 @@ def trained(preset: str, own: Params, options: dict[str, Any]) -> SubspaceOptimi
     return opt
 
 
-@pytest.mark.all_presets
+@pytest.mark.all_presets(dtype=[torch.float64])
 @pytest.mark.parametrize("dtype", list(LIMITS), ids=str)
 @pytest.mark.parametrize("preset", [*PRESETS, *APPLIED])
 def test_every_strategy_is_the_plain_frame(preset: str, dtype: torch.dtype) -> None:

@@ -7,7 +7,7 @@ from subspace_opt import build, load_spec
 from subspace_opt.spec import preset_names
 from subspace_opt.testing import Check, spec_checks
 
-PRESETS = ("dct-soap-muon", "flora", "grass", "lion", "signum")
+PRESETS = ("dct-soap-muon", "flora", "grass", "signum")
 
 
 def test_the_presets_are_found_by_their_entry_point() -> None:
