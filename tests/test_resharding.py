@@ -142,7 +142,7 @@ def load(folder: str, kind: str | None, presets: list[str], flat: bool) -> list[
 @pytest.mark.slow
 @pytest.mark.parametrize(("flat", "before", "after"), [(True, "fsdp", "fsdp"), (False, "fsdp", "fsdp"), (True, "tp", "fsdp+tp")])
 def test_saved_on_four_ranks_and_loaded_on_others(tmp_path: Path, flat: bool, before: str, after: str) -> None:
-    presets = ["cosmos", "muon", "galore", "soap", "adamw", "sumo"]
+    presets = ["cosmos", "muon", "galore", "soap", "adamw", "sumo"] if flat and before == after else ["cosmos", "galore", "adamw"]
     run_ranks(4, save, str(tmp_path), before, presets, flat)
     for world in (2, 1, 3) if before == after else (4,):
         assert run_ranks(world, load, str(tmp_path), after, presets, flat) == [[]] * world

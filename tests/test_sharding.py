@@ -19,7 +19,7 @@ from subspace_opt.distributed.exchange import ShardingError
 from subspace_opt.lab.run.measure import measured_bytes
 from subspace_opt.spec import preset_names
 
-STEPS = 12
+STEPS = 10
 STEPS_OF_FOUR = 6  # beyond two ranks, four test other cuts of shapes and meshes of two dimensions
 MESHES = [("fsdp", 2), ("fsdp", 4), ("ddp", 2), ("ddp", 4), ("tp", 2), ("tp", 4), ("hsdp", 4), ("fsdp+tp", 4)]
 FOR_ALL = [("fsdp", 2), ("fsdp+tp", 4)]  # the meshes of all presets; the others get a covering set
