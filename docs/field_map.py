@@ -88,6 +88,7 @@ GROUPS = {
         "Everything inside the subspace",
         "Only the coordinates in the subspace are kept and used. What lies outside is left out, or fed back into the next gradient.",
     ),
+    "set": ("The weight stays in a set", "After the update the weight is brought back: to a sphere, or to an orthogonal matrix."),
     "avoid": ("Beside a subspace", "The update avoids a subspace, which holds what the weights have already learned."),
 }
 
@@ -95,6 +96,8 @@ GROUPS = {
 def group(m: Method) -> str:
     """The key of the idea that a method belongs to."""
     p = m.pipeline
+    if any(type(rule).landed is not WeightRule.landed and not rule.traits(*m.frame.own).decays for rule in p.apply):
+        return "set"
     if not opens(p):
         if m.update:
             return "matrix"
@@ -145,7 +148,7 @@ def card(m: Method, widest: float, costliest: float) -> str:
             f'<h3><a href="presets/{m.name}.html">{m.name}</a></h3>',
             f"<p>{escape(sentence(m.spec.about))}</p>",
             pipeline_svg(m.pipeline, m.name),
-            bar("state", m.state / widest, f"{m.state:.2g} numbers a weight"),
+            bar("state", m.state / widest, f"{m.state:.2g} for a weight"),
             bar("work", m.mean / costliest if costliest else 0.0, cost),
             "</div>",
         ]
