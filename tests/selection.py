@@ -2,7 +2,7 @@
 
 Tests marked `all_presets` hold what each preset must show by itself; `all_presets(dtype=[...])` says so for some values of another
 argument. Other tests that list all presets ask about the engine: a *covering* set of presets gets all their cases, and every other preset
-gets one case in four, chosen by a checksum of the case's name. So do options of a kind in the conformance kit. `--all-presets` runs all.
+gets one case in six, chosen by a checksum of the case's name. So do options of a kind in the conformance kit. `--all-presets` runs all.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from subspace_opt.engine.strategies import fused, is_in_coordinates
 from subspace_opt.spec import preset_names
 
 FIRST = ("cosmos", "galore")  # in every selection
-SHARE = 4  # one case in so many of those that are thinned out
+SHARE = 6  # one case in so many of those that are thinned out
 LONG = 12  # cases beyond which `--quick` thins a test out
 
 # `--quick` keeps these rows of tests that run for every preset, or for every component of the conformance kit.
