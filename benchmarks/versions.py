@@ -153,7 +153,7 @@ def show(found: list[Comparison]) -> None:
 
 def main(
     before: Annotated[Path, typer.Argument(help="A checkout of the version to compare with.")],
-    presets: Annotated[str, typer.Option(help="Presets, separated by commas; default: all.")] = "",
+    presets: Annotated[str, typer.Option(help="Presets, separated by commas; default: all that both versions have.")] = "",
     width: Annotated[int, typer.Option(min=16, help="Hidden width.")] = 512,
     layers: Annotated[int, typer.Option(min=1, help="Hidden layers, seven matrices each.")] = 1,
     steps: Annotated[int, typer.Option(min=3, help="Timed steps of each version.")] = 15,
@@ -164,7 +164,8 @@ def main(
     torch.set_num_threads(1)
     torch.empty(31 * 2**20, dtype=torch.uint8).fill_(1)  # the allocator now keeps freed memory, as in a training run
     old, new = Version(before), Version(Path(__file__).parents[1])
-    names = [name.strip() for name in presets.split(",")] if presets else new.presets
+    both = [name for name in new.presets if name in old.presets]
+    names = [name.strip() for name in presets.split(",")] if presets else both
     found = [compare(name, old, new, width, layers, steps, stacking) for name in names]
     if as_json:
         print(json.dumps([asdict(c) for c in found], indent=1))

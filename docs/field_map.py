@@ -18,7 +18,7 @@ from subspace_opt.algebra.pipeline import Pipeline
 from subspace_opt.plan.costs import flops
 from subspace_opt.registry import kind_of
 from subspace_opt.spec import Spec, load_spec, preset_names
-from subspace_opt.spec.picture import is_whole, opens, pipeline_svg
+from subspace_opt.spec.picture import hidden_pipeline, is_whole, pipeline_svg
 
 SHAPE = (1376, 512)  # a feed-forward matrix of the 60M LLaMA
 ADAMW = 2.0  # numbers that AdamW keeps for a weight
@@ -54,7 +54,7 @@ class Method(NamedTuple):
 
 
 def method(name: str, spec: Spec) -> Method:
-    pipeline = spec.pipelines.get("matrix") or next(iter(spec.pipelines.values()))
+    pipeline = hidden_pipeline(spec)
     frame = Frame.of(pipeline, *SHAPE)
     update, refresh = flops(frame)
     state = sum(prod(slot.shape) * (slot.dtype.itemsize / 4 if slot.dtype else 1) for slot in frame.slots.values())
@@ -98,17 +98,17 @@ def group(m: Method) -> str:
     p = m.pipeline
     if any(type(rule).landed is not WeightRule.landed and not rule.traits(*m.frame.own).decays for rule in p.apply):
         return "set"
-    if not opens(p):
+    if not m.frame.opens:
         if m.update:
             return "matrix"
         return "grouped" if any(prod(slot.shape) < prod(SHAPE) for slot in m.frame.slots.values()) else "entries"
-    if is_whole(p):
+    if is_whole(m.frame):
         return "rotated"
     if not p.inside:
         return "avoid"
     if p.momentum or p.feedback:
         return "full"
-    return "both" if p.complement and p.mix.complement > 0 else "inside"
+    return "both" if m.frame.has_complement else "inside"
 
 
 # ------------------------------------------------------------------------------------------------------------------ the field
@@ -124,8 +124,8 @@ def field_page(methods: list[Method]) -> str:
         "",
         "# The field",
         "",
-        "Each picture shows the path of a gradient through one method: what is accumulated, which subspace is chosen, what happens inside "
-        "and outside, and how the parts meet. The first bar is the state that is kept for a weight (AdamW keeps 2 numbers); the second is "
+        "Each picture shows the path of a gradient through one method, from momentum and subspace to the weight. The "
+        "first bar is the state that is kept for a weight (AdamW keeps 2 numbers). The second bar is "
         f"the arithmetic of an update, for a matrix of {SHAPE[0]} x {SHAPE[1]} at the preset's own rank, with its share of a refresh. "
         "The presets generate this page. [Which one for me?](choose.md) has four questions instead.",
         "",
@@ -140,7 +140,7 @@ def field_page(methods: list[Method]) -> str:
 
 
 def card(m: Method, widest: float, costliest: float) -> str:
-    """One method: its name, what it does in a sentence, its picture and its bars."""
+    """One method: its name, a sentence, its picture and its bars."""
     cost = f"{m.mean / 1e9:.2f} GFLOP" if m.mean else "entry by entry"
     return "\n".join(
         [

@@ -17,7 +17,7 @@ from mkdocs.structure.files import File, Files
 from subspace_opt.algebra.frame import Frame
 from subspace_opt.plan.costs import flops
 from subspace_opt.spec import Spec, json_schema, load_spec, preset_names
-from subspace_opt.spec.picture import pipeline_svg
+from subspace_opt.spec.picture import hidden_pipeline, pipeline_svg
 from subspace_opt.spec.presets import BUILT_IN
 
 Schema = dict[str, Any]
@@ -195,7 +195,7 @@ def preset_page(name: str, spec: Spec) -> str:
         f"# {name}",
         f"Source: {sources(spec)}" if spec.source else "",
         spec.about,
-        pipeline_svg(spec.pipelines.get("matrix") or next(iter(spec.pipelines.values())), name),
+        pipeline_svg(hidden_pipeline(spec), name),
         f'```yaml title="subspace_opt/spec/presets/{name}.yaml"\n{body}```',
         f'```python\nfrom subspace_opt import build\n\noptimizer = build("{name}", model)\n```',
         "## Cost of a matrix\n\n" + cost_table(spec),
@@ -218,7 +218,7 @@ def gigaflop(operations: float) -> str:
 
 def cost_table(spec: Spec) -> str:
     """State and operations of the pipeline that hidden matrices use, for some shapes."""
-    pipeline = spec.pipelines.get("matrix") or next(iter(spec.pipelines.values()))
+    pipeline = hidden_pipeline(spec)
     rows = ["| matrix | rank | state, entries / mn | GFLOP an update | GFLOP a refresh |", "| --- | --- | --- | --- | --- |"]
     for m, n in MATRICES:
         frame = Frame.of(pipeline, m, n)

@@ -29,10 +29,13 @@ QUICK_PRESETS = frozenset({"cosmos"})
 QUICK_SUBJECTS = frozenset({"cosmos", "rule adam", "selector svd"})
 
 
+NAMES = frozenset(preset_names(installed=False))
+
+
 @cache
 def covering() -> frozenset[str]:
     """Presets that use all places and declarations that some preset uses. The engine knows nothing else: it has no names of kinds."""
-    features = {name: frozenset(_features(name)) for name in preset_names(installed=False)}
+    features = {name: frozenset(_features(name)) for name in NAMES}
     chosen = list(FIRST)
     rest = frozenset().union(*features.values()).difference(*(features[name] for name in chosen))
     while rest:
@@ -78,17 +81,17 @@ def _is_needed(item: pytest.Item) -> bool:
         return True
     if "check" in given:
         subject = given["check"].subject
-        return _is_drawn(item) or ("=" not in subject and (subject in covering() or subject not in preset_names(installed=False)))
+        return _is_drawn(item) or ("=" not in subject and (subject in covering() or subject not in NAMES))
     if mark is None and not any(map(_lists_all, item.iter_markers("parametrize"))):
         return True
     preset = given["preset"]
-    return preset in covering() or preset not in preset_names(installed=False) or _is_drawn(item)
+    return preset in covering() or preset not in NAMES or _is_drawn(item)
 
 
 def _lists_all(mark: pytest.Mark) -> bool:
     """True if a mark gives every preset to the argument `preset`."""
     names, values = mark.args[:2]
-    return names == "preset" and len(values) == len(preset_names(installed=False))
+    return names == "preset" and len(values) == len(NAMES)
 
 
 def _is_quick(item: pytest.Item) -> bool:

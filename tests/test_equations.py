@@ -1,4 +1,4 @@
-"""Presets without a trajectory of their own follow their equations, which are written out here with other algorithms."""
+"""Presets that no authors' trajectory covers follow their equations, written out here by other algorithms."""
 
 from __future__ import annotations
 
@@ -72,10 +72,62 @@ def muon_deepseek(w: Tensor, g: Tensor, state: State, t: int) -> Tensor:
     return w * (1 - LR * DECAY) - LR * 0.2 * math.sqrt(max(w.shape)) * (u * s) @ vh
 
 
+def lion(w: Tensor, g: Tensor, state: State, t: int) -> Tensor:
+    m = state.get("m", torch.zeros_like(w))
+    state["m"] = 0.99 * m + 0.01 * g
+    return w * (1 - LR * DECAY) - LR * (0.9 * m + 0.1 * g).sign()
+
+
+def adam_hyperball(w: Tensor, g: Tensor, state: State, t: int) -> Tensor:
+    radius = state.setdefault("radius", w.norm())
+    m = state["m"] = 0.9 * state.get("m", torch.zeros_like(w)) + 0.1 * g
+    v = state["v"] = 0.95 * state.get("v", torch.zeros_like(w)) + 0.05 * g**2
+    update = m / (1 - 0.9**t) / ((v / (1 - 0.95**t)).sqrt() + 1e-8)
+    w = w * (1 - LR * DECAY) - LR * radius * update / update.norm()
+    return w * radius / w.norm()
+
+
+def cosmos_normuon(w: Tensor, g: Tensor, state: State, t: int) -> Tensor:
+    beta, rank = 0.95, 3
+    m = state["m"] = beta * state.get("m", torch.zeros_like(w)) + g
+    x = (g + beta * m) / (1 + beta * sum(beta**k for k in range(t)))
+    if t == 1:
+        u, s = torch.linalg.svd(g, full_matrices=False)[2][:rank].T, torch.zeros(rank, rank, dtype=w.dtype)
+    else:
+        before, s = state["u"], state["s"]
+        u = gram_schmidt((1 - beta) * g.T @ (g @ before) + beta * before @ s)
+        s = (before.T @ u).T @ s @ (before.T @ u)
+    c, v = g @ u, state.get("v", torch.zeros(len(w), rank, dtype=w.dtype))
+    state["u"], state["s"] = u, beta * s + (1 - beta) * c.T @ c
+    state["v"] = v = 0.95 * v + 0.05 * c**2
+    inside = (x @ u) / ((v / (1 - 0.95**t)).sqrt() + 1e-8) @ u.T
+    o = polynomials_of_singular_values(x - x @ u @ u.T, "keller", 5, 1.0, 1e-7)
+    o = o * math.sqrt(w.numel()) / o.norm()
+    axis = 1 if w.size(0) >= w.size(1) else 0
+    state["rows"] = rows = 0.95 * state.get("rows", torch.zeros(max(w.shape), dtype=w.dtype)) + 0.05 * o.square().mean(axis)
+    q = o / rows.clamp_min(1e-8).sqrt().unsqueeze(axis)
+    update = inside + 0.2 * q * o.norm() / q.norm()
+    return w * (1 - LR * DECAY) - LR * 0.2 * math.sqrt(w.numel()) * update / update.norm()
+
+
+def gram_schmidt(y: Tensor) -> Tensor:
+    """The columns of `y`, each without its part along those before it, brought to length 1; twice, against round-off."""
+    for _ in range(2):
+        columns: list[Tensor] = []
+        for column in y.T:
+            rest = column - sum((before * (before @ column) for before in columns), torch.zeros_like(column))
+            columns.append(rest / rest.norm())
+        y = torch.stack(columns, dim=1)
+    return y
+
+
 METHODS: dict[str, tuple[Callable[[Tensor, Tensor, State, int], Tensor], dict[str, Any]]] = {
     "nordion2": (nordion2, {}),
     "shampoo": (shampoo, {"matrix.complement.every": 3, "matrix.complement.eps": 1e-3}),
     "muon-deepseek": (muon_deepseek, {}),
+    "lion": (lion, {}),
+    "adam-hyperball": (adam_hyperball, {}),
+    "cosmos-normuon": (cosmos_normuon, {"matrix.selector.rank": 3}),
 }
 
 
@@ -85,8 +137,9 @@ def test_a_preset_follows_its_equations(preset: str) -> None:
     own = parameters(SHAPES, torch.float64)
     weights = {name: p.detach().clone() for name, p in own.items()}
     states: dict[str, State] = {name: {} for name in own}
-    group = {"params": list(own.items()), "use": "matrix"}
-    optimizer = SubspaceOptimizer([group], load_spec(preset, overrides), lr=LR, weight_decay=DECAY)
+    spec = load_spec(preset, overrides)
+    group = {"params": list(own.items()), "use": next(iter(spec.pipelines))}
+    optimizer = SubspaceOptimizer([group], spec, lr=LR, weight_decay=DECAY)
     draws = torch.Generator().manual_seed(5)
     for t in range(1, UPDATES + 1):
         for name, p in own.items():

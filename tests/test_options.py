@@ -411,7 +411,7 @@ def test_online_subspace_descent(optimizer: str, scheduled: bool) -> None:
 
 @pytest.mark.parametrize("as_tensor", [False, True])
 def test_groups_of_different_rates_keep_their_bases_apart(as_tensor: bool) -> None:
-    """Matrices of one shape in groups of different rates move as in optimizers of their own."""
+    """Matrices of one shape, in groups with different rates, move as each would alone."""
     given, ends = OPTIONS["learned, follows the rate"], []
     for together in (True, False):
         params = parameters({"tall": (7, 4), "mate": (7, 4)}, torch.float64)

@@ -9,8 +9,9 @@ from common import PRESETS
 
 from subspace_opt import load_spec
 from subspace_opt.algebra.pipeline import Pipeline
+from subspace_opt.algebra.shaped import Shaped
 from subspace_opt.registry import kind_of
-from subspace_opt.spec.picture import WIDTH, is_whole, opens, pipeline_svg
+from subspace_opt.spec.picture import LARGE, WIDTH, is_whole, pipeline_svg
 
 
 def drawn(pipeline: Pipeline, name: str = "a <b>") -> ET.Element:
@@ -26,8 +27,9 @@ def test_every_kind_is_named(preset: str) -> None:
     for pipeline in pipelines(preset):
         words = " ".join(text.text or "" for text in drawn(pipeline).iter("text")).split()
         used = [rule for place in ("momentum", "inside", "finish", "apply") for rule in getattr(pipeline, place)]
-        used += pipeline.complement if pipeline.mix.complement > 0 and not (opens(pipeline) and is_whole(pipeline)) else ()
-        used += [pipeline.selector] if opens(pipeline) else []
+        shaped = Shaped.of(pipeline, LARGE, LARGE)
+        used += pipeline.complement if not shaped.opens or (shaped.has_complement and not is_whole(shaped)) else ()
+        used += [pipeline.selector] if shaped.opens else []
         assert [kind for part in used if (kind := kind_of(type(part))) not in [w.strip(",:\N{HORIZONTAL ELLIPSIS}") for w in words]] == []
 
 
@@ -42,6 +44,13 @@ def test_boxes_lie_within_the_picture_and_apart(preset: str) -> None:
             assert x + width <= WIDTH
             assert y + tall <= height
             assert all(x + width <= a or a + w <= x or y + tall <= b or b + h <= y for a, b, w, h in boxes[i + 1 :])
+
+
+def test_a_part_whose_weight_grows_from_0_is_drawn() -> None:
+    grows = {"matrix.mix.complement": {"schedule": "linear", "from": 0.0, "to": 0.2, "over": 10}}
+    words = [text.text for text in drawn(load_spec("cosmos", grows).pipelines["matrix"]).iter("text")]
+    assert "muon" in words
+    assert "left out" not in words
 
 
 def test_names_are_escaped_and_no_line_is_blank() -> None:

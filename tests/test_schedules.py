@@ -254,35 +254,28 @@ def bases(opt: Any, name: str, params: dict[str, nn.Parameter]) -> Tensor:
 
 
 def test_a_step_takes_a_new_basis_when_the_schedule_says() -> None:
-    params = parameters({"tall": (7, 4)})
-    opt = optimizer(load_spec(small("galore"), {"matrix.selector.every": GROW}), params, lr=0.02)
-    seen, before = [], torch.zeros(())
-    for step in range(20):
-        give(params, step)
-        opt.step()
-        now = bases(opt, "tall", params)
-        if not torch.equal(now, before):
-            seen.append(step + 1)
-        before = now
-    assert seen == [1, 2, 4, 7, 11, 16]
+    assert steps_with_a_new_basis({}) == [1, 2, 4, 7, 11, 16]
 
 
 def test_a_group_that_sets_every_wins_over_the_schedule() -> None:
+    assert steps_with_a_new_basis({5: {"matrix.selector.every": 6}, 14: {}}) == [1, 2, 4, 7, 13, 16]
+
+
+def steps_with_a_new_basis(values: dict[int, dict[str, float]]) -> list[int]:
+    """The updates of a growing period that change the basis; `values`: what the group sets from a step on."""
     params = parameters({"tall": (7, 4)})
     opt = optimizer(load_spec(small("galore"), {"matrix.selector.every": GROW}), params, lr=0.02)
     seen, before = [], torch.zeros(())
     for step in range(20):
-        if step == 5:
-            opt.param_groups[0]["values"] = {"matrix.selector.every": 6}
-        if step == 14:
-            del opt.param_groups[0]["values"]
+        if step in values:
+            opt.param_groups[0]["values"] = values[step]
         give(params, step)
         opt.step()
         now = bases(opt, "tall", params)
         if not torch.equal(now, before):
             seen.append(step + 1)
         before = now
-    assert seen == [1, 2, 4, 7, 13, 16]
+    return seen
 
 
 def test_turns_of_whole_parameters_follow_a_growing_period() -> None:

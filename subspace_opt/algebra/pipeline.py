@@ -205,23 +205,12 @@ def moment_fields(pipeline: Pipeline) -> MomentFields:
     first = ["feedback"] if pipeline.feedback else []
     second = []
     for place in ("momentum", "inside", "complement", "finish"):
-        for path, rule in _rules(place, getattr(pipeline, place)):
+        for path, _, rule in _parts(place, (), getattr(pipeline, place)):
             fields = type(rule).model_fields
             names = ["beta1", "beta"] if "nesterov" in fields else ["beta1"]
             first += [f"{path}.{name}" for name in names if getattr(rule, name, 0)]
             second += [f"{path}.beta2"] if getattr(rule, "beta2", 0) else []
     return MomentFields(tuple(first), tuple(second))
-
-
-def _rules(path: str, part: Any) -> Iterator[tuple[str, Rule]]:
-    """Rules and the rules inside them, each with its path. The only rule of a place has no index."""
-    if isinstance(part, tuple):
-        for i, rule in enumerate(part):
-            yield from _rules(path if len(part) == 1 else f"{path}.{i}", rule)
-    elif isinstance(part, Rule):
-        yield path, part
-        for name in type(part).model_fields:
-            yield from _rules(f"{path}.{name}", getattr(part, name))
 
 
 def _parts(path: str, place: Place, part: Any) -> Iterator[tuple[str, Place, Scheduled]]:

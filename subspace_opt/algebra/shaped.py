@@ -180,6 +180,17 @@ def keyed(place: str, rules: Sequence[R]) -> list[tuple[str, R]]:
     return [(place if len(rules) == 1 else f"{place}.{i}", rule) for i, rule in enumerate(rules)]
 
 
+def joined(sizes: tuple[int, ...], most: int) -> tuple[int, ...]:
+    """Neighbouring dimensions joined from the left while their product stays at most `most`."""
+    out: list[int] = []
+    for size in sizes:
+        if out and out[-1] * size <= most:
+            out[-1] *= size
+        else:
+            out.append(size)
+    return tuple(out)
+
+
 def part(key: str, state: State) -> State:
     """The state of one rule or of the selector, by its own slot names."""
     prefix = key + "."

@@ -16,6 +16,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..algebra.shaped import joined
+
 
 class ViewError(ValueError):
     """A parameter's shape does not fit the view that its route asks for."""
@@ -140,23 +142,17 @@ def make_view(
 
 def _merged_view(shape: tuple[int, ...], most: int) -> View:
     """One matrix of joined dimensions: the first is its rows, the others are its columns. A single one is a row vector."""
-    joined, row_dims = merged(shape, most), 0
-    rows = joined[0] if len(joined) > 1 else 1
+    sizes, row_dims = merged(shape, most), 0
+    rows = sizes[0] if len(sizes) > 1 else 1
     while math.prod(shape[:row_dims]) < rows:
         row_dims += 1
-    cols, modes = math.prod(shape) // rows, joined[1:] if len(joined) > 2 else ()
+    cols, modes = math.prod(shape) // rows, sizes[1:] if len(sizes) > 2 else ()
     return View(1, rows, cols, False, (Block("", 1, rows, cols, 0, 1),), modes, row_dims=row_dims)
 
 
 def merged(sizes: tuple[int, ...], most: int) -> tuple[int, ...]:
     """Neighbours joined from the left while their product stays at most `most`, without those of size 1; (1,) if all are."""
-    out = [1]
-    for size in sizes:
-        if out[-1] * size <= most:
-            out[-1] *= size
-        else:
-            out.append(size)
-    return tuple(size for size in out if size > 1) or (1,)
+    return tuple(size for size in joined(sizes, most) if size > 1) or (1,)
 
 
 def _matrices(shape: tuple[int, ...], layout: str, conv: bool) -> tuple[int, int, int]:

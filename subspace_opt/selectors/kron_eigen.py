@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import linalg
 from ..algebra import Basis, Dim, Order, Selector, SelectorFlops, SelectorTraits, Side, Slot, State, Step
+from ..algebra.shaped import joined
 from ..registry import register
 
 
@@ -76,7 +77,7 @@ class KronEigen(Selector):
         short = "rows" if rows.size <= cols.size else "cols"
         out: list[_Mode] = []
         for side, dim in (("rows", rows), ("cols", cols)):
-            for i, size in enumerate(_merged(dim.modes, self.merge) or (dim.size,)):
+            for i, size in enumerate(joined(dim.modes, self.merge) or (dim.size,)):
                 name = f"{side}{i}" if dim.modes else side
                 wanted = 1 < size <= self.max_dim and (self.sides == "both" or side == short)
                 out.append(_Mode(name, side, len(out), size, wanted))
@@ -201,14 +202,3 @@ class KronEigen(Selector):
             assert index is not None
             out[dim] = index
         return out
-
-
-def _merged(sizes: tuple[int, ...], most: int) -> tuple[int, ...]:
-    """Neighbours joined from the left while their product stays at most `most`."""
-    out: list[int] = []
-    for size in sizes:
-        if out and out[-1] * size <= most:
-            out[-1] *= size
-        else:
-            out.append(size)
-    return tuple(out)

@@ -10,14 +10,16 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any, NamedTuple
 
-from ..algebra.core import Dim, Rule, Selector
+from ..algebra.core import Rule, Selector
 from ..algebra.pipeline import Pipeline
+from ..algebra.shaped import Shaped
 from ..algebra.weight_rule import WeightRule
 from ..registry import kind_of
+from .model import Spec
 
 WIDTH, GAP, LINE, PAD, JOIN = 340.0, 18.0, 15.0, 7.0, 20.0
 CHARACTERS = 0.163  # of a character's width to the picture's, at 11 units: lines are cut to fit
-SIDES = Dim("rows", 1 << 20), Dim("cols", 1 << 20)  # a matrix larger than any rank
+LARGE = 1 << 20  # sides of a matrix larger than any rank
 INSIDE, OUTSIDE = "#d97706", "#0e7490"
 
 
@@ -39,7 +41,8 @@ def pipeline_svg(pipeline: Pipeline, name: str = "pipeline") -> str:
     y = _word(parts, 12.0, "gradient")
     for box in _before(pipeline):
         y = _below(parts, y, box)
-    y = _split(parts, y, pipeline) if opens(pipeline) else _below(parts, y, Box(("rule", *_words(pipeline.complement)), OUTSIDE))
+    shaped = Shaped.of(pipeline, LARGE, LARGE)
+    y = _split(parts, y, shaped) if shaped.opens else _below(parts, y, Box(("rule", *_words(pipeline.complement)), OUTSIDE))
     for box in _after(pipeline):
         y = _below(parts, y, box)
     parts.append(_arrow(WIDTH / 2, y, y + GAP))
@@ -49,22 +52,17 @@ def pipeline_svg(pipeline: Pipeline, name: str = "pipeline") -> str:
     return "\n".join([top, f"<title>{escape(name)}: from gradient to weight</title>", *parts, "</svg>"])
 
 
-def opens(pipeline: Pipeline) -> bool:
-    """True if the selector opens a subspace."""
-    return _coordinates(pipeline) > 0
+def hidden_pipeline(spec: Spec) -> Pipeline:
+    """The pipeline of a spec's hidden matrices."""
+    return spec.pipelines.get("matrix") or next(iter(spec.pipelines.values()))
 
 
-def is_whole(pipeline: Pipeline) -> bool:
+def is_whole(shaped: Shaped) -> bool:
     """True if the basis spans the whole space, so nothing lies outside."""
-    return _coordinates(pipeline) == SIDES[0].size * SIDES[1].size
+    return shaped.inner[0].size * shaped.inner[1].size == shaped.rows.size * shaped.cols.size
 
 
-def _coordinates(pipeline: Pipeline) -> int:
-    rows, cols = pipeline.selector.coords(*SIDES)
-    return rows.size * cols.size
-
-
-# ------------------------------------------------------------------------------------------------------------------ what is said
+# ---------------------------------------------------------------------------------------------------------------- the text in boxes
 
 
 def _before(p: Pipeline) -> Iterable[Box]:
@@ -123,13 +121,14 @@ def _short(value: Any) -> str:
 # ------------------------------------------------------------------------------------------------------------------------- shapes
 
 
-def _split(parts: list[str], y: float, p: Pipeline) -> float:
+def _split(parts: list[str], y: float, shaped: Shaped) -> float:
     """The selector, the two columns under it, and where they meet."""
+    p = shaped.pipeline
     y = _below(parts, y, _selector(p))
-    if is_whole(p):
+    if is_whole(shaped):
         return _below(parts, y, Box(("in this basis", *_words(p.inside)), INSIDE))
-    has = bool(p.complement) and p.mix.complement > 0
-    columns = _column("inside the subspace", p.inside, bool(p.inside), INSIDE), _column("outside", p.complement, has, OUTSIDE)
+    inside = _column("inside the subspace", p.inside, bool(p.inside), INSIDE)
+    columns = inside, _column("outside", p.complement, shaped.has_complement, OUTSIDE)
     half = (WIDTH - GAP) / 2
     top = y + GAP
     join = top + max(box.height for box in columns) + JOIN

@@ -36,7 +36,7 @@ def prune(
     """Remove the ranks whose gates are at or below a threshold, from cores, gates, gradients and the optimizer's state together.
 
     The parameters are replaced by smaller ones, and the optimizer holds the new ones in place of the old. State slots keep their entries
-    exactly; counters go on. With the default threshold the model computes what it did: closed gates multiply by 0.
+    exactly; counters go on. With the default threshold the outputs of the model do not change, as closed gates multiply by 0.
 
     Args:
         model: The model that the optimizer was built from.
