@@ -78,21 +78,28 @@ def cholesky_qr(y: Tensor) -> Tensor:
 def complete(y: Tensor) -> Tensor:
     """`orthonormal` of a square `Y`. A column that depends on the earlier ones is replaced by a completion of these, not by round-off.
 
-    A pivot of R is the part of its column that is new; it is round-off if it is below 32 eps |Y|. In `Y = A Q` with eigenvectors Q of A, a
-    column is as long as its eigenvalue, so only eigenvalues of round-off are replaced.
+    A pivot of R is the part of its column that is new, and round-off below 32 eps times the largest. In `Y = A Q` with eigenvectors Q of A,
+    a column is as long as its eigenvalue, so only eigenvalues of round-off are replaced.
     """
-    least = 32 * torch.finfo(y.dtype).eps * magnitude(y).squeeze(-1)
     if y.device.type != "cpu" or type(y) is not Tensor:
         q, pivots = _reflected(y)
-        held = pivots.abs() > least
+        held = _held(pivots)
         return _signed(q, pivots) if y.is_meta or bool(held.all()) else _signed(*_reflected(y * held.unsqueeze(-2)))
     reflectors, tau = torch.geqrf(y)
-    held = reflectors.diagonal(dim1=-2, dim2=-1).abs() > least
+    held = _held(reflectors.diagonal(dim1=-2, dim2=-1))
+    if bool(held.all()):
+        return _signed(torch.linalg.householder_product(reflectors, tau), reflectors.diagonal(dim1=-2, dim2=-1))
     if not bool((held[:, 1:] <= held[:, :-1]).all()):  # the reflectors of later columns depend on one that is replaced
         reflectors, tau = torch.geqrf(y * held.unsqueeze(-2))
     # Without its reflector, a column of Q is what the earlier reflectors make of a unit vector: a completion of the earlier columns.
     q = torch.linalg.householder_product(reflectors, tau * held)
     return _signed(q, reflectors.diagonal(dim1=-2, dim2=-1) * held)
+
+
+def _held(pivots: Tensor) -> Tensor:
+    """The columns whose pivot is more than round-off."""
+    size = pivots.abs()
+    return size > 32 * torch.finfo(size.dtype).eps * size.amax(-1, keepdim=True)
 
 
 def _reflected(y: Tensor) -> tuple[Tensor, Tensor]:
