@@ -159,25 +159,26 @@ def suggest(word: str, known: Iterable[str]) -> str:
 def _resolve(family: type[Component], value: Any) -> Component:
     if isinstance(value, family):
         return value
+    named = family.family.replace("_", " ")
     if value is None:
         value = {"kind": "none"}
     if isinstance(value, str):
         value = {"kind": value}
     if not isinstance(value, Mapping):
-        raise PydanticCustomError("component", "a {family} must be a kind's name or a mapping with a `kind`", {"family": family.family})
+        raise PydanticCustomError("component", "a {family} must be a kind's name or a mapping with a `kind`", {"family": named})
     kind = value.get("kind")
     if kind is None:
         raise PydanticCustomError(
             "missing_kind",
             "a {family} needs a `kind`; known: {known}",
-            {"family": family.family, "known": ", ".join(kinds(family.family))},
+            {"family": named, "known": ", ".join(kinds(family.family))},
         )
     cls = find(family.family, kind) if isinstance(kind, str) else None
     if cls is None:
         raise PydanticCustomError(
             "unknown_kind",
             "unknown {family} kind '{kind}'; {hint}{broken}",
-            {"family": family.family, "kind": str(kind)[:80], "hint": _hint(family, str(kind)), "broken": _broken()},
+            {"family": named, "kind": str(kind)[:80], "hint": _hint(family, str(kind)), "broken": _broken()},
         )
     return cls.model_validate(dict(value))
 

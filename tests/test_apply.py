@@ -342,7 +342,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "two decays": ({"apply": ["decay", "cautious"]}, "decays the weight 2 times, by decay and cautious; keep one of them"),
     "a word and a rule": ({"apply": "cautious", "decay": "after"}, "`decay: after` and 'cautious' in `apply` both decay the weight; set"),
     "a gradient and a rule": ({"apply": "decay", "decay": "coupled"}, "`decay: coupled` and 'decay' in `apply` both decay the weight"),
-    "a rule of another family": ({"apply": "muon"}, "unknown weight_rule kind 'muon'; that is a rule; known: cautious, decay"),
+    "a rule of another family": ({"apply": "muon"}, "unknown weight rule kind 'muon'; that is a rule; known: cautious, decay"),
     "a weight rule in another place": ({"finish": "hyperball"}, "unknown rule kind 'hyperball'; that is a weight_rule"),
     "a misspelt kind": ({"apply": "hyperbal"}, "did you mean 'hyperball'?"),
     "a retraction with state": ({"apply": {"kind": "retract", "by": "adam"}}, "'adam' needs more than the weight, or makes it 0"),
