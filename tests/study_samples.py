@@ -105,3 +105,23 @@ def crowded() -> Study:
     ]
     rows[7] = entry("trion", [1.95, math.nan, 1.96], ms=61, measured_state_bytes=2_050_000)
     return study(*rows, title="Ten optimizers <and> one & problem")
+
+
+def troubled() -> Study:
+    """Entries without a final run, with a failed sweep, with two tuned fields, with every final diverged, and a spec that cannot be read."""
+    lost = tuple(record("lost", 9.0, stage="sweep", steps=120, values={"lr": lr}, status="diverged") for lr in (0.1, 0.2))
+    grid = tuple(
+        record(
+            "two", 2.3 + 0.1 * abs(math.log2(lr / 0.004)) + 0.02 * abs(math.log2(rank / 32)), stage="sweep", values={"lr": lr, "rank": rank}
+        )
+        for rank in (16.0, 32.0, 64.0)
+        for lr in (0.002, 0.004, 0.008)
+    )
+    two = entry("two", (1.90, 1.93, 1.91), kind="muon")
+    unread = {"version": 1, "name": "unread", "pipelines": {"all": {"complement": "no_such_kind"}}, "routes": [{"use": "all"}]}
+    return study(
+        Entry("lost", {"name": "lost"}, {}, lost, ()),
+        Entry("two", two.spec, {"lr": 0.004, "rank": 32.0}, grid, two.finals),
+        entry("all diverged", (math.nan,) * 3, kind="muon"),
+        Entry("untuned", unread, {}, (), entry("untuned", (1.94, 1.91, 1.95), kind="muon", spec=unread).finals),
+    )

@@ -123,10 +123,12 @@ def _logarithmic(axes: Axes, bands: Sequence[Band]) -> None:
 
 
 def _zoom(axes: Axes, bands: Sequence[Band]) -> None:
-    """Limit the axes to the second half; optimizers far above the median end are cut off."""
+    """Limit the axes to the second half of the best curve; curves far above the median end are cut off."""
     last = max(found.updates[-1] for found in bands)
     ends = sorted(found.mean[-1] for found in bands)
-    cap = ends[0] + 3 * max(ends[len(ends) // 2] - ends[0], 0.02)
+    best = min(bands, key=lambda found: found.mean[-1])
+    start = max((value for update, value in zip(best.updates, best.high, strict=True) if update >= last / 2), default=ends[0])
+    cap = max(start, ends[0] + 3 * (ends[len(ends) // 2] - ends[0]))
     shown = [(lo, hi) for f in bands for u, lo, hi in zip(f.updates, f.low, f.high, strict=True) if u >= last / 2 and lo <= cap]
     low, high = min(lo for lo, _ in shown), min(max(hi for _, hi in shown), cap)
     margin = 0.06 * (high - low) or 0.01

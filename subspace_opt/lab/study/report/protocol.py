@@ -61,13 +61,10 @@ def _reference(study: Study) -> list[str]:
 
 def limits(study: Study) -> list[str]:
     """Conclusions that the study does not support."""
-    few = len(study.seeds)
     text = [
         "The result holds for this model, text, batch size and number of updates. A larger model or a longer run may order the "
         "optimizers in another way.",
-        f"The intervals cover the variation over {counted(few, 'seed')}, not that over models, texts or tuning. Each is a 95 % interval "
-        "by itself: among many differences, some exclude 0 by chance, and the lead of the best is slightly overstated because it was "
-        "chosen after the runs.",
+        _uncertainty(len(study.seeds)),
     ]
     if any(entry.tried for entry in study.entries):
         text.append(
@@ -80,6 +77,16 @@ def limits(study: Study) -> list[str]:
         )
     text.append("Times hold for this machine and its load. They change with the size of the model more than the losses do.")
     return text
+
+
+def _uncertainty(seeds: int) -> str:
+    if seeds < 2:
+        return "One seed gives no intervals. Another seed may order the optimizers in another way."
+    return (
+        f"The intervals cover the variation over {counted(seeds, 'seed')}, not that over models, texts or tuning. Each is a 95 % "
+        "interval by itself: among many differences, some exclude 0 by chance, and the lead of the best is slightly overstated because it was chosen "
+        "after the runs."
+    )
 
 
 def _span(numbers: Iterable[int]) -> str:
