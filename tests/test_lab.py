@@ -34,7 +34,7 @@ from subspace_opt.lab.config import TrainConfig
 from subspace_opt.lab.corpus import Corpus
 from subspace_opt.lab.errors import LabError
 from subspace_opt.lab.run import checkpoint, device, training
-from subspace_opt.lab.run.events import Ended, Evaluated, Event, Result, Saved, Started, Stepped
+from subspace_opt.lab.run.events import Ended, Evaluated, Event, Result, Saved, Started, Stepped, Times
 from subspace_opt.lab.run.measure import measured_bytes
 
 ROOT = Path(__file__).parent.parent
@@ -601,7 +601,8 @@ def result(name: str, **changes: Any) -> Result:
     fields: dict[str, Any] = {
         "run": name, "status": "finished", "step": 100, "parameters": 10, "lr": 1e-3, "train": curve,
         "validation": curve[9::10], "planned_state_bytes": 2048, "measured_state_bytes": 2048, "optimizer_ms": 1.5,
-        "mean_optimizer_ms": 1.6, "step_ms": 9.0, "tokens_per_second": 1e4,
+        "mean_optimizer_ms": 1.6, "step_ms": 9.0, "tokens_per_second": 1e4, "optimizer_times": Times.of([0.003, 0.002]),
+        "step_times": Times.of([0.009]), "seconds": curve[9::10],
     }  # fmt: skip
     return Result(**{**fields, **changes})
 

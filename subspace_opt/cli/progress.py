@@ -53,7 +53,7 @@ class RunProgress:
                 self._start(event)
             case Stepped():
                 self._last = event
-                self._move(event, f"{event.tokens_per_second:,.0f} tokens/s  {_clock(event.eta_seconds)} left")
+                self._move(event, f"{event.tokens_per_second:,.0f} tokens/s  {clock(event.eta_seconds)} left")
             case Evaluated():
                 self._validation[event.run] = f"val {event.loss:.3f}"
                 if not self.out.is_terminal:
@@ -62,7 +62,7 @@ class RunProgress:
                 self.saved = event.path
             case Ended():
                 if self._last is not None:
-                    self._move(self._last, f"{event.status} in {_clock(event.seconds)}")
+                    self._move(self._last, f"{event.status} in {clock(event.seconds)}")
 
     def _start(self, event: Started) -> None:
         self.began = True
@@ -85,7 +85,7 @@ class RunProgress:
             f"validation {event.loss:.3f} ({event.bits_per_byte:.2f} bits/byte)",
         ]
         if self._last is not None:
-            speed, left = f"{self._last.tokens_per_second:,.0f} tokens/s", f"{_clock(self._last.eta_seconds)} left"
+            speed, left = f"{self._last.tokens_per_second:,.0f} tokens/s", f"{clock(self._last.eta_seconds)} left"
             parts[1:1] = [f"loss {self._last.loss:.3f}"]
             parts += [speed, left]
         self._say("  ".join(parts))
@@ -94,7 +94,7 @@ class RunProgress:
         self.out.print(line, markup=False, soft_wrap=True)  # never wrapped: a log line is one line
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
     """Seconds as 0:07, 12:34 or 1:02:03."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)

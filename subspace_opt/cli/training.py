@@ -34,7 +34,7 @@ class RunError(RuntimeError):
     """A run started and did not finish."""
 
 
-def _field(name: str, metavar: str | None = None) -> Any:
+def field_option(name: str, metavar: str | None = None) -> Any:
     """An option of `train` with the help and default of the config's field."""
     field = TrainConfig.model_fields[name]
     text = str(field.description)
@@ -46,25 +46,25 @@ def _field(name: str, metavar: str | None = None) -> Any:
 def train(
     context: typer.Context,
     spec: SpecName,
-    model: Annotated[str | None, _field("model", "NAME")] = None,
-    data: Annotated[list[str] | None, _field("data", "PATH")] = None,
-    max_bytes: Annotated[int | None, _field("max_bytes")] = None,
-    steps: Annotated[int | None, _field("steps")] = None,
-    batch_size: Annotated[int | None, _field("batch_size")] = None,
-    length: Annotated[int | None, _field("length")] = None,
-    accumulate: Annotated[int | None, _field("accumulate")] = None,
-    lr: Annotated[float | None, _field("lr")] = None,
-    weight_decay: Annotated[float | None, _field("weight_decay")] = None,
-    warmup: Annotated[int | None, _field("warmup")] = None,
-    min_lr_ratio: Annotated[float | None, _field("min_lr_ratio")] = None,
-    clip: Annotated[float | None, _field("clip")] = None,
-    eval_every: Annotated[int | None, _field("eval_every")] = None,
-    eval_batches: Annotated[int | None, _field("eval_batches")] = None,
-    seed: Annotated[int | None, _field("seed")] = None,
-    device: Annotated[str | None, _field("device", "auto|cpu|cuda|mps")] = None,
-    out: Annotated[Path | None, _field("out", "DIR")] = None,
-    save_every: Annotated[int | None, _field("save_every")] = None,
-    name: Annotated[str | None, _field("name")] = None,
+    model: Annotated[str | None, field_option("model", "NAME")] = None,
+    data: Annotated[list[str] | None, field_option("data", "PATH")] = None,
+    max_bytes: Annotated[int | None, field_option("max_bytes")] = None,
+    steps: Annotated[int | None, field_option("steps")] = None,
+    batch_size: Annotated[int | None, field_option("batch_size")] = None,
+    length: Annotated[int | None, field_option("length")] = None,
+    accumulate: Annotated[int | None, field_option("accumulate")] = None,
+    lr: Annotated[float | None, field_option("lr")] = None,
+    weight_decay: Annotated[float | None, field_option("weight_decay")] = None,
+    warmup: Annotated[int | None, field_option("warmup")] = None,
+    min_lr_ratio: Annotated[float | None, field_option("min_lr_ratio")] = None,
+    clip: Annotated[float | None, field_option("clip")] = None,
+    eval_every: Annotated[int | None, field_option("eval_every")] = None,
+    eval_batches: Annotated[int | None, field_option("eval_batches")] = None,
+    seed: Annotated[int | None, field_option("seed")] = None,
+    device: Annotated[str | None, field_option("device", "auto|cpu|cuda|mps")] = None,
+    out: Annotated[Path | None, field_option("out", "DIR")] = None,
+    save_every: Annotated[int | None, field_option("save_every")] = None,
+    name: Annotated[str | None, field_option("name")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the checkpoint in --out, if there is one.")] = False,
     set_: Overrides = [],  # noqa: B006
     plugin: Plugins = [],  # noqa: B006
@@ -78,7 +78,7 @@ def train(
     """
     options = {key: value for key, value in context.params.items() if key in TrainConfig.model_fields}
     given = {key: value for key, value in options.items() if value not in (None, [])}
-    _train(_config({**given, "overrides": parse_overrides(set_)}), resume=resume, as_json=as_json)
+    _train(train_config({**given, "overrides": parse_overrides(set_)}), resume=resume, as_json=as_json)
 
 
 def _train(config: TrainConfig, *, resume: bool, as_json: bool) -> None:
@@ -126,7 +126,7 @@ def demo(
     _check_finished(results, "later runs were not started")
 
 
-def _config(given: dict[str, Any]) -> TrainConfig:
+def train_config(given: dict[str, Any]) -> TrainConfig:
     for key, value in given.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise LabError(f"--{key.replace('_', '-')}: should be a finite number, not {value}")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .drawing import look, new_figure
 from .errors import LabError
-from .run.events import Curve, Result
+from .run.events import Curve, Result, finite
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -48,7 +48,7 @@ def table(results: Sequence[Result]) -> Table:
 def to_json(results: Sequence[Result]) -> str:
     """All measurements as JSON; missing and non-finite values are `null`."""
     rows = [{**asdict(r), "validation_loss": r.validation_loss, "bits_per_byte": r.bits_per_byte} for r in results]
-    return json.dumps([_finite(row) for row in rows], indent=2)
+    return json.dumps(finite(rows), indent=2)
 
 
 def write_picture(results: Sequence[Result], path: str | Path, *, title: str = "") -> Path:
@@ -128,7 +128,3 @@ def _xy(curve: Curve) -> tuple[list[int], list[float]]:
 
 def _ms(value: float) -> str:
     return f"{value:.1f} ms"
-
-
-def _finite(row: dict[str, Any]) -> dict[str, Any]:
-    return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}

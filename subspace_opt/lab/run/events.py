@@ -6,11 +6,12 @@ All are plain data: the command line renders them, tests compare them, `log.json
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from statistics import mean, median
 from typing import Any, Literal
 
-Status = Literal["finished", "interrupted"]
+Status = Literal["finished", "interrupted", "diverged"]
 Curve = tuple[tuple[int, float], ...]  # (step, loss in nats per byte)
 
 
@@ -77,10 +78,38 @@ Event = Started | Stepped | Evaluated | Saved | Ended
 OnEvent = Callable[[Event], None]
 
 
+def finite(value: Any) -> Any:
+    """Plain data for JSON: tuples become lists, and numbers that are not finite become None."""
+    if isinstance(value, dict):
+        return {key: finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def record(event: Event) -> dict[str, Any]:
     """An event as a dict, ready for JSON."""
     extra = {"bits_per_byte": event.bits_per_byte} if isinstance(event, Evaluated) else {}
     return {"event": type(event).__name__.lower(), **asdict(event), **extra}
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """Statistics of one kind of time over the updates of a run, in milliseconds. All but `first` leave the first update out."""
+
+    first: float  # with allocation and first basis
+    median: float
+    p95: float
+    worst: float
+    mean: float
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> Times:
+        """The statistics of times in seconds, in the order of the updates; nan where there is none."""
+        later = sorted(seconds[1:]) or [math.nan]
+        first = seconds[0] if seconds else math.nan
+        p95 = later[math.ceil(0.95 * len(later)) - 1]
+        return cls(*(1e3 * value for value in (first, median(later), p95, later[-1], mean(later))))
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +129,9 @@ class Result:
     mean_optimizer_ms: float  # above the median if some steps are expensive, such as those with a refresh
     step_ms: float  # median of a whole update: forward, backward, clipping, optimizer
     tokens_per_second: float  # at the median
+    optimizer_times: Times
+    step_times: Times
+    seconds: Curve  # (step, seconds of all updates so far, without validation) at each validation of this process
 
     @property
     def validation_loss(self) -> float:

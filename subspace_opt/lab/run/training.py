@@ -21,11 +21,11 @@ from torch.optim import Optimizer
 
 from ..config import TrainConfig
 from ..corpus import Corpus
-from ..errors import LabError
+from ..errors import DivergedError, LabError
 from ..model import make_model, private_rng
 from . import checkpoint
 from .device import choose_device, clock
-from .events import Ended, Evaluated, OnEvent, Result, Saved, Started, Status, Stepped
+from .events import Ended, Evaluated, OnEvent, Result, Saved, Started, Status, Stepped, Times
 from .interrupt import interruptible
 from .journal import Journal
 from .measure import measured_bytes, planned_bytes
@@ -52,7 +52,8 @@ def train(
         make_optimizer: Makes the optimizer; by default it is built from `config.spec`.
 
     Raises:
-        LabError: data, model, device or checkpoint cannot be used, or a loss is not finite.
+        LabError: data, model, device or checkpoint cannot be used.
+        DivergedError: a loss or a gradient norm is not finite.
     """
     run = _Run(config, corpus or Corpus.load(config.data, max_bytes=config.max_bytes), on_event, make_optimizer)
     run.begin(resume)
@@ -67,7 +68,7 @@ def spec_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
 
 
 @dataclass
-class _Times:
+class _Clocks:
     """The seconds of each update in this process."""
 
     whole: list[float] = field(default_factory=list)
@@ -88,7 +89,8 @@ class _Run:
         self.step = 0
         self.train: list[tuple[int, float]] = []
         self.validation: list[tuple[int, float]] = []
-        self.times = _Times()
+        self.times = _Clocks()
+        self.seconds: list[tuple[int, float]] = []
 
     def begin(self, resume: bool) -> None:
         """Restore the folder's checkpoint if `resume` is set, and emit `Started`."""
@@ -191,12 +193,14 @@ class _Run:
         loss = sum(self.loss(part).item() * len(part) for part in parts) / len(self.windows)
         self.check("validation loss", loss)
         self.validation.append((self.step, loss))
+        self.seconds.append((self.step, sum(self.times.whole)))
         self.emit(Evaluated(self.config.label, self.step, loss))
 
     def check(self, what: str, value: float) -> None:
         """Stop the run if `value` is not finite, before it reaches the weights or a checkpoint."""
         if not math.isfinite(value):
-            raise LabError(f"{self.config.label}: the {what} is {value} after {self.step} updates. {self.advice()}")
+            message = f"{self.config.label}: the {what} is {value} after {self.step} updates. {self.advice()}"
+            raise DivergedError(message, self.result("diverged"))
 
     def advice(self) -> str:
         """A sentence that says which checkpoint is left and how to continue after a value that is not finite."""
@@ -251,6 +255,9 @@ class _Run:
             mean_optimizer_ms=1e3 * mean(optimizer),
             step_ms=1e3 * median(whole),
             tokens_per_second=self.config.tokens_per_step / median(whole),
+            optimizer_times=Times.of(self.times.optimizer),
+            step_times=Times.of(self.times.whole),
+            seconds=tuple(self.seconds),
         )
 
     @property

@@ -11,20 +11,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from ..run.events import Times as StepTimes
+from ..run.events import finite
+
+__all__ = ["Entry", "Points", "Record", "Stage", "Status", "StepTimes", "Study", "from_line", "to_line"]
+
 Stage = Literal["sweep", "final"]
 Status = Literal["finished", "diverged"]
 Points = tuple[tuple[int, float], ...]  # (update, value)
-
-
-@dataclass(frozen=True)
-class StepTimes:
-    """Statistics of one kind of time over all updates of a run but the first, in milliseconds."""
-
-    first: float  # allocation and first basis
-    median: float
-    p95: float
-    worst: float
-    mean: float
 
 
 @dataclass(frozen=True)
@@ -87,7 +81,7 @@ class Study:
 
 def to_line(record: Record) -> str:
     """A record as one line of JSON; missing and non-finite values are `null`."""
-    return json.dumps(_plain(asdict(record)), allow_nan=False)
+    return json.dumps(finite(asdict(record)), allow_nan=False)
 
 
 def from_line(line: str) -> Record:
@@ -110,11 +104,3 @@ def _points(pairs: Iterable[Any]) -> Points:
 
 def _number(value: float | None) -> float:
     return math.nan if value is None else float(value)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
