@@ -9,17 +9,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .drawing import look, new_figure
 from .errors import LabError
 from .run.events import Curve, Result, finite
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from rich.table import Table
-
-# Okabe and Ito's colours, which can be told apart with any colour vision. Markers and dashes tell the runs apart without colour.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-_DASHES = ("-", "--", "-.", ":")
 
 
 def table(results: Sequence[Result]) -> Table:
@@ -61,13 +57,7 @@ def write_picture(results: Sequence[Result], path: str | Path, *, title: str = "
     Raises:
         LabError: matplotlib is not installed, or the file cannot be written.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise LabError("picture: matplotlib is not installed. Run: pip install 'subspace-opt[lab]'") from error
-    figure = Figure(figsize=(11, 5.5), layout="constrained")
-    FigureCanvasAgg(figure)  # a canvas of its own needs no display and leaves the state of pyplot alone
+    figure = new_figure(11, 5.5)
     grid = figure.add_gridspec(2, 2, width_ratios=(2.6, 1))
     _curves(figure.add_subplot(grid[:, 0]), results, title)
     memory = [r.measured_state_bytes for r in results]
@@ -96,11 +86,10 @@ def _curves(axes: Axes, results: Sequence[Result], title: str) -> None:
     from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
     for number, r in enumerate(results):
-        colour, dash = _COLOURS[number % len(_COLOURS)], _DASHES[number % len(_DASHES)]
+        style = look(number)
         label = f"{r.run}: {r.validation_loss:.3f} nats, {r.bits_per_byte:.2f} bits per byte"
-        axes.plot(*_xy(smooth(r.train)), color=colour, linestyle=dash, linewidth=1.2, alpha=0.75)
-        marker = _MARKERS[number % len(_MARKERS)]
-        axes.plot(*_xy(r.validation), color=colour, linestyle="none", marker=marker, markersize=6, label=label)
+        axes.plot(*_xy(smooth(r.train)), color=style.colour, linestyle=style.dash, linewidth=1.2, alpha=0.75)
+        axes.plot(*_xy(r.validation), color=style.colour, linestyle="none", marker=style.marker, markersize=6, label=label)
     axes.set_title(title or "the same model on the same text")
     axes.set_xlabel("update")
     axes.set_ylabel("nats per byte (lines: training, smoothed; markers: validation)")
@@ -115,7 +104,7 @@ def _curves(axes: Axes, results: Sequence[Result], title: str) -> None:
 
 def _bars(axes: Axes, results: Sequence[Result], values: Sequence[float], title: str, words: Any) -> None:
     """Draw one bar for each run, from the top, with its value beside it."""
-    colours = [_COLOURS[number % len(_COLOURS)] for number in range(len(results))]
+    colours = [look(number).colour for number in range(len(results))]
     bars = axes.barh([r.run for r in results], [0 if math.isnan(v) else v for v in values], color=colours, height=0.6)
     axes.bar_label(bars, labels=[words(v) for v in values], padding=3)
     axes.invert_yaxis()
