@@ -84,8 +84,8 @@ def _uncertainty(seeds: int) -> str:
         return "One seed gives no intervals. Another seed may order the optimizers in another way."
     return (
         f"The intervals cover the variation over {counted(seeds, 'seed')}, not that over models, texts or tuning. Each is a 95 % "
-        "interval by itself: among many differences, some exclude 0 by chance, and the lead of the best is slightly overstated because it was chosen "
-        "after the runs."
+        "interval by itself: among many differences, some exclude 0 by chance, and the lead of the best is slightly overstated because it was "
+        "chosen after the runs."
     )
 
 
