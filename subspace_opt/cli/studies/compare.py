@@ -16,17 +16,17 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from ..lab import LabError, TrainConfig
-from ..lab.run.events import Event, Stepped
-from ..lab.study.execute import InterruptedStudyError
-from ..lab.study.plan import Candidate, StudyConfig
-from ..lab.study.records import Record, Study
-from ..lab.study.run import Progress as StudyProgress
-from ..lab.study.run import run_study
-from .options import AsJson, Plugins, parse_override, print_json
-from .progress import clock
-from .tables import console
-from .training import RunError, field_option, train_config
+from ...lab import LabError, TrainConfig
+from ...lab.run.events import Event, Stepped
+from ...lab.study.execute import InterruptedStudyError
+from ...lab.study.plan import Candidate, StudyConfig
+from ...lab.study.records import Record, Study
+from ...lab.study.run import Progress as StudyProgress
+from ...lab.study.run import run_study
+from ..options import AsJson, Plugins, parse_override, print_json
+from ..progress import clock
+from ..tables import console
+from ..training import RunError, field_option, train_config
 
 
 def compare(
@@ -90,8 +90,8 @@ def compare(
 
 def _show(study: Study, folder: Path, *, as_json: bool) -> None:
     """Write the report, and print what it says."""
-    from ..lab.study.report import write_report
-    from ..lab.study.summary import summary
+    from ...lab.study.report import write_report
+    from ...lab.study.summary import summary
 
     paths = write_report(study, folder)
     if as_json:
