@@ -26,6 +26,7 @@ from ..spec import SpecError
 from ..spec.document import DocumentError
 from . import fidelity, memory, plugins, ranks, specs, training
 from .studies.compare import compare
+from .studies.search import search
 
 BAD_INPUT = (SpecError, DocumentError, RegistryError, CheckpointError, LabError, LowBitError, MeshError)
 
@@ -49,6 +50,7 @@ for name, command, example in (
     ("verify", ranks.verify, "verify cosmos --ranks 4 --mesh fsdp"),
     ("train", training.train, "train cosmos --model mini --steps 500 --out runs/cosmos"),
     ("compare", compare, "compare cosmos muon adamw --model mini --steps 600 --seeds 3"),
+    ("search", search, "search --budget 2h --bytes 0.6x --time 1.3x --confirm-data other.txt"),
     ("demo", training.demo, "demo --steps 50 --out runs/demo"),
     ("parity", fidelity.parity, "parity --json"),
     ("new-plugin", plugins.new, "new-plugin top-peaks --kind selector"),
