@@ -112,9 +112,13 @@ def troubled() -> Study:
     lost = tuple(record("lost", 9.0, stage="sweep", steps=120, values={"lr": lr}, status="diverged") for lr in (0.1, 0.2))
     grid = tuple(
         record(
-            "two", 2.3 + 0.1 * abs(math.log2(lr / 0.004)) + 0.02 * abs(math.log2(rank / 32)), stage="sweep", values={"lr": lr, "rank": rank}
+            "two",
+            2.3 + 0.1 * abs(math.log2(250 * lr)) + 0.02 * abs(rank - 5),
+            stage="sweep",
+            steps=120,
+            values={"lr": lr, "rank": 2.0**rank},
         )
-        for rank in (16.0, 32.0, 64.0)
+        for rank in (4, 5, 6)
         for lr in (0.002, 0.004, 0.008)
     )
     two = entry("two", (1.90, 1.93, 1.91), kind="muon")
