@@ -164,17 +164,21 @@ def _corpus(data: tuple[str, ...], max_bytes: int) -> Corpus:
 
 
 class Ranks:
-    """The processes that torchrun has started, or this process alone.
+    """The processes that torchrun has started, those of a process group that exists already, or this process alone.
 
     Ranks share the folder of the study. They exchange nothing but barriers.
     """
 
     def __init__(self) -> None:
-        self.world, self.rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-        if self.world > 1:
+        there = torch.distributed.is_initialized()
+        self.own_group = not there and int(os.environ.get("WORLD_SIZE", "1")) > 1
+        if self.own_group:
             if torch.cuda.is_available():
                 torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
             torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
+        joined = there or self.own_group
+        self.world = torch.distributed.get_world_size() if joined else 1
+        self.rank = torch.distributed.get_rank() if joined else 0
 
     def own(self, tasks: Sequence[Task]) -> Sequence[Task]:
         """The tasks of this rank."""
@@ -186,6 +190,6 @@ class Ranks:
             torch.distributed.barrier()
 
     def leave(self) -> None:
-        """End the process group."""
-        if self.world > 1:
+        """End the process group, if it was begun here."""
+        if self.own_group:
             torch.distributed.destroy_process_group()

@@ -31,17 +31,28 @@ _SHOWN = {"model", "steps", "batch_size", "accumulate", "length", "warmup", "min
 OnProgress = Callable[[Progress], None]
 
 
-def run_study(config: StudyConfig, *, on_event: OnEvent | None = None, on_progress: OnProgress | None = None) -> Study:
+def run_study(
+    config: StudyConfig,
+    *,
+    on_event: OnEvent | None = None,
+    on_progress: OnProgress | None = None,
+    execute: Executor | None = None,
+) -> Study:
     """Run what is not stored yet, and return the study.
 
     Under torchrun the runs are divided over the ranks, which must share the folder `config.out`.
+
+    Args:
+        on_event: Called with every event of every run of this process; not with `jobs` above 1.
+        on_progress: Called before and after every run.
+        execute: Runs tasks; by default they are trained here, or in `config.jobs` processes.
 
     Raises:
         LabError: the problem cannot be posed, or a stored record cannot be read.
         InterruptedStudyError: a signal arrived; the same call continues.
     """
     config.checked()
-    runner = _Runner(config, on_event, on_progress)
+    runner = _Runner(config, on_event, on_progress, execute)
     try:
         return runner.go()
     finally:
@@ -49,7 +60,7 @@ def run_study(config: StudyConfig, *, on_event: OnEvent | None = None, on_progre
 
 
 class _Runner:
-    def __init__(self, config: StudyConfig, on_event: OnEvent | None, on_progress: OnProgress | None) -> None:
+    def __init__(self, config: StudyConfig, on_event: OnEvent | None, on_progress: OnProgress | None, execute: Executor | None) -> None:
         problem = config.problem
         self.config, self.on_progress = config, on_progress
         self.corpus = Corpus.load(problem.data, max_bytes=problem.max_bytes)
@@ -57,7 +68,8 @@ class _Runner:
         self.store = Store(config.out, self.ranks.rank)
         self.ranks.wait()  # no rank adds a record before all have read the same ones
         self.tasks: dict[tuple[Any, ...], Task] = {}
-        self.execute: Executor = side_by_side(config.jobs, config.plugins) if config.jobs > 1 else one_by_one(self.corpus, on_event)
+        here = side_by_side(config.jobs, config.plugins) if config.jobs > 1 else one_by_one(self.corpus, on_event)
+        self.execute: Executor = execute or here
         self.axes = {candidate.label: axes(config, candidate) for candidate in config.candidates}
 
     def go(self) -> Study:

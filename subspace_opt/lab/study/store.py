@@ -21,6 +21,9 @@ class Store:
         self.folder = make_folder(folder)
         self.path = self.folder / (f"runs-{rank}.jsonl" if rank else "runs.jsonl")
         self.records: dict[str, Record] = {}
+        if self.path.exists():  # a process that was killed while it wrote has left half a line; that run is made again
+            whole, newline, _ = self.path.read_bytes().rpartition(b"\n")
+            self.path.write_bytes(whole + newline)
         self.read()
 
     def read(self) -> None:
@@ -35,7 +38,7 @@ class Store:
                 try:
                     record = from_line(line)
                 except (ValueError, TypeError, KeyError) as error:
-                    if number == len(lines):  # the process was killed while it wrote; the run is made again
+                    if number == len(lines):  # another process is writing it, or was killed while it did
                         continue
                     raise LabError(
                         f"{path}:{number}: this line is no record of a run that this version can read. Remove the line to make the run "
@@ -45,9 +48,8 @@ class Store:
 
     def add(self, record: Record) -> None:
         """Store a finished run. It is on the disk when this returns."""
-        cut = self.path.exists() and not self.path.read_bytes().endswith(b"\n")
         with self.path.open("a", encoding="utf-8") as out:
-            out.write(("\n" if cut and self.path.stat().st_size else "") + to_line(record) + "\n")
+            out.write(to_line(record) + "\n")
             out.flush()
             os.fsync(out.fileno())
         self.records[record.key] = record
