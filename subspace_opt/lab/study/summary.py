@@ -24,6 +24,7 @@ _COLUMNS = {
     "to_reference": "to {}",
     "tokens": "tokens",
     "seconds": "seconds",
+    "reached_seeds": "reached",
     "measured": "state",
     "median": "step ms",
     "p95": "95 %",
@@ -31,7 +32,7 @@ _COLUMNS = {
     "share": "optimizer",
 }
 # Columns that are left out one by one until the table fits; the report has them all.
-_DROPPED = ("p95", "worst", "share", "to_reference", "to_best_seeds", "seconds", "tuned", "tokens", "median", "measured")
+_DROPPED = ("p95", "worst", "share", "to_reference", "to_best_seeds", "reached_seeds", "seconds", "tuned", "tokens", "median", "measured")
 _LEFT = {"label", "tuned", "to_best_seeds"}
 
 
@@ -62,6 +63,8 @@ class _Results:
 
         label_width = 16 if options.max_width < 120 else 24
         hidden = set() if self.reference else {"to_reference", "tokens", "seconds"}
+        if not any(row(line, has_reference=True).reached_seeds for line in self.lines):
+            hidden.add("reached_seeds")
         shown = [field for field in _COLUMNS if field not in hidden]
         table = self._table(shown, label_width)
         for field in _DROPPED:

@@ -106,4 +106,8 @@ def _tried(entry: Entry) -> dict[str, Any]:
 
 
 def _facts(given: Mapping[str, Any]) -> list[tuple[str, str]]:
-    return [(str(key), value if isinstance(value, str) else json.dumps(value, default=str)) for key, value in given.items()]
+    return [(str(key), _fact(value)) for key, value in given.items()]
+
+
+def _fact(value: Any) -> str:
+    return "-" if value is None else value if isinstance(value, str) else json.dumps(value, default=str)
