@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 from pool import run_ranks
 
+from subspace_opt.cli import main
 from subspace_opt.lab import LabError, TrainConfig
 from subspace_opt.lab.corpus import Corpus
 from subspace_opt.lab.run.events import Times
+from subspace_opt.lab.study import run
 from subspace_opt.lab.study.execute import Executor, InterruptedStudyError, one_by_one
 from subspace_opt.lab.study.plan import Candidate, StudyConfig, Task, axes
 from subspace_opt.lab.study.records import Record, Study, from_line, to_line
@@ -228,7 +230,7 @@ def test_a_line_cut_by_a_kill_is_run_again(config: StudyConfig) -> None:
 def test_a_damaged_record_is_named(tmp_path: Path) -> None:
     (tmp_path / "runs.jsonl").write_text('{"key": "a"}\nnot json\n{}\n')
     with pytest.raises(LabError, match=r"runs\.jsonl:1: this line is no record .* Remove the line"):
-        Store(tmp_path)
+        Store(tmp_path).read()
 
 
 # ------------------------------------------------------------------------------------------------------------- ranks, processes
@@ -266,7 +268,7 @@ def test_a_real_run_gives_a_record_with_everything(config: StudyConfig) -> None:
 
     with pytest.raises(InterruptedStudyError):
         run_study(config, execute=first_only)
-    (record,) = Store(config.out).records.values()
+    (record,) = Store(config.out).read().records.values()
     assert record.loss < 6
     assert record.measured_state_bytes == record.planned_state_bytes
     assert record.optimizer_ms.worst >= record.optimizer_ms.p95 >= record.optimizer_ms.median > 0
@@ -285,3 +287,50 @@ def test_errors_name_the_option_and_the_remedy(config: StudyConfig) -> None:
         with_(config, tune=("rnak",)).checked()
     with pytest.raises(LabError, match=r"two optimizers are called .adamw.\. Give one a name"):
         with_(config, candidates=(config.candidates[0],) * 2).checked()
+
+
+# ------------------------------------------------------------------------------------------------------------------- the command
+
+
+def call(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as left:
+        main(["compare", *map(str, arguments)])
+    code = left.value.code
+    assert isinstance(code, int)
+    return code
+
+
+def test_the_command_compares_reports_and_runs_nothing_twice(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = ["--model", "tiny", "--data", text, "--steps", 2, "--seeds", 1, "--batch-size", 1, "--length", 8, "--eval-batches", 1]
+    arguments = ["adamw", "low=galore,matrix.selector.rank=4", *problem, "--sweep-steps", 1, "--device", "cpu", "--out", tmp_path / "out"]
+    monkeypatch.setattr(run, "search", lambda axes, tried: search(axes, tried) if len(tried) < 3 else Search((), (0,), ()))
+    assert call(*arguments) == 0
+    said = capsys.readouterr()
+    assert "[8/8] final low, lr 0.01, seed 1" in said.err
+    assert "has the lowest final validation loss" in said.out
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"runs.jsonl", "report.html", "results.csv", "results.json"}
+    assert call(*arguments, "--json") == 0
+    again = capsys.readouterr()
+    assert "[" not in again.err
+    assert {one["label"] for one in json.loads(again.out)["optimizers"]} == {"adamw", "low"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["cosmos", "cosmos"], "two optimizers are called 'cosmos'. Give one a name"),
+        (["a=,x=1"], "compare: 'a=,x=1' is no optimizer. Give a preset or file"),
+        (["cosmos,matrix.selector.rnak=3"], "rnak"),
+        (["cosmos,matrix.selector.rank"], "give PATH=VALUE"),
+        (["cosmo"], "cosmos"),
+        (["cosmos", "--length", "0"], "--length"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_runs(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(*arguments, "--out", tmp_path / "out") == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

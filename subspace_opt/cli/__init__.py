@@ -24,7 +24,8 @@ from ..lab import LabError
 from ..registry import RegistryError
 from ..spec import SpecError
 from ..spec.document import DocumentError
-from . import compare, fidelity, memory, plugins, ranks, specs, training
+from . import fidelity, memory, plugins, ranks, specs, training
+from .studies.compare import compare
 
 BAD_INPUT = (SpecError, DocumentError, RegistryError, CheckpointError, LabError, LowBitError, MeshError)
 
@@ -47,7 +48,7 @@ for name, command, example in (
     ("plan", memory.plan, "plan cosmos --model 70b --dtype bfloat16"),
     ("verify", ranks.verify, "verify cosmos --ranks 4 --mesh fsdp"),
     ("train", training.train, "train cosmos --model mini --steps 500 --out runs/cosmos"),
-    ("compare", compare.compare, "compare cosmos muon adamw --model mini --steps 600 --seeds 3"),
+    ("compare", compare, "compare cosmos muon adamw --model mini --steps 600 --seeds 3"),
     ("demo", training.demo, "demo --steps 50 --out runs/demo"),
     ("parity", fidelity.parity, "parity --json"),
     ("new-plugin", plugins.new, "new-plugin top-peaks --kind selector"),

@@ -15,9 +15,7 @@ from typing import Protocol
 import torch
 import torch.multiprocessing
 
-from ... import __version__
-from ...registry import load_plugin
-from ...spec import load_spec
+from ... import __version__, load_plugin, load_spec
 from ..corpus import Corpus
 from ..errors import DivergedError, LabError
 from ..report import smooth

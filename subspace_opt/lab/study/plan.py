@@ -11,8 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
-from ... import __version__
-from ...spec import Spec, load_spec
+from ... import Spec, __version__, load_spec
 from ..config import TrainConfig
 from ..errors import LabError
 from .records import Stage

@@ -66,7 +66,7 @@ class _Runner:
         self.corpus = Corpus.load(problem.data, max_bytes=problem.max_bytes)
         self.ranks = Ranks()
         self.store = Store(config.out, self.ranks.rank)
-        self.ranks.wait()  # no rank adds a record before all have read the same ones
+        self.agree()
         self.tasks: dict[tuple[Any, ...], Task] = {}
         here = side_by_side(config.jobs, config.plugins) if config.jobs > 1 else one_by_one(self.corpus, on_event)
         self.execute: Executor = execute or here
@@ -94,9 +94,13 @@ class _Runner:
             raise InterruptedStudyError(
                 f"{error}. {len(self.store.records)} finished runs are stored in {self.config.out}; the same command continues"
             ) from error
+        self.agree()
+
+    def agree(self) -> None:
+        """Read the records of all ranks. No rank adds one before all have read the same."""
         self.ranks.wait()
         self.store.read()
-        self.ranks.wait()  # all ranks have read the same records before one of them adds another
+        self.ranks.wait()
 
     # ------------------------------------------------------------------------------------------------------------------ tasks
 

@@ -21,13 +21,12 @@ class Store:
         self.folder = make_folder(folder)
         self.path = self.folder / (f"runs-{rank}.jsonl" if rank else "runs.jsonl")
         self.records: dict[str, Record] = {}
-        if self.path.exists():  # a process that was killed while it wrote has left half a line; that run is made again
-            whole, newline, _ = self.path.read_bytes().rpartition(b"\n")
+        whole, newline, cut = self.path.read_bytes().rpartition(b"\n") if self.path.exists() else (b"", b"", b"")
+        if cut:  # a process that was killed while it wrote has left half a line; that run is made again
             self.path.write_bytes(whole + newline)
-        self.read()
 
-    def read(self) -> None:
-        """Read what all processes have stored so far.
+    def read(self) -> Store:
+        """Read what all processes have stored so far. No other process may be in `__init__` meanwhile.
 
         Raises:
             LabError: a line that is not the last of its file is damaged.
@@ -45,6 +44,7 @@ class Store:
                         "again, or choose another folder"
                     ) from error
                 self.records[record.key] = record
+        return self
 
     def add(self, record: Record) -> None:
         """Store a finished run. It is on the disk when this returns."""

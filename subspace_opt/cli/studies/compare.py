@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import shlex
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,17 +16,17 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from ..lab import LabError, TrainConfig
-from ..lab.run.events import Event, Stepped
-from ..lab.study.execute import InterruptedStudyError
-from ..lab.study.plan import Candidate, StudyConfig
-from ..lab.study.records import Record
-from ..lab.study.run import Progress as StudyProgress
-from ..lab.study.run import run_study
-from .options import AsJson, Plugins, parse_override
-from .progress import clock
-from .tables import console
-from .training import RunError, field_option, train_config
+from ...lab import LabError, TrainConfig
+from ...lab.run.events import Event, Stepped
+from ...lab.study.execute import InterruptedStudyError
+from ...lab.study.plan import Candidate, StudyConfig
+from ...lab.study.records import Record, Study
+from ...lab.study.run import Progress as StudyProgress
+from ...lab.study.run import run_study
+from ..options import AsJson, Plugins, parse_override, print_json
+from ..progress import clock
+from ..tables import console
+from ..training import RunError, field_option, train_config
 
 
 def compare(
@@ -75,12 +78,37 @@ def compare(
         command=shlex.join(["subspace-opt", *sys.argv[1:]]),
         plugins=tuple(plugin),
     )
-    with _Shown(console(stderr=True), several=jobs > 1) as shown:
+    _check_report()
+    with _Shown(console(stderr=True)) as shown:
         try:
             found = run_study(study, on_event=shown.event, on_progress=shown.progress)
         except InterruptedStudyError as error:
             raise RunError(str(error)) from error
-    typer.echo(repr(found)[:2000] if as_json else [(entry.label, entry.best, [r.loss for r in entry.finals]) for entry in found.entries])
+    if shown.rank == 0:
+        _show(found, out, as_json=as_json)
+
+
+def _show(study: Study, folder: Path, *, as_json: bool) -> None:
+    """Write the report, and print what it says."""
+    from ...lab.study.report import write_report
+    from ...lab.study.summary import summary
+
+    paths = write_report(study, folder)
+    if as_json:
+        print_json(json.loads(paths["results.json"].read_text(encoding="utf-8")))
+        return
+    out = console()
+    for part in summary(study):
+        out.print(part)
+    for name, path in paths.items():
+        typer.echo(f"{name}: {path}")
+
+
+def _check_report() -> None:
+    """Look for what the report needs before anything runs."""
+    for package in ("matplotlib", "jinja2"):
+        if find_spec(package) is None:
+            raise LabError(f"the report needs {package}, which is not installed. Run: pip install 'subspace-opt[lab]'")
 
 
 def _candidate(given: str) -> Candidate:
@@ -105,15 +133,15 @@ def _study(**fields: Any) -> StudyConfig:
 class _Shown:
     """Progress of a study: a bar over all known runs on a terminal, and one line for each finished run."""
 
-    def __init__(self, out: Console, *, several: bool) -> None:
-        self.out, self.several = out, several
+    def __init__(self, out: Console) -> None:
+        self.out, self.rank = out, int(os.environ.get("RANK", "0"))
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
             TextColumn("{task.fields[text]}"),
             console=out,
             expand=True,
-            disable=not out.is_terminal,
+            disable=not out.is_terminal or self.rank > 0,
         )
         self._task = self._bar.add_task("runs", total=None, text="")
         self._last: StudyProgress | None = None
