@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from subspace_opt.lab.study.records import Entry, Points, Record, Status, StepTimes, Study
@@ -85,7 +86,7 @@ def usual() -> Study:
 
 
 def crowded() -> Study:
-    """Ten optimizers with long labels, special characters, a diverged seed, sweeps that end at an edge, and no plan."""
+    """Ten optimizers with long labels, special characters, a diverged seed, a sweep that ends at an edge, and no plan; three are tuned."""
     ends = [1.90 + 0.013 * n for n in range(10)]
     labels = [
         '<b>&"bold"</b>',
@@ -104,18 +105,17 @@ def crowded() -> Study:
         for label, end, more in zip(labels, ends, changes, strict=True)
     ]
     rows[7] = entry("trion", [1.95, math.nan, 1.96], ms=61, measured_state_bytes=2_050_000)
+    rows = [replace(row, tried=()) if number > 2 else row for number, row in enumerate(rows)]
     return study(*rows, title="Ten optimizers <and> one & problem")
 
 
 def troubled() -> Study:
-    """Entries without a final run, with a failed sweep, with two tuned fields, with every final diverged, and a spec that cannot be read."""
+    """No final run after a failed sweep; two tuned fields; every final run diverged; nothing tuned, with a spec that cannot be read."""
     lost = tuple(record("lost", 9.0, stage="sweep", steps=120, values={"lr": lr}, status="diverged") for lr in (0.1, 0.2))
+    pairs = [(lr, rank) for rank in (16.0, 32.0, 64.0) for lr in (0.002, 0.004, 0.008)]
+    ends = [2.3 + 20 * abs(lr - 0.004) + 0.001 * abs(rank - 32) for lr, rank in pairs]
     grid = tuple(
-        record(
-            "two", 2.3 + 0.1 * abs(math.log2(lr / 0.004)) + 0.02 * abs(math.log2(rank / 32)), stage="sweep", values={"lr": lr, "rank": rank}
-        )
-        for rank in (16.0, 32.0, 64.0)
-        for lr in (0.002, 0.004, 0.008)
+        record("two", end, stage="sweep", steps=120, values={"lr": lr, "rank": rank}) for end, (lr, rank) in zip(ends, pairs, strict=True)
     )
     two = entry("two", (1.90, 1.93, 1.91), kind="muon")
     unread = {"version": 1, "name": "unread", "pipelines": {"all": {"complement": "no_such_kind"}}, "routes": [{"use": "all"}]}

@@ -14,22 +14,25 @@ if TYPE_CHECKING:
 
     from .records import Study
 
-# (heading, field of `Row`, terminal width from which the column is shown)
-_COLUMNS = (
-    ("optimizer", "label", 0),
-    ("tuned", "tuned", 100),
-    ("final loss", "loss", 0),
-    ("to best", "to_best", 0),
-    ("in seeds", "to_best_seeds", 110),
-    ("to {}", "to_reference", 150),
-    ("tokens", "tokens", 0),
-    ("seconds", "seconds", 100),
-    ("state", "measured", 0),
-    ("step ms", "median", 0),
-    ("95 %", "p95", 140),
-    ("worst", "worst", 140),
-    ("optimizer", "share", 140),
-)
+# field of `Row`: heading
+_COLUMNS = {
+    "label": "optimizer",
+    "tuned": "tuned",
+    "loss": "final loss",
+    "to_best": "to best",
+    "to_best_seeds": "in seeds",
+    "to_reference": "to {}",
+    "tokens": "tokens",
+    "seconds": "seconds",
+    "reached_seeds": "reached",
+    "measured": "state",
+    "median": "step ms",
+    "p95": "95 %",
+    "worst": "worst",
+    "share": "optimizer",
+}
+# Columns that are left out one by one until the table fits; the report has them all.
+_DROPPED = ("p95", "worst", "share", "to_reference", "to_best_seeds", "reached_seeds", "seconds", "tuned", "tokens", "median", "measured")
 _LEFT = {"label", "tuned", "to_best_seeds"}
 
 
@@ -55,25 +58,34 @@ class _Results:
         self.lines, self.reference = lines, reference
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich.measure import Measurement
         from rich.text import Text
 
-        width = options.max_width
+        label_width = 16 if options.max_width < 120 else 24
         hidden = set() if self.reference else {"to_reference", "tokens", "seconds"}
-        shown = [column for column in _COLUMNS if column[2] <= width and column[1] not in hidden]
-        yield self._table(shown, label_width=16 if width < 120 else 24)
-        yield Text(self._legend({field for _, field, _ in shown}), style="dim")
+        if not any(row(line, has_reference=True).reached_seeds for line in self.lines):
+            hidden.add("reached_seeds")
+        shown = [field for field in _COLUMNS if field not in hidden]
+        table = self._table(shown, label_width)
+        for field in _DROPPED:
+            if Measurement.get(console, options.update(width=1000), table).maximum <= options.max_width:
+                break
+            shown = [other for other in shown if other != field]
+            table = self._table(shown, label_width)
+        yield table
+        yield Text(self._legend(set(shown)), style="dim")
 
-    def _table(self, shown: list[tuple[str, str, int]], label_width: int) -> Table:
+    def _table(self, shown: list[str], label_width: int) -> Table:
         from rich.table import Table
         from rich.text import Text
 
         table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
-        for heading, field, _ in shown:
-            name = heading.format(shorten(self.reference, label_width))
-            table.add_column(name, justify="left" if field in _LEFT else "right", no_wrap=field != "tuned", overflow="fold")
+        for field in shown:
+            name = _COLUMNS[field].format(shorten(self.reference, label_width))
+            table.add_column(name, justify="left" if field in _LEFT else "right", no_wrap=True, overflow="fold")
         for line in self.lines:
             cells = row(line, has_reference=bool(self.reference))
-            texts = [getattr(cells, field) for _, field, _ in shown]
+            texts = [getattr(cells, field) for field in shown]
             texts[0] = shorten(texts[0], label_width)
             table.add_row(*map(Text, texts), style="bold green" if line is self.lines[0] and line.loss.count else None)
         return table

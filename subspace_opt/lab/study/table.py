@@ -23,6 +23,7 @@ class Row:
     to_reference_seeds: str
     tokens: str  # to the reference's final loss, as a ratio
     seconds: str
+    reached_seeds: str  # in how many seeds, unless in all or none
     planned: str
     measured: str
     median: str
@@ -53,6 +54,9 @@ def row(line: Line, *, has_reference: bool) -> Row:
         seeds,
         tokens,
         seconds,
+        ""
+        if line.reached is None or line.reached.reached in (0, line.reached.seeds)
+        else f"in {line.reached.reached} of {line.reached.seeds}",
         planned,
         "-" if found is None else readable_bytes(found.measured_state_bytes),
         *(("-",) * 4 if found is None else (_ms(found.step_median), _ms(found.step_p95), _ms(found.step_worst), _percent(found.share))),

@@ -121,13 +121,12 @@ def ratio(value: Estimate) -> str:
 
 
 def reached(found: Reached | None) -> tuple[str, str]:
-    """Cells for tokens and seconds to the reference's final loss."""
+    """Tokens and seconds to the reference's final loss, as ratios."""
     if found is None or not found.seeds:
         return "-", "-"
     if not found.reached:
         return "not reached", "not reached"
-    part = "" if found.reached == found.seeds else f" ({found.reached} of {found.seeds})"
-    return ratio(found.tokens) + part, ratio(found.seconds) + part
+    return ratio(found.tokens), ratio(found.seconds)
 
 
 # ---------------------------------------------------------------------------------------------------------------- verdict
@@ -166,7 +165,9 @@ def costs_and_savings(study: Study, lines: Sequence[Line]) -> list[str]:
         return [f"No optimizer of this study ends below {name}, the reference."]
     if best.reached is not None and best.reached.reached:
         tokens, seconds = reached(best.reached)
-        text.append(f"{best.entry.label} reaches {name}'s final loss after {tokens} of {name}'s tokens and {seconds} of its training time.")
+        part = "" if best.reached.reached == best.reached.seeds else f" in {best.reached.reached} of {counted(best.reached.seeds, 'seed')}"
+        words = f"after {tokens} of {name}'s tokens and {seconds} of its training time"
+        text.append(f"{best.entry.label} reaches {name}'s final loss{part} {words}.")
     if best.costs and base.costs:
         text.append(_costs(best.costs, base.costs, name))
     return text

@@ -97,7 +97,7 @@ def sections(study: Study, lines: Sequence[Line]) -> dict[str, Any]:
 def _tried(entry: Entry) -> dict[str, Any]:
     """The list of all runs of one sweep, in the order they were made."""
     fields = swept_fields(entry)
-    best = [record.values == {name: entry.best.get(name) for name in record.values} for record in entry.tried]
+    best = [all(record.values.get(name) == entry.best.get(name) for name in fields) for record in entry.tried]
     runs = [
         ([number(record.values[name]) if name in record.values else "-" for name in fields], outcome(record), is_best)
         for record, is_best in zip(entry.tried, best, strict=True)
@@ -106,4 +106,8 @@ def _tried(entry: Entry) -> dict[str, Any]:
 
 
 def _facts(given: Mapping[str, Any]) -> list[tuple[str, str]]:
-    return [(str(key), value if isinstance(value, str) else json.dumps(value, default=str)) for key, value in given.items()]
+    return [(str(key), _fact(value)) for key, value in given.items()]
+
+
+def _fact(value: Any) -> str:
+    return "-" if value is None else value if isinstance(value, str) else json.dumps(value, default=str)

@@ -37,11 +37,12 @@ def _sweep(study: Study) -> list[str]:
     runs = [record for entry in tuned for record in entry.tried]
     fields = list(dict.fromkeys(name for entry in tuned for name in swept_fields(entry)))
     counts = _span(len(tried_values(entry, field).values) for entry in tuned for field in swept_fields(entry))
-    seeds = seeds_of(sorted({record.seed for record in runs}))
+    seeds = sorted({record.seed for record in runs})
+    apart = "" if set(seeds) & set(study.seeds) else " No final run has a seed of the sweep."
     text = [
-        f"A sweep tunes {listed(fields)} of each optimizer in the same way: runs of {_span(r.steps for r in runs)} updates with {seeds}, "
-        f"on a grid by factors of two that widens while the best value is at its edge. It tried {counts} values a field, in "
-        f"{counted(len(runs), 'run')}.",
+        f"A sweep tunes {listed(fields)} of each optimizer in the same way: runs of {_span(r.steps for r in runs)} updates with "
+        f"{seeds_of(seeds)}, on a grid by factors of two that widens until the best value has a worse one on each side. "
+        f"It tried {counts} values a field, in {counted(len(runs), 'run')}.{apart}",
         f"All other settings, such as decay rates of moments, are those of the specs: only {listed(fields)} was tuned.",
     ]
     untuned = [entry.label for entry in study.entries if not entry.tried]
@@ -84,8 +85,8 @@ def _uncertainty(seeds: int) -> str:
         return "One seed gives no intervals. Another seed may order the optimizers in another way."
     return (
         f"The intervals cover the variation over {counted(seeds, 'seed')}, not that over models, texts or tuning. Each is a 95 % "
-        "interval by itself: among many differences, some exclude 0 by chance, and the lead of the best is slightly overstated because it was "
-        "chosen after the runs."
+        "interval by itself: among many differences, some exclude 0 by chance, and the lead of the best is slightly overstated "
+        "because it was chosen after the runs."
     )
 
 

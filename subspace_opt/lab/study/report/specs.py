@@ -29,6 +29,8 @@ def spec_texts(entries: Sequence[Entry]) -> tuple[str, list[SpecText]]:
     read = [_read(_as_run(entry)) for entry in entries]
     leaves = [dict(_leaves(plain)) for plain, _ in read]
     shared = {path: value for path, value in leaves[0].items() if len(leaves) > 1 and all(_has(other, path, value) for other in leaves)}
+    if set(shared) <= {("version",)}:
+        shared = {}
     texts = [
         SpecText(entry.label, _yaml(plain), _yaml(_tree({path: value for path, value in own.items() if path not in shared})), note)
         for entry, own, (plain, note) in zip(entries, leaves, read, strict=True)
@@ -87,7 +89,7 @@ def _yaml(plain: Mapping[str, Any]) -> str:
     if not plain:
         return ""
     out, yaml = io.StringIO(), YAML()
-    yaml.width = 100
+    yaml.width = 52  # fits into a card of the page
     yaml.dump(_flowing(plain), out)
     return out.getvalue()
 
@@ -106,4 +108,5 @@ def _flowing(value: Any, depth: int = 0) -> Any:
 
 
 def _has_mapping(value: Mapping[str, Any]) -> bool:
-    return any(isinstance(inner, Mapping | list) and inner for inner in value.values())
+    lists = [item for inner in value.values() if isinstance(inner, list) for item in inner]
+    return any(isinstance(inner, Mapping) for inner in (*value.values(), *lists))

@@ -41,8 +41,9 @@ def tried_values(entry: Entry, field: str) -> Tried:
 
 
 def swept_fields(entry: Entry) -> list[str]:
-    """The fields that a sweep varied, in the order of the first run."""
-    return list(dict.fromkeys(name for record in entry.tried for name in record.values))
+    """The fields that a sweep varied: those with a best value, or all of them if every run diverged and none is best."""
+    names = list(dict.fromkeys(name for record in entry.tried for name in record.values))
+    return [name for name in names if name in entry.best] or names
 
 
 def sweep_pictures(lines: Sequence[Line]) -> list[Picture]:
@@ -76,6 +77,8 @@ def _draw(axes: Axes, found: Tried, best: float | None, order: int, *, is_edge: 
         at = found.values.index(best)
         ring = ALERT if is_edge else INK
         axes.plot(at, found.best_loss[at], marker="o", markersize=12, markerfacecolor="none", markeredgecolor=ring, markeredgewidth=1.6)
+    if not kept:
+        axes.set_yticks([])
     axes.set_xlim(-0.8, last + 0.8)
     every = max(1, math.ceil(len(found.values) / 5))
     shown = range(len(found.values) - 1, -1, -every)
