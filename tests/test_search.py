@@ -19,9 +19,9 @@ from subspace_opt.cli import main
 from subspace_opt.cli.studies.search import verdict
 from subspace_opt.lab import LabError, TrainConfig
 from subspace_opt.lab.run.events import Times
-from subspace_opt.lab.search.halving import FINALISTS, affordable, pareto, rungs, survivors, updates
-from subspace_opt.lab.search.run import CONFIRM_SEED, SearchConfig, next_size, search
-from subspace_opt.lab.search.space import Space
+from subspace_opt.lab.searching.halving import FINALISTS, affordable, pareto, rungs, survivors, updates
+from subspace_opt.lab.searching.run import CONFIRM_SEED, SearchConfig, next_size, search
+from subspace_opt.lab.searching.space import Space
 from subspace_opt.lab.study.plan import Candidate, Task
 from subspace_opt.lab.study.records import Record
 

@@ -14,8 +14,8 @@ from pydantic import ValidationError
 
 from ...lab import LabError, TrainConfig
 from ...lab.run.events import finite
-from ...lab.search.run import Found, SearchConfig, Trial, next_size
-from ...lab.search.run import search as run_search
+from ...lab.searching.run import Found, SearchConfig, Trial, next_size
+from ...lab.searching.run import search as run_search
 from ...lab.study.execute import InterruptedStudyError
 from ...lab.study.words import difference
 from ...spec import load_spec
