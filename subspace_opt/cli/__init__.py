@@ -20,13 +20,14 @@ from .. import __version__
 from ..checkpoint import CheckpointError
 from ..distributed.meshes import MeshError
 from ..engine.lowbit import LowBitError
+from ..forecast import BudgetError, ModelError
 from ..lab import LabError
 from ..registry import RegistryError
 from ..spec import SpecError
 from ..spec.document import DocumentError
 from . import fidelity, memory, plugins, ranks, specs, training
 
-BAD_INPUT = (SpecError, DocumentError, RegistryError, CheckpointError, LabError, LowBitError, MeshError)
+BAD_INPUT = (SpecError, DocumentError, RegistryError, CheckpointError, LabError, LowBitError, MeshError, BudgetError, ModelError)
 
 app = typer.Typer(
     name="subspace-opt",
