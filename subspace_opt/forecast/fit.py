@@ -6,11 +6,12 @@ The search takes these steps in turn, each on top of those before it, and stops 
     2. first moments in bf16
     3. all moments in 8 bits
     4. moments of pipelines that update entries one by one, such as AdamW's, in 4 bits
-    5. lower ranks, all by one factor, the largest that fits
+    5. lower ranks, all by one factor, the largest that fits, but at least half of each
     6. all moments in 4 bits, with the largest rank that fits
 
 The order follows the measurements in docs/memory.md. State in bf16 or 8 bits changes the loss by less than the seed does. So do 4 bits for
-AdamW, but not for moments in a subspace or before an orthogonalization.
+AdamW, but not for moments in a subspace or before an orthogonalization. Half of the rank costs GaLore as much as 4 bits do, and 4 bits cost
+COSMOS twice that.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ STORAGES = (
     ("AdamW's moments in 4 bits", Storage("8bit", "8bit", "4bit")),
 )
 LAST = ("all moments in 4 bits", Storage("4bit", "4bit"))
+
+HALF = 0.5  # the smallest factor of the ranks before moments are stored in 4 bits
 
 Overrides = dict[str, Any]
 
@@ -94,15 +97,15 @@ class _Search:
         for what, storage in STORAGES:
             yield from self._turn(what, stored(self.spec, self.plan(self.spec), storage))
         wide = self.spec, len(self.turns)
-        yield from self._lower_ranks()
+        yield from self._lower_ranks(least=HALF)
         self.spec, self.turns = wide[0], self.turns[: wide[1]]
         yield from self._turn(LAST[0], stored(self.spec, self.plan(self.spec), LAST[1]))
         yield from self._lower_ranks()
 
-    def _lower_ranks(self) -> Iterator[None]:
-        """The largest ranks that fit, or the smallest of all."""
+    def _lower_ranks(self, least: float = 0.0) -> Iterator[None]:
+        """The largest ranks that fit, or the smallest of all. `least`: the smallest factor."""
         spec, found = self.spec, ranks(self.spec, self.plan(self.spec))
-        factors = shares(found)
+        factors = [share for share in shares(found) if share >= least]
         low, high = 0, len(factors) - 1
         while low < high:
             middle = (low + high) // 2
