@@ -30,6 +30,7 @@ ARROWS: dict[str, set[str]] = {
     "arguments": {"algebra", "plan", "registry", "spec"},
     "planned": {"algebra", "arguments", "checkpoint", "engine", "plan", "spec"},
     "optimizer": {"algebra", "arguments", "checkpoint", "distributed", "engine", "plan", "planned", "spec"},
+    "forecast": {"algebra", "arguments", "distributed", "engine", "plan", "spec"},
     "in_backward": {"arguments", "engine", "optimizer", "plan"},
     "public": {"algebra", "checkpoint", "engine", "in_backward", "optimizer", "plan", "registry", "spec"},
     "snapshots": {"checkpoint", "optimizer", "public"},

@@ -20,6 +20,7 @@ from .. import __version__
 from ..checkpoint import CheckpointError
 from ..distributed.meshes import MeshError
 from ..engine.lowbit import LowBitError
+from ..forecast import BudgetError, ModelError
 from ..lab import LabError
 from ..registry import RegistryError
 from ..spec import SpecError
@@ -28,7 +29,7 @@ from . import fidelity, memory, plugins, ranks, specs, training
 from .studies.compare import compare
 from .studies.search import search
 
-BAD_INPUT = (SpecError, DocumentError, RegistryError, CheckpointError, LabError, LowBitError, MeshError)
+BAD_INPUT = (SpecError, DocumentError, RegistryError, CheckpointError, LabError, LowBitError, MeshError, BudgetError, ModelError)
 
 app = typer.Typer(
     name="subspace-opt",
