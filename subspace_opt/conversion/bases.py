@@ -69,7 +69,9 @@ def _why(new: Blocks, known: Known) -> str:
     if known.covariances and not _sees_rows(new.frame):
         return f"first basis of '{kind}' from the old covariance"
     held = known.mean.name if known.mean is not None else ""
-    return f"first basis of '{kind}' from " + (f"{held} and the second moments" if held and known.square is not None else held or "the second moments")
+    return f"first basis of '{kind}' from " + (
+        f"{held} and the second moments" if held and known.square is not None else held or "the second moments"
+    )
 
 
 def _source(new: Blocks, known: Known, weight: Tensor | None) -> Tensor | None:
@@ -79,8 +81,8 @@ def _source(new: Blocks, known: Known, weight: Tensor | None) -> Tensor | None:
     if frame.pipeline.selector.source == "weight":
         if weight is None or weight.is_meta:
             raise ConversionError(
-                f"'{new.row.entry.name}': selector '{kind_of(type(frame.pipeline.selector))}' takes its basis from the weights, and the given "
-                "model has none; give the model with its weights"
+                f"'{new.row.entry.name}': selector '{kind_of(type(frame.pipeline.selector))}' takes its basis from the weights, and the "
+                "given model has none; give the model with its weights"
             )
         return weight.mT if frame.turned else weight
     if not _sees_rows(frame):

@@ -26,6 +26,11 @@ class SavedGroup(NamedTuple):
     keys: list[str] | None  # of its parameters, if this package saved it
     spec: Spec
 
+    @property
+    def is_ours(self) -> bool:
+        """True if this package saved it."""
+        return self.keys is not None
+
 
 def read_groups(state_dict: Mapping[str, Any], model: nn.Module | Params) -> tuple[list[SavedGroup], dict[str, Any], Mapping[str, Any]]:
     """The groups with the model's parameters, the options that the model implies, and the saved state in the current layout.
@@ -37,7 +42,9 @@ def read_groups(state_dict: Mapping[str, Any], model: nn.Module | Params) -> tup
         raise ConversionError("this is not an optimizer's state dictionary: it needs `state` and `param_groups`")
     ours = [isinstance(group.get("spec"), str) for group in state_dict["param_groups"]]
     if any(ours) and not all(ours):
-        raise ConversionError("some parameter groups of this state have a `spec` and others have none: it was put together from two optimizers")
+        raise ConversionError(
+            "some parameter groups of this state have a `spec` and others have none: it was put together from two optimizers"
+        )
     if all(ours):
         state_dict = migrated(state_dict)
     groups = state_dict["param_groups"]
@@ -49,7 +56,11 @@ def read_groups(state_dict: Mapping[str, Any], model: nn.Module | Params) -> tup
     keys = keys_in(groups) if all(ours) else [None] * len(groups)
     out = []
     for group, own_keys in zip(groups, keys, strict=True):
-        spec = load_spec(_parsed(group["spec"])) if all(ours) else foreign_spec(group, [state_dict["state"].get(i) or {} for i in group["params"]])
+        spec = (
+            load_spec(_parsed(group["spec"]))
+            if all(ours)
+            else foreign_spec(group, [state_dict["state"].get(i) or {} for i in group["params"]])
+        )
         out.append(SavedGroup(group, list(group["params"]), [by_id[i] for i in group["params"]], own_keys, spec))
     return out, known, state_dict
 
@@ -75,7 +86,9 @@ def _named(params: Params) -> Iterator[tuple[str | None, Tensor]]:
             yield item[0], item[1]
 
 
-def _matched(groups: Sequence[Mapping[str, Any]], ids: list[Any], named: list[tuple[str | None, Tensor]]) -> list[tuple[str | None, Tensor]]:
+def _matched(
+    groups: Sequence[Mapping[str, Any]], ids: list[Any], named: list[tuple[str | None, Tensor]]
+) -> list[tuple[str | None, Tensor]]:
     """For each saved parameter that of the model: by name if both have names, else by position."""
     has_names = all(len(group.get("param_names") or ()) == len(group["params"]) for group in groups)
     if has_names and all(name is not None for name, _ in named):
@@ -84,14 +97,16 @@ def _matched(groups: Sequence[Mapping[str, Any]], ids: list[Any], named: list[tu
         missing = [name for name in saved if name not in own]
         if missing:
             listed = ", ".join(missing[:MOST]) + (" ..." if len(missing) > MOST else "")
-            raise ConversionError(f"the state has parameters that the given model lacks: {listed}; give the model that this state belongs to")
+            raise ConversionError(
+                f"the state has parameters that the given model lacks: {listed}; give the model that this state belongs to"
+            )
         return [own[name] for name in saved]
     for candidates in (named, [pair for pair in named if pair[1].requires_grad]):
         if len(candidates) == len(ids):
             return candidates
     raise ConversionError(
-        f"the state has {len(ids)} parameters without names and the given model has {len(named)}; give the parameters in the order in which "
-        "the optimizer had them: model=[(name, parameter), ...]"
+        f"the state has {len(ids)} parameters without names and the given model has {len(named)}; give the parameters in the order in "
+        "which the optimizer had them: model=[(name, parameter), ...]"
     )
 
 
@@ -115,9 +130,10 @@ def foreign_spec(group: Mapping[str, Any], states: Sequence[Mapping[str, Any]]) 
         damped = {"dampening": float(group["dampening"])} if group["dampening"] else {"nesterov": bool(group["nesterov"])}
         rule = {"kind": "heavy_ball", "beta": float(group["momentum"]), **damped}
         return _whole("torch.optim.SGD", {"momentum": rule, "complement": {"kind": "sgd"}})
+    options = ", ".join(sorted(set(group) - {"params", "param_names"}))
     raise ConversionError(
-        f"this state was saved by an optimizer that cannot be converted: its slots are {', '.join(slots) or 'none'}; its groups' options "
-        f"{', '.join(sorted(set(group) - {'params', 'param_names'}))}. States of subspace_opt and of torch's AdamW, Adam and SGD can be converted"
+        f"this state was saved by an optimizer that cannot be converted: its slots are {', '.join(slots) or 'none'}, its groups have "
+        f"{options}. States of subspace_opt and of torch's AdamW, Adam and SGD can be converted"
     )
 
 
@@ -128,7 +144,9 @@ def _whole(name: str, pipeline: dict[str, Any]) -> Spec:
 # -------------------------------------------------------------------------------------------------------------- new options
 
 
-def new_options(saved: Sequence[SavedGroup], spec: Spec, lr: float | None, weight_decay: float | None) -> tuple[list[dict[str, Any]], list[str]]:
+def new_options(
+    saved: Sequence[SavedGroup], spec: Spec, lr: float | None, weight_decay: float | None
+) -> tuple[list[dict[str, Any]], list[str]]:
     """The options of every group under the new spec, and remarks on them.
 
     A spec of the same name keeps the rates. Another one has its own default, which groups share in the ratios of their old rates, and at
@@ -139,7 +157,7 @@ def new_options(saved: Sequence[SavedGroup], spec: Spec, lr: float | None, weigh
     peaks = {"lr": _top(saved, "initial_lr"), "weight_decay": _top(saved, "weight_decay")}
     options: list[dict[str, Any]] = []
     for group in saved:
-        made = {"maximize": bool(group.options.get("maximize", False))}
+        made: dict[str, Any] = {"maximize": bool(group.options.get("maximize", False))}
         if group.options.get("use") in spec.pipelines:
             made["use"] = group.options["use"]
         for name, given in usual.items():
@@ -169,7 +187,7 @@ def _remarks(saved: Sequence[SavedGroup], options: Sequence[Mapping[str, Any]], 
             old = float(group.options[name])
             change = f"{old:g}" if old == made[name] else f"{old:g} -> {made[name]:g}"
             yield f"group {i}: {name} {change}" + ("" if same else f" (pass {name}= to choose another)" if old != made[name] else "")
-        dropped = [key for key in ("values", "momentum", "betas") if group.keys is not None and group.options.get(key)]
+        dropped = [key for key in ("values", "momentum", "betas") if group.is_ours and group.options.get(key)]
         if dropped:
             yield f"group {i}: {', '.join(dropped)} dropped: set them again on the new optimizer, whose paths and rates differ"
         if group.options.get("use") and group.options["use"] not in spec.pipelines:

@@ -1,7 +1,7 @@
 """Averages of a gradient in coordinates of known bases, and their way from one basis to another.
 
-All values have the weight's own orientation, `(B, m, n)`: coordinates `C` stand for `P C U'` with bases P `(B, m, k)` and U `(B, n, r)`. None
-is the identity.
+All values have the weight's own orientation, `(B, m, n)`: coordinates `C` stand for `P C U'` with bases P `(B, m, k)` and U
+`(B, n, r)`. None is the identity.
 
     mean      C' = P'^T (P C U^T) U'                    exact for the part of the mean that the bases hold
     squares   V' = (P'^T P).^2 V (U^T U').^2            as if the coordinates were uncorrelated
@@ -143,7 +143,9 @@ class Known:
         """The mean, if it has the coordinates of the second moments."""
         if self.mean is None or self.square is None:
             return self.mean
-        return replace(self.mean, value=rotated(self.mean, self.square.left, self.square.right), left=self.square.left, right=self.square.right)
+        return replace(
+            self.mean, value=rotated(self.mean, self.square.left, self.square.right), left=self.square.left, right=self.square.right
+        )
 
     def squared(self, left: Tensor | None, right: Tensor | None) -> Tensor | None:
         """Second moments in the given bases."""

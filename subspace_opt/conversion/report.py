@@ -16,8 +16,8 @@ HEAD = ("pipeline", "slot", "status", "parameters", "from", "why")
 class ReportRow:
     """One slot of one parameter.
 
-    `status`: `exact`, the same average or tensor; `approximate`, computed from it under an assumption; `rebuilt`, made from other slots; `reset`,
-    empty; `dropped`, an old slot that the new spec has no use for.
+    `status`: `exact`, the same average or tensor; `approximate`, computed from it under an assumption; `rebuilt`, made from other slots;
+    `reset`, empty; `dropped`, an old slot that the new spec has no use for.
     """
 
     parameter: str
@@ -48,11 +48,15 @@ class Report:
         for row in self.rows:
             key = (row.pipeline, row.slot, row.status, row.origin, row.why)
             found[key] = found.get(key, 0) + 1
-        return [(pipeline, slot, status, f"{count:,}", origin or "-", why) for (pipeline, slot, status, origin, why), count in found.items()]
+        return [
+            (pipeline, slot, status, f"{count:,}", origin or "-", why) for (pipeline, slot, status, origin, why), count in found.items()
+        ]
 
     def summary(self) -> str:
         """One line with the number of slots by status."""
-        return ", ".join(f"{count:,} {status}" for status, count in self.counts().items() if count) + f" of {plural(len(self.rows), 'slot')}"
+        return (
+            ", ".join(f"{count:,} {status}" for status, count in self.counts().items() if count) + f" of {plural(len(self.rows), 'slot')}"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data."""

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ..algebra import Basis, Coords, Dim, Rule, State, Step
 from ..algebra.frame import Frame
-from ..algebra.linear import Linear
 from ..algebra.shaped import keyed, part, store
 
 UPDATES = 4  # three fix the weights, the fourth tests them
@@ -89,7 +88,8 @@ def _answers(frame: Frame, size: float) -> dict[str, list[float]]:
         for place, rules, rows, cols in places:
             x = torch.ones_like(g) if place == "finish" else signal  # the update that `finish` sees is no average of the gradient
             for key, rule in rules:
-                x = _entries(rule, x, g, key, state, _step(t, rows, cols, x))
+                x, new = rule.apply(x, g, part(key, state), _step(t, rows, cols, x))
+                store(key, {name: value.clone() for name, value in new.items()}, state)
             signal = x if place == "momentum" else signal
         for key, value in state.items():
             found[key].append(float(value.double().sum()))
@@ -110,14 +110,3 @@ def _step(t: int, rows: Dim, cols: Dim, x: Tensor) -> Step:
     clock = torch.tensor(float(t), dtype=torch.float64)
     coords = Coords(x, x, x)
     return Step(t=clock, age=clock, first=t == 1, refresh=t == 1, rows=rows, cols=cols, inside=coords, whole=x, basis=Basis())
-
-
-def _entries(rule: Rule, x: Tensor, g: Tensor, key: str, state: State, step: Step) -> Tensor:
-    """Apply one rule, store its state, and return the entries of its result."""
-    out, new = rule.apply(Linear.of(x), Linear.of(g), part(key, state), step) if _is_lazy(rule, step) else rule.apply(x, g, part(key, state), step)  # type: ignore[arg-type]
-    store(key, {name: value.clone() for name, value in new.items()}, state)
-    return out.dense() if isinstance(out, Linear) else out
-
-
-def _is_lazy(rule: Rule, step: Step) -> bool:
-    return rule.traits(step.rows, step.cols).lazy

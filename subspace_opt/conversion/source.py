@@ -88,7 +88,8 @@ def read_blocks(row: Row, saved: Mapping[str, Any], frames: tuple[Frame, ...], s
     primes = any(frame.primes for frame in frames)
     count = int(float(saved["step"])) - primes
     refreshed = int(float(saved["refreshed"])) if "refreshed" in saved else None
-    out, tables = [], {}
+    out: list[Blocks] = []
+    tables: dict[Any, Tensor] = {}
     for index, ((block, _), frame) in enumerate(zip(row.splits, frames, strict=True)):
         state: State = {}
         for key, slot in frame.slots.items():
@@ -101,7 +102,9 @@ def _numbers(saved: Mapping[str, Any], key: str, shape: tuple[int, ...], slot: S
     """A slot `(B, *dims)` as plain numbers in the dtype of computation."""
     value = saved.get(key)
     if not isinstance(value, Tensor):
-        raise ConversionError(f"'{row.entry.name}': the state has no tensor '{key}', which its spec implies; it is damaged, or of another model")
+        raise ConversionError(
+            f"'{row.entry.name}': the state has no tensor '{key}', which its spec implies; it is damaged, or of another model"
+        )
     value = value.full_tensor() if hasattr(value, "full_tensor") else value
     value = lowbit.whole(value)
     expected = shape if shape[0] > 1 else shape[1:]

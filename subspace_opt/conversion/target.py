@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,6 @@ from torch import Tensor
 from .. import linalg
 from ..algebra import Rule, Slot, State, WeightRule
 from ..algebra.core import Basis, Coords, Dim
-from ..algebra.linear import Linear
 from ..registry import kind_of
 from .bases import NewBasis, is_same_basis, make_basis
 from .moments import Known, Moment, factored, is_known, rotated, share_kept
@@ -36,26 +36,38 @@ class Restart(NamedTuple):
     why: str
 
 
-def fill(new: Blocks, old: Blocks | None, known: Known, weight: Tensor | None, like: Tensor) -> dict[str, Filled] | Restart:
+@dataclass(frozen=True)
+class Target:
+    """Some matrices under the new spec, and all that there is to fill their slots from."""
+
+    new: Blocks
+    old: Blocks | None  # the same matrices under the old spec; None if it cuts the parameter into others
+    known: Known
+    weight: Tensor | None  # (B, m, n), if the new pipeline reads weights
+    like: Tensor  # has the stack's size, dtype and device
+
+
+def fill(target: Target) -> dict[str, Filled] | Restart:
     """Every slot of some matrices under the new spec, by dotted key."""
-    frame = new.frame
-    known = Known(known.mean if is_known(known.mean) else None, known.square if is_known(known.square) else None, known.covariances)
-    if known.mean is None and known.square is None and not _all_copied(old, new):
-        return Restart("the old state has no average of the gradient or of its squares, so nothing can be made from it")
+    new, frame, told = target.new, target.new.frame, target.known
+    told = Known(told.mean if is_known(told.mean) else None, told.square if is_known(told.square) else None, told.covariances)
+    target = replace(target, known=told)
+    if told.mean is None and told.square is None and not _is_all_copied(target):
+        return Restart("the old state has no average of the gradient or of its squares")
     out: dict[str, Filled] = {}
     basis: NewBasis | None = None
     if frame.opens:
-        basis = make_basis(new, old, known, weight, like)
+        basis = make_basis(new, target.old, told, target.weight, target.like)
         if basis is None:
             return Restart("the old state does not tell where the gradient's subspace is")
-        origin = _origin(known) if basis.status == "rebuilt" else "selector"
-        out |= {f"selector.{name}": Filled(value, basis.status, basis.why, origin) for name, value in basis.state.items()}
+        origin = _origin(told) if basis.status == "rebuilt" else ""
+        for name, value in basis.state.items():
+            out[f"selector.{name}"] = Filled(value, basis.status, basis.why, origin or f"selector.{name}")
     if "feedback.error" in frame.slots:
-        out["feedback.error"] = _error(new, old, known, like)
+        out["feedback.error"] = _error(target)
     for key, rule, rows, cols in frame.places():
-        slots = rule.slots(rows, cols)
-        if slots:
-            filler = _Filler(new, old, known, basis, key, rule, rows, cols, weight, like)
+        if slots := rule.slots(rows, cols):
+            filler = _Filler(target, basis, key, rule, rows, cols)
             out |= {f"{key}.{name}": filled for name, filled in filler.run(slots)}
     return {key: out[key] for key in frame.slots}
 
@@ -64,25 +76,27 @@ def _origin(known: Known) -> str:
     return " + ".join(m.name for m in (known.mean, known.square) if m is not None)
 
 
-def _all_copied(old: Blocks | None, new: Blocks) -> bool:
+def _is_all_copied(target: Target) -> bool:
     """True if every slot of the new state is a slot of the old one, so that no average is needed."""
+    old, new = target.old, target.new
     if old is None or (new.frame.opens and not is_same_basis(old, new)):
         return False
     return all(_twin(old, new, key, rule, rows, cols) is not None for key, rule, rows, cols in new.frame.places() if rule.slots(rows, cols))
 
 
-def _error(new: Blocks, old: Blocks | None, known: Known, like: Tensor) -> Filled:
+def _error(target: Target) -> Filled:
     """The error feedback: the old one, or with a share that makes it a momentum, the mean with that momentum's weight."""
+    old, new, mean, like = target.old, target.new, target.known.mean, target.like
     share = new.frame.pipeline.feedback or 0.0
     if old is not None and "feedback.error" in old.state:
         same = old.frame.pipeline.feedback == share and is_same_basis(old, new)
-        why = "kept" if same else "kept; the old subspace decided what it transmitted"
+        why = "kept" if same else "kept; another subspace, or another share, decided what it holds"
         return Filled(old.state["feedback.error"], "exact" if same else "approximate", why, "feedback.error")
-    if share and known.mean is not None:
-        value = rotated(known.mean, None, None) * feedback_response(share).weight(new.count)
-        return Filled(value, "approximate", "the mean gradient with the weight that this feedback gives it", known.mean.name)
+    if share and mean is not None:
+        value = rotated(mean, None, None) * feedback_response(share).weight(new.count)
+        return Filled(value, "approximate", "the mean gradient with the weight that this feedback gives it", mean.name)
     value = like.new_zeros(like.size(0), *(dim.size for dim in new.frame.own))
-    return Filled(value, "reset", "nothing has been left untransmitted so far")
+    return Filled(value, "reset", "the old optimizer has no error feedback")
 
 
 def _twin(old: Blocks | None, new: Blocks, key: str, rule: Rule | WeightRule, rows: Dim, cols: Dim) -> str | None:
@@ -109,25 +123,12 @@ def _is_square(slot: Slot) -> bool:
 class _Filler:
     """The slots of one rule."""
 
-    def __init__(
-        self,
-        new: Blocks,
-        old: Blocks | None,
-        known: Known,
-        basis: NewBasis | None,
-        key: str,
-        rule: Rule | WeightRule,
-        rows: Dim,
-        cols: Dim,
-        weight: Tensor | None,
-        like: Tensor,
-    ) -> None:
-        self.new, self.old, self.known, self.basis = new, old, known, basis
-        self.key, self.rule, self.rows, self.cols = key, rule, rows, cols
-        self.weight, self.like = weight, like
+    def __init__(self, target: Target, basis: NewBasis | None, key: str, rule: Rule | WeightRule, rows: Dim, cols: Dim) -> None:
+        self.new, self.old, self.known, self.weight, self.like = target.new, target.old, target.known, target.weight, target.like
+        self.basis, self.key, self.rule, self.rows, self.cols = basis, key, rule, rows, cols
         self.place = key.partition(".")[0]
-        self.turned = new.frame.turned and self.place not in ("finish", "apply")
-        self.answers = responses(new.frame)
+        self.turned = self.new.frame.turned and self.place not in ("finish", "apply")
+        self.answers = responses(self.new.frame)
 
     def run(self, slots: dict[str, Slot]) -> Iterator[tuple[str, Filled]]:
         """Every slot by name."""
@@ -175,7 +176,13 @@ class _Filler:
 
     def _moved_mean(self, mean: Moment, weight: float, answer: Response, left: Tensor | None, right: Tensor | None) -> Filled:
         value, exact = rotated(mean, left, right), share_kept(mean, left, right) >= WHOLE
-        how = "" if mean.is_full and left is None and right is None else "projected, " if left is not None or right is not None else "lifted, "
+        how = (
+            ""
+            if mean.is_full and left is None and right is None
+            else "projected, "
+            if left is not None or right is not None
+            else "lifted, "
+        )
         if self._is_outside:
             value, how = value - self._within(value), "its part outside the subspace, "
         why = "same mean gradient" if exact else "mean gradient in the old subspace; the old state has nothing outside it"
@@ -216,8 +223,8 @@ class _Filler:
         if isinstance(self.rule, WeightRule):
             if self.weight is None or self.weight.is_meta:
                 raise ConversionError(
-                    f"'{self.new.row.entry.name}': weight rule '{kind_of(type(self.rule))}' starts from the weights, and the given model has "
-                    "none; give the model with its weights"
+                    f"'{self.new.row.entry.name}': weight rule '{kind_of(type(self.rule))}' starts from the weights, and the given model "
+                    "has none; give the model with its weights"
                 )
             return self.rule.observe(self.weight, torch.zeros_like(self.weight) if typical is None else typical, empty, step)
         left, right = self._at
@@ -229,8 +236,7 @@ class _Filler:
             assert squared is not None
             x = self._oriented(squared.sqrt())
         step = step._replace(inside=Coords(x, x, x), whole=x, basis=Basis())
-        lazy = self.rule.traits(self.rows, self.cols).lazy
-        return dict(self.rule.apply(Linear.of(x), Linear.of(x), empty, step)[1] if lazy else self.rule.apply(x, x, empty, step)[1])  # type: ignore[arg-type]
+        return self.rule.apply(x, x, empty, step)[1]
 
     def _replayed(self, value: Tensor, name: str, slot: Slot, answer: Response, own_basis: bool) -> Filled | None:
         if isinstance(self.rule, WeightRule):
@@ -240,7 +246,12 @@ class _Filler:
             if own_basis and slot.holds == "unsigned" and slot.dims == (self.rows, self.cols):
                 value = factored(value)  # squares of one matrix are near 0 by chance
             why = "covariance of a typical gradient" if _is_square(slot) else "second moments of a typical gradient"
-            return Filled(value, "rebuilt" if own_basis else "approximate", f"{why}: the mean, with the energy of the second moments", _origin(self.known))
+            return Filled(
+                value,
+                "rebuilt" if own_basis else "approximate",
+                f"{why}: the mean, with the energy of the second moments",
+                _origin(self.known),
+            )
         if own_basis and answer.degree == 0:
             return Filled(value, "rebuilt", "taken from the covariance", _origin(self.known))
         return None
