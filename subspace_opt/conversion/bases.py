@@ -26,6 +26,7 @@ class NewBasis(NamedTuple):
     sides: Sides | None  # None: the basis is made anew at every update and not kept
     status: str
     why: str
+    origin: str = ""
 
 
 def is_same_basis(old: Blocks, new: Blocks) -> bool:
@@ -59,19 +60,18 @@ def make_basis(new: Blocks, old: Blocks | None, known: Known, weight: Tensor | N
     sides = None
     if frame.selector_traits.keeps_basis:
         sides = own_sides(frame, state, new.step(like.device), like)
-    return NewBasis(state, sides, "rebuilt", _why(new, known))
+    return NewBasis(state, sides, "rebuilt", *_why(new, known))
 
 
-def _why(new: Blocks, known: Known) -> str:
-    kind = kind_of(type(new.frame.pipeline.selector))
-    if new.frame.pipeline.selector.source == "weight":
-        return f"first basis of '{kind}' from the weights"
+def _why(new: Blocks, known: Known) -> tuple[str, str]:
+    """The reason for the report, and the old slots that gave the basis."""
+    selector = new.frame.pipeline.selector
+    first = f"first basis of '{kind_of(type(selector))}'"
+    if selector.source == "weight":
+        return f"{first}, from the weights", ""
     if known.covariances and not _sees_rows(new.frame):
-        return f"first basis of '{kind}' from the old covariance"
-    held = known.mean.name if known.mean is not None else ""
-    return f"first basis of '{kind}' from " + (
-        f"{held} and the second moments" if held and known.square is not None else held or "the second moments"
-    )
+        return f"{first}, from the old covariance", ""
+    return f"{first}, from these averages", " + ".join(m.name for m in (known.mean, known.square) if m is not None)
 
 
 def _source(new: Blocks, known: Known, weight: Tensor | None) -> Tensor | None:

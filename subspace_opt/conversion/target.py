@@ -60,9 +60,9 @@ def fill(target: Target) -> dict[str, Filled] | Restart:
         basis = make_basis(new, target.old, told, target.weight, target.like)
         if basis is None:
             return Restart("the old state does not tell where the gradient's subspace is")
-        origin = _origin(told) if basis.status == "rebuilt" else ""
         for name, value in basis.state.items():
-            out[f"selector.{name}"] = Filled(value, basis.status, basis.why, origin or f"selector.{name}")
+            origin = f"selector.{name}" if basis.status == "exact" else basis.origin
+            out[f"selector.{name}"] = Filled(value, basis.status, basis.why, origin)
     if "feedback.error" in frame.slots:
         out["feedback.error"] = _error(target)
     for key, rule, rows, cols in frame.places():

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from ...checkpoint.files import flush_names
 from ...conversion import ConversionError, Report
 from ...conversion import convert as convert_state
-from ...conversion.report import HEAD
 from ...lab import meta_model
 from ...spec import load_spec
 from ..options import AsJson, Overrides, Plugins, Vocabulary, parse_overrides, print_json
@@ -135,11 +134,15 @@ def _write(out: Path, content: dict[str, Any]) -> None:
 
 
 def _show(report: Report, out: Path) -> None:
+    """A block of lines for every pipeline, and one line for all parameters whose slot fared alike."""
     screen = console()
-    table = make_table(*HEAD, right=("parameters",), fold="why")
-    table.columns[4].no_wrap = False
-    for line in report.table():
-        table.add_row(*map(escape, line))
+    table = make_table("slot", "status", "params", "why", right=("params",), fold="why")
+    before = ""
+    for pipeline, slot, status, count, origin, why in report.table():
+        if pipeline != before:
+            table.add_row(escape(pipeline), style="bold")
+            before = pipeline
+        table.add_row(*map(escape, (f"  {slot}", status, count, why if origin in ("-", slot) else f"{why} (from {origin})")))
     screen.print(table)
     screen.print(f"\n{report.summary()}", markup=False, soft_wrap=True)
     for remark in report.groups:
