@@ -25,7 +25,7 @@ from ..lab import LabError
 from ..registry import RegistryError
 from ..spec import SpecError
 from ..spec.document import DocumentError
-from . import fidelity, memory, plugins, ranks, specs, training
+from . import changes, fidelity, memory, plugins, ranks, specs, training
 from .studies.compare import compare
 from .studies.search import search
 
@@ -48,6 +48,9 @@ for name, command, example in (
     ("schema", specs.schema, "schema > spec.schema.json"),
     ("explain", memory.explain, "explain galore --model 130m"),
     ("plan", memory.plan, "plan cosmos --model 70b --dtype bfloat16"),
+    ("diff", changes.diff, "diff galore cosmos"),
+    ("explain-change", changes.explain_change, "explain-change cosmos cosmos --set matrix.selector.rank=128 --model 130m"),
+    ("convert", changes.convert, "convert runs/adamw/last.pt --to cosmos --out runs/cosmos/last.pt"),
     ("verify", ranks.verify, "verify cosmos --ranks 4 --mesh fsdp"),
     ("train", training.train, "train cosmos --model mini --steps 500 --out runs/cosmos"),
     ("compare", compare, "compare cosmos muon adamw --model mini --steps 600 --seeds 3"),
