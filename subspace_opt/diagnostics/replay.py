@@ -39,7 +39,7 @@ class Before:
     def of(cls, work: Work, param: Tensor, state: dict[str, Any] | None, *, maximize: bool) -> Before:
         """Copy the weights and the state. A parameter without state gets zeros, as its first step does."""
         work.param = param.detach().clone()
-        if any(frame.opens for _, frame in work.splits):
+        if opens(work):
             if state:
                 work.state = {key: _copied(value) for key, value in state.items()}
             else:
@@ -54,12 +54,22 @@ class Before:
         return bool(survey([self.work], options.nonfinite)[0])
 
 
+def opens(work: Work) -> bool:
+    """True if a part of the parameter has a subspace."""
+    return any(frame.opens for _, frame in work.splits)
+
+
 def _copied(value: Tensor) -> Tensor:
     return value.clone() if lowbit.found(value) is None else lowbit.copied(value, value.device)
 
 
 def pieces(work: Work, options: Options) -> Iterator[Stack]:
     """The matrices of a parameter as stacks of one piece each: matrices of one block and of one phase."""
+    if not opens(work):  # its state was not copied, and no update is computed
+        phase = Phase.WAITING if work.count < 0 else Phase.BEGUN
+        for index, (block, frame) in enumerate(work.splits):
+            yield Stack(frame, phase, False, [Piece(work, index, 0, block.count)])
+        return
     together = replace(options, stacking="always", batch_bytes=2**62)
     for stack in grouped([work], together, Memory()):
         yield from (replace(stack, pieces=[piece]) for piece in stack.pieces)
