@@ -28,7 +28,7 @@ ARROWS: dict[str, set[str]] = {
     "distributed": {"algebra", "engine", "plan"},
     "checkpoint": {"engine", "plan", "spec"},
     "arguments": {"algebra", "plan", "registry", "spec"},
-    "diagnostics": {"algebra", "checkpoint", "engine", "linalg", "plan", "spec"},
+    "diagnostics": {"algebra", "checkpoint", "engine", "linalg", "plan", "registry", "spec"},
     "planned": {"algebra", "arguments", "checkpoint", "diagnostics", "engine", "plan", "spec"},
     "optimizer": {"algebra", "arguments", "checkpoint", "distributed", "engine", "plan", "planned", "spec"},
     "in_backward": {"arguments", "engine", "optimizer", "plan"},
