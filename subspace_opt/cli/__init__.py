@@ -24,7 +24,7 @@ from ..lab import LabError
 from ..registry import RegistryError
 from ..spec import SpecError
 from ..spec.document import DocumentError
-from . import fidelity, memory, plugins, ranks, specs, training
+from . import fidelity, inspection, memory, plugins, ranks, specs, training
 
 BAD_INPUT = (SpecError, DocumentError, RegistryError, CheckpointError, LabError, LowBitError, MeshError)
 
@@ -47,6 +47,7 @@ for name, command, example in (
     ("plan", memory.plan, "plan cosmos --model 70b --dtype bfloat16"),
     ("verify", ranks.verify, "verify cosmos --ranks 4 --mesh fsdp"),
     ("train", training.train, "train cosmos --model mini --steps 500 --out runs/cosmos"),
+    ("inspect", inspection.inspect, "inspect runs/cosmos --out spectra.svg"),
     ("demo", training.demo, "demo --steps 50 --out runs/demo"),
     ("parity", fidelity.parity, "parity --json"),
     ("new-plugin", plugins.new, "new-plugin top-peaks --kind selector"),

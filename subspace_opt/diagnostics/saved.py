@@ -212,8 +212,9 @@ def _judged(energies: Tensor | None, rank: int | None, cols: int | None, pipelin
         "tail": float(mean[-math.ceil(r / 10) :].mean() * r),
         "spectrum": mean.tolist(),
     }
-    if rank is not None and rank >= LEAST and rank != cols and not _is_blind(pipeline.selector):
-        out["verdict"] = "wasted" if directions <= WASTED * r else "too small" if out["tail"] > FLAT else "fits"
+    if rank is not None and rank >= LEAST and not _is_blind(pipeline.selector):
+        goes_on = rank != cols and out["tail"] > FLAT  # there is nothing beyond a full basis
+        out["verdict"] = "wasted" if directions <= WASTED * r else "too small" if goes_on else "fits"
     return out
 
 
