@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 from html import escape
 from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ...checkpoint import CheckpointError
 from ...diagnostics.saved import PLACES, SavedLayer
@@ -45,9 +46,9 @@ def write_picture(layers: Sequence[SavedLayer], path: Path, *, title: str) -> No
     captured = [name for name, some in groups if any(layer.captured_momentum is not None for layer in some)]
     height = max(4.5, 1.5 + 0.24 * len(groups))
     with rc_context({"svg.hashsalt": "inspect", "svg.fonttype": "none"}):
-        figure = Figure(figsize=(13 if captured else 10, height), layout="constrained")
+        figure = Figure(figsize=(15 if captured else 11, height), layout="constrained")
         FigureCanvasAgg(figure)  # a canvas of its own needs no display and leaves the state of pyplot alone
-        axes = figure.subplots(1, 3 if captured else 2, squeeze=False)[0]
+        axes = figure.subplots(1, 3 if captured else 2, squeeze=False, width_ratios=(1.4, 1, 1) if captured else (1.4, 1))[0]
         figure.suptitle(title)
         _draw_spectra(axes[0], layers)
         if captured:
@@ -66,7 +67,7 @@ def write_picture(layers: Sequence[SavedLayer], path: Path, *, title: str) -> No
 def by_group(layers: Sequence[SavedLayer]) -> list[tuple[str, list[SavedLayer]]]:
     """The layers by themselves, or by block of the model if there are more than `MOST_BARS`; then the largest blocks."""
     if len(layers) <= MOST_BARS:
-        return [(layer.name, [layer]) for layer in layers]
+        return [(layer.name.removesuffix(".weight"), [layer]) for layer in layers]
     groups = [(name, list(some)) for name, some in groupby(layers, key=lambda layer: split_name(layer.name)[0])]
     if len(groups) <= MOST_BARS:
         return groups
@@ -104,7 +105,6 @@ def _draw_captured(axes: Axes, groups: Sequence[tuple[str, list[SavedLayer]]]) -
     best = [(name, _mean(some, "captured_momentum_best")) for name, some in groups]
     axes.plot([value for _, value in best], [name for name, _ in best], "|", color="#000000", markersize=9, label="best of this rank")
     axes.set(xlim=(0, 1.02), title="momentum captured")
-    axes.legend(frameon=False, loc="lower right")
     _bare(axes)
 
 
@@ -123,20 +123,15 @@ def _draw_bytes(axes: Axes, groups: Sequence[tuple[str, list[SavedLayer]]]) -> N
             left = [a + b for a, b in zip(left, sizes, strict=True)]
     axes.set_title("bytes of state")
     axes.xaxis.set_major_formatter(lambda value, _: readable_bytes(value))
-    axes.xaxis.set_major_locator(_locator())
-    axes.legend(frameon=False)
+    tick = 2 ** max(0, math.ceil(math.log2(max(*left, 1) / 4)))
+    axes.set_xticks([tick * i for i in range(int(max(left) / tick) + 1)])
     _bare(axes)
-
-
-def _locator() -> Any:
-    from matplotlib.ticker import MaxNLocator
-
-    return MaxNLocator(4)
 
 
 def _bare(axes: Axes) -> None:
     axes.invert_yaxis()
     axes.tick_params(axis="y", labelsize=8)
+    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.06), ncol=4)
     axes.grid(alpha=0.25, axis="x")
     axes.spines[["top", "right"]].set_visible(False)
 

@@ -46,8 +46,8 @@ def _wide(layers: Sequence[SavedLayer]) -> Table:
     table = make_table("layer", "matrix", *numbers, "verdict", right=numbers, fold="layer")
     for layer in layers:
         cells = (*_spectrum(layer), _number(layer.tail), _share(layer.captured_momentum), _share(layer.captured_momentum_best))
-        style = STYLES.get(layer.verdict or "")
-        table.add_row(escape(layer.name.removesuffix(".weight")), _matrix(layer), *cells, readable_bytes(layer.state_bytes), layer.verdict or "-", style=style)
+        own = (escape(layer.name.removesuffix(".weight")), _matrix(layer), *cells, readable_bytes(layer.state_bytes))
+        table.add_row(*own, layer.verdict or "-", style=STYLES.get(layer.verdict or ""))
     return table
 
 
