@@ -163,5 +163,12 @@ def _moved(replay: Replay, old: list[Tensor] | None, new: Sides, key: tuple[str,
     new[key] = [side.clone() for side in sides]
     if old is None or [side.shape for side in old] != [side.shape for side in sides]:
         return {}
-    angles = torch.cat([measures.principal_angles(a, b) for a, b in zip(old, sides, strict=True)], -1)
+    angles = torch.cat([_angles(a, b) for a, b in zip(old, sides, strict=True)], -1)
     return {"angle_mean": angles.mean(-1), "angle_max": angles.amax(-1)}
+
+
+def _angles(old: Tensor, new: Tensor) -> Tensor:
+    """Principal angles, without a decomposition for a basis that has not changed."""
+    if torch.equal(old, new):
+        return torch.zeros(new.size(0), new.size(-1), dtype=torch.float64)
+    return measures.principal_angles(old, new)

@@ -123,7 +123,7 @@ def _draw_bytes(axes: Axes, groups: Sequence[tuple[str, list[SavedLayer]]]) -> N
             left = [a + b for a, b in zip(left, sizes, strict=True)]
     axes.set_title("bytes of state")
     axes.xaxis.set_major_formatter(lambda value, _: readable_bytes(value))
-    tick = 2 ** max(0, math.ceil(math.log2(max(*left, 1) / 4)))
+    tick = 2 ** max(0, math.ceil(math.log2(max(*left, 1) / 2.5)))
     axes.set_xticks([tick * i for i in range(int(max(left) / tick) + 1)])
     _bare(axes)
 
