@@ -12,10 +12,14 @@ from ..algebra.core import Basis
 from ..algebra.projection import picks
 
 
+def fine(x: Tensor) -> torch.dtype:
+    """The finest dtype of a device. Squares of small gradients leave the range of float32."""
+    return torch.float32 if x.device.type == "mps" else torch.float64
+
+
 def size(x: Tensor) -> Tensor:
-    """Frobenius norms, computed in float64 on a CPU: squares of small gradients leave the range of float32."""
-    kind = torch.float64 if x.device.type != "mps" else torch.float32
-    norms: Tensor = torch.linalg.vector_norm(x, dim=(-2, -1), dtype=kind)
+    """Frobenius norms."""
+    norms: Tensor = torch.linalg.vector_norm(x, dim=(-2, -1), dtype=fine(x))
     return norms
 
 
@@ -38,7 +42,7 @@ def ratio(a: Tensor, b: Tensor) -> Tensor:
 def cosine(a: Tensor, b: Tensor) -> Tensor:
     """`<A, B> / (|A| |B|)`; NaN if one of them is 0."""
     a, b = linalg.unit(a), linalg.unit(b)
-    return (a * b).sum((-2, -1), dtype=torch.float64) / (size(a) * size(b))
+    return (a * b).sum((-2, -1), dtype=fine(a)) / (size(a) * size(b))
 
 
 def energies(x: Tensor) -> Tensor:
@@ -48,6 +52,7 @@ def energies(x: Tensor) -> Tensor:
     """
     x = linalg.unit(x)
     gram = linalg.mm(x, x.mT) if x.size(-2) <= x.size(-1) else linalg.mm(x.mT, x)
+    gram = gram.cpu() if gram.device.type == "mps" else gram  # mps has no eigenvalues
     values = torch.linalg.eigvalsh(gram.double() if gram.device.type == "cpu" else gram).flip(-1).clamp_min(0.0)
     shares: Tensor = values / values.sum(-1, keepdim=True)
     return shares
@@ -68,18 +73,18 @@ def sides(basis: Basis) -> list[Tensor]:
 
 
 def principal_angles(old: Tensor, new: Tensor) -> Tensor:
-    """Angles in degrees `(B, r)` between the spans of two sides, in ascending order.
+    """Angles in degrees `(B, r)` between the spans of two sides, in ascending order, on the CPU.
 
     Cosines are the singular values of `U_old' U_new`, sines those of `U_new - U_old U_old' U_new`; below 45 degrees the sines are exact.
     """
     if picks(old):
         kept = (new.unsqueeze(-1) == old.unsqueeze(-2)).any(-1)
-        return torch.where(kept, 0.0, 90.0).to(torch.float64).sort(-1).values
-    old, new = torch.linalg.qr(old.double()).Q, torch.linalg.qr(new.double()).Q
+        return torch.where(kept.cpu(), 0.0, 90.0).double().sort(-1).values
+    old, new = (torch.linalg.qr((u.cpu() if u.device.type == "mps" else u).double()).Q for u in (old, new))
     overlap = old.mT @ new
     cos = torch.linalg.svdvals(overlap)
     sin = torch.linalg.svdvals(new - old @ overlap).flip(-1)
-    return torch.rad2deg(torch.where(sin < 0.7, sin.clamp_max(1.0).asin(), cos.clamp_max(1.0).acos()))
+    return torch.rad2deg(torch.where(sin < 0.7, sin.clamp_max(1.0).asin(), cos.clamp_max(1.0).acos())).cpu()
 
 
 def orthogonality_error(basis: Basis) -> Tensor | None:
