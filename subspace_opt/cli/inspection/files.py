@@ -47,7 +47,8 @@ def _loaded(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         if "torchao" not in str(error):
             raise CheckpointError(
-                f"{path} has objects that are unsafe to load, or is no file of torch.save; save the optimizer's state_dict() alone: {error}"
+                f"{path} has objects that are unsafe to load, or is no file of torch.save; save the optimizer's state_dict() alone: "
+                f"{str(error).splitlines()[0]}"
             ) from error
     lowbit.torchao_types()  # tells torch that codes of 8 and 4 bits are safe
     return _loaded_once(path)
@@ -59,7 +60,7 @@ def _loaded_once(path: Path) -> Any:
     except pickle.UnpicklingError:
         raise
     except Exception as error:  # depending on the damage, torch.load raises any exception
-        raise CheckpointError(f"{path} is truncated, damaged, or no file of torch.save: {error}") from error
+        raise CheckpointError(f"{path} is truncated, damaged, or no file of torch.save ({type(error).__name__}: {error})") from error
 
 
 def _optimizer_in(content: Any, path: Path) -> Mapping[str, Any]:
