@@ -61,6 +61,11 @@ class BackwardOptimizer(SubspaceOptimizer):
             hook.remove()
         self._hooks.clear()
 
+    @property
+    def frees_gradients(self) -> bool:
+        """True while `backward()` uses the gradients, so that none is left after a step."""
+        return self._listening
+
     @torch._disable_dynamo  # a compiled training step may run this hook inside backward()
     def _on_gradient(self, p: Tensor) -> None:
         """Use the complete gradient of `p`, and free it."""

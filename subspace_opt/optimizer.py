@@ -331,6 +331,7 @@ def build(
     lr: float | Tensor | None = None,
     weight_decay: float | None = None,
     overrides: Mapping[str, Any] | None = None,
+    diagnostics: int | Mapping[str, Any] | None = None,
     **options: Any,
 ) -> SubspaceOptimizer:
     """An optimizer from a spec, for a model or for parameters. A model tells the role of each parameter.
@@ -340,7 +341,9 @@ def build(
         >>> model = torch.nn.Sequential(torch.nn.Embedding(100, 16), torch.nn.Linear(16, 100))
         >>> optimizer = subspace_opt.build("cosmos", model, lr=2e-3, overrides={"matrix.selector.rank": 8})
 
-    See `SubspaceOptimizer` for the options.
+    See `SubspaceOptimizer` for the options. `diagnostics`: sample every layer's subspace each so many steps, or a mapping of the options of
+    `subspace_opt.diagnostics.observe`; the newest sample is `optimizer.diagnostics.last`.
     """
     params, known = named_parameters(model_or_params)
-    return SubspaceOptimizer(params, spec, lr=lr, weight_decay=weight_decay, overrides=overrides, **{**known, **options})
+    given = {**known, **options}
+    return SubspaceOptimizer(params, spec, lr=lr, weight_decay=weight_decay, overrides=overrides, **given)._observed(diagnostics)

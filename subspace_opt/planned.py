@@ -6,7 +6,7 @@ import functools
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
@@ -20,6 +20,9 @@ from .plan.names import canonical_name
 from .plan.numbers import checked_values, listed_values
 from .spec import Spec, SpecError, load_spec
 from .spec.summary import html_table
+
+if TYPE_CHECKING:
+    from .diagnostics import Observer
 
 MOST_NAMES = 5  # in one warning
 
@@ -43,6 +46,15 @@ class PlannedOptimizer(torch.optim.Optimizer):
     _strict: bool
     _options: Options
     _planned: tuple[Any, Plan] | None
+    diagnostics: Observer | None = None  # made by `build(..., diagnostics=50)` or `subspace_opt.diagnostics.observe`
+
+    def _observed(self, wanted: int | Mapping[str, Any] | None) -> Self:
+        """This optimizer, observed as `build`'s option `diagnostics` asks."""
+        if wanted is not None:
+            from .diagnostics import observe  # late: a run without diagnostics does not import them
+
+            observe(self, **(wanted if isinstance(wanted, Mapping) else {"every": wanted}))
+        return self
 
     # ------------------------------------------------------------------------------------------------------------------ groups
 

@@ -20,6 +20,7 @@ PAGES = [
     "docs/compare.md",
     "docs/comparison-report.md",
     "docs/convert.md",
+    "docs/diagnostics.md",
     "docs/plugins.md",
     "docs/quick-start.md",
     "docs/schedules.md",

@@ -25,7 +25,7 @@ from ..lab import LabError
 from ..registry import RegistryError
 from ..spec import SpecError
 from ..spec.document import DocumentError
-from . import changes, fidelity, memory, plugins, ranks, specs, training
+from . import changes, fidelity, inspection, memory, plugins, ranks, specs, training
 from .studies.compare import compare
 from .studies.search import search
 
@@ -55,6 +55,7 @@ for name, command, example in (
     ("train", training.train, "train cosmos --model mini --steps 500 --out runs/cosmos"),
     ("compare", compare, "compare cosmos muon adamw --model mini --steps 600 --seeds 3"),
     ("search", search, "search --budget 2h --bytes 0.6x --time 1.3x --confirm-data other.txt"),
+    ("inspect", inspection.inspect, "inspect runs/cosmos --out spectra.svg"),
     ("demo", training.demo, "demo --steps 50 --out runs/demo"),
     ("parity", fidelity.parity, "parity --json"),
     ("new-plugin", plugins.new, "new-plugin top-peaks --kind selector"),

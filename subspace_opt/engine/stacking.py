@@ -26,11 +26,11 @@ LONG = 8 * ROWS  # least entries of a matrix that is cut into such passes
 
 def stacks(work: list[Work], options: Options, memory: Memory) -> Iterator[Stack]:
     """All pieces in stacks, cut so that temporaries stay small."""
-    for stack in _grouped(work, options, memory):
+    for stack in grouped(work, options, memory):
         yield from _in_passes(stack, options)
 
 
-def _grouped(work: list[Work], options: Options, memory: Memory) -> Iterator[Stack]:
+def grouped(work: list[Work], options: Options, memory: Memory) -> Iterator[Stack]:
     """Pieces that may be computed together, at most as many as `matrices_at_once` allows.
 
     The cuts between stacks do not depend on which matrices refresh at this step, so the others keep the storage that they share.
