@@ -23,7 +23,7 @@ from .algebra import (
     WeightTraits,
 )
 from .checkpoint import CheckpointError
-from .engine.gradients import NonFiniteGradient
+from .engine.flags.watch import NonFiniteGradient
 from .engine.lowbit import LowBitError
 from .in_backward import BackwardOptimizer, step_in_backward
 from .optimizer import SubspaceOptimizer, build

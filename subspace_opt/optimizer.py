@@ -18,12 +18,11 @@ from .arguments import Params, SpecLike, named_parameters
 from .checkpoint import STATE_VERSION, matched
 from .engine import lowbit
 from .engine import step as engine
-from .engine.gradients import survey
+from .engine.gradients import survey, work_of
 from .engine.homes import Memory
 from .engine.rounding import Rounding
 from .engine.work import Nonfinite, Options, Stacking, Work, allocate
 from .plan import Plan, Role, Row
-from .plan.numbers import numbers_of
 from .planned import PlannedOptimizer
 from .spec import RoleName, load_spec
 
@@ -55,8 +54,9 @@ class SubspaceOptimizer(PlannedOptimizer):
         modules: Kinds of module by parameter name. `build` finds them in a model. Without them, routes with `module` match nothing.
         model_roles: Roles by parameter name. `build` finds them in a model. Without them, roles come from names and shapes.
         maximize: Maximize the objective.
-        nonfinite: The policy for a gradient with NaN or infinity. `raise`: an error, before anything changes. `skip`: the parameter is
-            left out of this step and counted in `skipped`. `propagate`: the gradient is used.
+        nonfinite: The policy for a gradient with NaN or infinity. `raise`: an error, and nothing changes. `skip`: the parameter is left out
+            of this step and counted in `skipped`. `propagate`: the gradient is used. On a GPU the error and the count come with the next
+            step, `state_dict()` or `check()`, so that no step waits.
         rounding: How a bf16 or fp16 parameter is rounded: `nearest`, `stochastic`, `kahan`.
         stacking: Whether matrices of one shape are computed together. `auto` decides by device and size.
         batch_bytes: Upper bound for one temporary of a stack.
@@ -164,6 +164,7 @@ class SubspaceOptimizer(PlannedOptimizer):
     @torch._disable_dynamo  # under torch.compile, a step runs as ordinary code between two graphs
     def _advance(self) -> None:
         """Make the updates of one step."""
+        self.check()
         work, sharded = self._ready(self._planned_parameters())
         self._count_empty_steps(bool(sharded) or any(p.grad is not None for group in self.param_groups for p in group["params"]))
         for group in self.param_groups:
@@ -208,7 +209,7 @@ class SubspaceOptimizer(PlannedOptimizer):
                     work[-1].grad = -p.grad
             elif p.grad is not None and not self.state.get(p):
                 allocate(row, p, self.state[p])  # an empty parameter: nothing to update, but checkpoints expect state
-        work, skipped = survey(work, self._options.nonfinite)
+        work, skipped = survey(work, self._options.nonfinite, None if sharded else self._memory.watch)
         if sharded:
             sharded, besides = distributed.survey(sharded, self._options)
             skipped += besides
@@ -229,27 +230,7 @@ class SubspaceOptimizer(PlannedOptimizer):
             distributed.take_step(sharded, self.state, self._options, self._memory, self.failures)
 
     def _work(self, group: dict[str, Any], p: Tensor, row: Row) -> Work:
-        grad = p.grad
-        if grad is not None and grad.is_sparse:
-            raise RuntimeError(
-                f"'{row.entry.name}' has a sparse gradient, which cannot be projected to a subspace; build the embedding with sparse=False"
-            )
-        state = self.state.get(p)  # not [p], which would add an empty entry
-        lr = group["lr"]
-        if isinstance(lr, Tensor) and lr.device.type == "cpu":
-            lr = lr.item()
-        count = engine.count(row.entry.name, state, self._memory) if state else 0
-        numbers = numbers_of(group, row, count, self.values_of(group))
-        return Work(
-            row=row,
-            param=p,
-            grad=p if grad is None else grad,
-            lr=lr * numbers.lr_scale,
-            weight_decay=float(group["weight_decay"]) * numbers.decay_scale,
-            values=numbers.values,
-            refresh=group["refresh"] or row.entry.name in self.failures,
-            count=count,
-        )
+        return work_of(group, p, row, self.state.get(p), self.values_of(group), self._memory, self.failures)
 
     def refresh_bases(self) -> None:
         """Make every selector take a new basis at the next step, outside its schedule, for example when a new task begins
@@ -258,11 +239,27 @@ class SubspaceOptimizer(PlannedOptimizer):
         for group in self.param_groups:
             group["refresh"] = True
 
+    def check(self) -> None:
+        """Read the flags that earlier steps left on a device, and bring `skipped`, `failures` and the counters in the state up to date.
+
+        On a device other than a CPU no step waits to learn that a gradient is not finite: the flag alone keeps the weights from changing.
+        The next `step()`, `state_dict()` and this method read it. It waits for the flags, not for later work of the device.
+
+        Raises:
+            NonFiniteGradient: with `nonfinite="raise"`; weights and state are those of before that step.
+        """
+        self._memory.watch.settle(self.state, self.skipped, self.failures)
+
     # -------------------------------------------------------------------------------------------------------------- checkpoints
 
     @torch._disable_dynamo
     def state_dict(self) -> dict[str, Any]:
-        """The state by parameter and slot. State that ranks share is returned as DTensors; call it on all ranks then."""
+        """The state by parameter and slot. State that ranks share is returned as DTensors; call it on all ranks then.
+
+        Raises:
+            NonFiniteGradient: as `check`.
+        """
+        self.check()
         shardings = self._shardings()
         if not shardings:
             return super().state_dict()
@@ -299,6 +296,7 @@ class SubspaceOptimizer(PlannedOptimizer):
             after(self)
 
     def __getstate__(self) -> dict[str, Any]:
+        self.check()
         own = ("spec", "skipped", "failures", "_overrides", "_modules", "_model_roles", "_strict", "_options")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 

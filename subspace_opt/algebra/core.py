@@ -210,8 +210,8 @@ class Rule(Scheduled, Component, family="rule"):
 
 
 # `W <- W (1 - lr decay) - lr apply(G)` in place, for many weights of any shape and their state. Arguments: (weights, gradients, state by
-# slot, t, lr, decay). `t` is the 1-based number of the update.
-Kernel = Callable[[list[Tensor], list[Tensor], dict[str, list[Tensor]], int, float | Tensor, float], None]
+# slot, t, lr, decay), t the 1-based number of the update. With a keyword `blocked`, 1.0 on the device, the kernel changes nothing.
+Kernel = Callable[..., None]
 
 
 # --------------------------------------------------------------------------------------------------------------- selectors

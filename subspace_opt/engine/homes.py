@@ -10,6 +10,8 @@ from torch import Tensor
 
 from ..algebra.core import State
 from ..plan import state_key
+from .flags.gate import gated
+from .flags.watch import Watch
 from .work import Piece, Stack
 
 
@@ -35,6 +37,7 @@ class Memory:
     begun: set[tuple[str, int]] = field(default_factory=set)  # (parameter, block) all of whose matrices have begun
     homes: dict[Any, list[Home]] = field(default_factory=dict)  # by pipeline and shape, device and dtype
     counts: dict[str, tuple[Tensor, int, int]] = field(default_factory=dict)  # parameter -> counter, version of that tensor, value
+    watch: Watch = field(default_factory=Watch)  # flags that the host has not read; losing them loses their errors
 
 
 def gather(stack: Stack, memory: Memory) -> tuple[State, bool]:
@@ -68,13 +71,16 @@ def scatter(stack: Stack, old: State, new: State, memory: Memory) -> None:
     apart = {key: v.clone() if id(_storage_of(v)) in given else v for key, v in changed.items()}
     for key, value in apart.items():
         if home is None:
-            for piece, part in zip(stack.pieces, value.split(stack.sizes), strict=True):
-                piece.put(key, part)
+            gates = [stack.gate] * len(stack.pieces) if stack.gate is None or stack.gate.dim() == 0 else stack.gate.split(stack.sizes)
+            for piece, part, gate in zip(stack.pieces, value.split(stack.sizes), gates, strict=True):
+                piece.put(key, part, gate)
         elif where is None:
-            home.slots[key].copy_(value)
+            kept = home.slots[key]
+            kept.copy_(value if stack.gate is None else gated(stack.gate, value, kept))
         else:
             kept = home.slots[key]
-            kept.index_copy_(0, where, value.to(kept.dtype))
+            value = value.to(kept.dtype)
+            kept.index_copy_(0, where, value if stack.gate is None else gated(stack.gate, value, kept.index_select(0, where)))
 
 
 def _storage_of(value: Tensor) -> Tensor:

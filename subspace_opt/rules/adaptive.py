@@ -70,7 +70,14 @@ class Adam(Rule):
         return self._update_in_place if self.debias and self.beta1 > 0 and self.eps >= linalg.SAFE and not self.eps_inside else None
 
     def _update_in_place(
-        self, weights: list[Tensor], grads: list[Tensor], states: dict[str, list[Tensor]], t: int, lr: float | Tensor, decay: float
+        self,
+        weights: list[Tensor],
+        grads: list[Tensor],
+        states: dict[str, list[Tensor]],
+        t: int,
+        lr: float | Tensor,
+        decay: float,
+        blocked: Tensor | None = None,
     ) -> None:
         count = torch.full((), float(t), dtype=torch.float32, device=weights[0].device)
         torch._fused_adamw_(
@@ -87,6 +94,7 @@ class Adam(Rule):
             eps=self.eps,
             amsgrad=self.amsgrad,
             maximize=False,
+            found_inf=blocked,
         )
 
     def apply(self, x: Tensor, grad: Tensor, state: State, step: Step) -> tuple[Tensor, State]:
