@@ -46,6 +46,8 @@ def update_stack(stack: Stack, update: Linear | None, options: Options) -> None:
         for piece, gate in zip(stack.pieces, _gates(stack), strict=True):
             _update_piece(piece, None, 1.0, options, gate)
         return
+    if stack.gate is not None and update.number is not None:  # a number that a CPU reads must not be NaN
+        update = Linear(update.sum, update.factor, silenced(stack.gate, update.number))
     if _takes_lifts(stack, update):
         _subtract_lifts(stack, update)
         return
