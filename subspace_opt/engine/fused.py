@@ -12,12 +12,12 @@ from torch import Tensor
 from .. import linalg
 from . import strategies
 from .flags.gate import blocked
-from .work import Work
+from .work import Options, Work
 
 SCALED = 2**28  # bytes of gradients that are copied at a time, to be scaled by numbers that only the device knows
 
 
-def update_by_kernels(work: list[Work]) -> list[Work]:
+def update_by_kernels(work: list[Work], options: Options) -> list[Work]:
     """Update in place the parameters that a kernel can update; return the others."""
     left: list[Work] = []
     batches: dict[Any, list[Work]] = defaultdict(list)
@@ -30,7 +30,7 @@ def update_by_kernels(work: list[Work]) -> list[Work]:
         else:
             left.append(item)
     for items in batches.values():
-        _run(items)
+        _run(items, items[0].state["step"] + 1 if options.capturable else None)
     return left
 
 
@@ -48,13 +48,13 @@ def fits_kernel(item: Work) -> bool:
     return alike and p.is_contiguous() and g.is_contiguous() and not row.view.transposed
 
 
-def _run(items: list[Work]) -> None:
+def _run(items: list[Work], t: Tensor | None) -> None:
     first, frame = items[0], items[0].splits[0][1]
     found = strategies.fused(frame)
     assert found is not None
     key, rule, kernel = found
     states = {name: [_shaped(item.state[f"{key}.{name}"], item.param) for item in items] for name in rule.slots(frame.rows, frame.cols)}
-    numbers = first.count + 1, first.lr, first.weight_decay
+    numbers = first.count + 1 if t is None else t, first.lr, first.weight_decay
     if first.gate is None:
         kernel([item.param for item in items], [item.grad for item in items], states, *numbers)
         return

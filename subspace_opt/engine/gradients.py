@@ -12,7 +12,8 @@ from torch import Tensor
 from ..algebra.pipeline import Values
 from ..plan import Row
 from ..plan.numbers import numbers_of
-from .flags.watch import NonFiniteGradient, Watch, is_deferred, listed
+from .flags.gate import listed
+from .flags.watch import NonFiniteGradient, Watch, is_deferred
 from .homes import Memory
 from .work import Nonfinite, Work
 
@@ -27,6 +28,8 @@ def work_of(
     given: Mapping[str, Values],
     memory: Memory,
     failures: Mapping[str, int],
+    *,
+    capturable: bool = False,
 ) -> Work:
     """One parameter in this step, with the numbers of its group. `state`: None if it has none yet; `given`: the group's values.
 
@@ -39,9 +42,10 @@ def work_of(
             f"'{name}' has a sparse gradient, which cannot be projected to a subspace; build the embedding with sparse=False"
         )
     lr = group["lr"]
-    if isinstance(lr, Tensor) and lr.device.type == "cpu":
+    if isinstance(lr, Tensor) and lr.device.type == "cpu" and not capturable:
         lr = lr.item()
     count = updates_so_far(name, state, memory) if state else 0
+    last = number_of(name, state["refreshed"], memory.marks) if capturable and state and "refreshed" in state else None
     numbers = numbers_of(group, row, count, given)
     return Work(
         row=row,
@@ -53,15 +57,20 @@ def work_of(
         values=numbers.values,
         refresh=group["refresh"] or name in failures or name in memory.watch.again,
         count=count,
+        last_refresh=last,
     )
 
 
 def updates_so_far(name: str, state: dict[str, Any], memory: Memory) -> int:
-    """Updates made so far. The counter in the state is read only if it is new or was written to."""
-    step = state["step"]
-    known = memory.counts.get(name)
-    if known is None or known[0] is not step or known[1] != step._version:
-        known = memory.counts[name] = (step, step._version, int(step.item()))
+    """Updates made so far."""
+    return number_of(name, state["step"], memory.counts)
+
+
+def number_of(name: str, counter: Tensor, known_numbers: dict[str, tuple[Tensor, int, int]]) -> int:
+    """The value of a counter in the state. It is read only if the counter is new or was written to."""
+    known = known_numbers.get(name)
+    if known is None or known[0] is not counter or known[1] != counter._version:
+        known = known_numbers[name] = (counter, counter._version, int(counter.item()))
     return known[2]
 
 

@@ -12,7 +12,9 @@ from ..algebra.core import State
 from ..plan import state_key
 from .flags.gate import gated
 from .flags.watch import Watch
-from .work import Piece, Stack
+from .work import Options, Piece, Stack
+
+MOST_INDICES = 64  # for one home, so that memory does not grow with the steps
 
 
 @dataclass
@@ -22,6 +24,7 @@ class Home:
     places: dict[tuple[str, int], int]  # (parameter, block) -> first matrix
     slots: State
     views: dict[tuple[str, int], dict[str, Tensor]]
+    indices: dict[tuple[int, ...], Tensor] = field(default_factory=dict)  # by matrices, on the device
 
     def holds(self, piece: Piece) -> bool:
         """True if the piece's state is still a view of this home; loading a checkpoint replaces it."""
@@ -37,7 +40,21 @@ class Memory:
     begun: set[tuple[str, int]] = field(default_factory=set)  # (parameter, block) all of whose matrices have begun
     homes: dict[Any, list[Home]] = field(default_factory=dict)  # by pipeline and shape, device and dtype
     counts: dict[str, tuple[Tensor, int, int]] = field(default_factory=dict)  # parameter -> counter, version of that tensor, value
+    marks: dict[str, tuple[Tensor, int, int]] = field(default_factory=dict)  # the same for the update of the last refresh
+    captured: tuple[str, ...] = ()  # parameters that the last captured step updates
     watch: Watch = field(default_factory=Watch)  # flags that the host has not read; losing them loses their errors
+
+    @classmethod
+    def of(cls, options: Options) -> Memory:
+        """An empty one."""
+        made = cls()
+        made.watch.capturable = options.capturable
+        return made
+
+    def forget_counts(self) -> None:
+        """Make the next step read the counters in the state."""
+        self.counts.clear()
+        self.marks.clear()
 
 
 def gather(stack: Stack, memory: Memory) -> tuple[State, bool]:
@@ -119,8 +136,12 @@ def _places(home: Home, stack: Stack) -> Tensor | None:
     starts = [home.places[(piece.work.name, piece.index)] for piece in stack.pieces]
     if len(starts) == len(home.places) and starts == sorted(starts):
         return None
-    index = [i for start, piece in zip(starts, stack.pieces, strict=True) for i in range(start, start + piece.size)]
-    return torch.tensor(index, device=stack.pieces[0].work.param.device)
+    index = tuple(i for start, piece in zip(starts, stack.pieces, strict=True) for i in range(start, start + piece.size))
+    if index not in home.indices:
+        if len(home.indices) >= MOST_INDICES:
+            home.indices.clear()
+        home.indices[index] = torch.tensor(index, device=stack.pieces[0].work.param.device)
+    return home.indices[index]
 
 
 def _moved_in(stack: Stack) -> Home:

@@ -93,6 +93,8 @@ def due(item: Work, frame: Frame, phase: Phase) -> bool:
 
 def refreshed(item: Work) -> int | None:
     """The update of the last refresh, if a slot resets at refreshes; else None."""
+    if item.last_refresh is not None:
+        return item.last_refresh
     return int(item.state["refreshed"].item()) if "refreshed" in item.state else None
 
 

@@ -19,6 +19,7 @@ from ..algebra.frame import Frame
 from ..algebra.linear import Linear
 from ..algebra.weight_rule import WeightError
 from ..registry import kind_of
+from .capture.clock import is_capturing
 from .flags.gate import finite_matrices, over, spread
 from .flags.watch import MOST_FAILURES
 from .fused import update_by_kernels
@@ -42,7 +43,7 @@ def take_step(work: list[Work], options: Options, memory: Memory, failures: dict
     errors: dict[str, Exception] = {}
     compute(work, options, memory, errors)
     write_back(work)
-    close(work, memory)
+    close(work, memory, options)
     memory.watch.send()
     report(work, errors, failures)
 
@@ -51,19 +52,26 @@ def compute(work: list[Work], options: Options, memory: Memory, errors: dict[str
     """Make updates and new state; add failed decompositions to `errors`, by parameter."""
     # Sorted, because round-off within a batched product depends on the place in it, and the order of parameters must not matter.
     work = sorted(work, key=lambda item: item.key)
-    for stack in stacks(update_by_kernels(work), options, memory):
+    for stack in stacks(update_by_kernels(work, options), options, memory):
         _advance(stack, options, memory, errors)
 
 
-def close(work: list[Work], memory: Memory) -> None:
-    """Count the updates."""
-    counters = [item.state["step"] for item in work if item.count >= 0 and not item.held]
-    if counters:
+def close(work: list[Work], memory: Memory, options: Options | None = None) -> None:
+    """Count the updates. While a graph is captured nothing runs, so the counts that the host knows stay."""
+    moved = [item for item in work if item.count >= 0 and not item.held]
+    counters = [item.state["step"] for item in moved]
+    capturable = options is not None and options.capturable
+    gates = [item.gate for item in moved if item.gate is not None] if capturable else []
+    if gates:
+        torch._foreach_add_(counters, [gate.to(torch.float32) for gate in gates])
+    elif counters:
         torch._foreach_add_(counters, 1.0)
-    for item in work:
-        if item.count >= 0 and not item.held:
-            step = item.state["step"]
-            memory.counts[item.name] = (step, step._version, item.count + 1)
+    capturing = capturable and is_capturing()
+    for item in moved:
+        step = item.state["step"]
+        memory.counts[item.name] = (step, step._version, item.count + (0 if capturing else 1))
+    if capturing:
+        memory.captured = tuple(item.name for item in moved)
 
 
 def write_back(work: list[Work]) -> None:
@@ -254,7 +262,17 @@ def _settle(stack: Stack, given: _Inputs, update: Linear | None, new: State, opt
     if given.step.refresh and (stack.phase is Phase.BEGUN or not stack.pieces[0].work.count):
         for piece in stack.pieces:
             if "refreshed" in piece.work.state:
-                piece.work.state["refreshed"].fill_(given.step.t)
+                _mark(piece.work, given.step, memory, options)
+
+
+def _mark(work: Work, step: Step, memory: Memory, options: Options) -> None:
+    """Note the update of a refresh."""
+    mark = work.state["refreshed"]
+    if not options.capturable:
+        mark.fill_(step.t)
+        return
+    mark.copy_(step.t if work.gate is None else torch.where(work.gate, step.t.to(mark.device), mark))
+    memory.marks[work.name] = (mark, mark._version, work.count if work.splits[0][1].primes else work.count + 1)
 
 
 def _gradients(stack: Stack) -> Tensor:

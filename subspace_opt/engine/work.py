@@ -36,6 +36,7 @@ class Options:
     stacking: Stacking = "auto"
     batch_bytes: int = 64 * 2**20
     seed: int = 0
+    capturable: bool = False  # counters are on the device, and no step between refreshes reads them
 
 
 @dataclass
@@ -52,6 +53,7 @@ class Work:
     gate: Tensor | None = None  # 0-d bool on the device: the parameter is updated; None: it is, and the host knows it
     refresh: bool = False  # requested by a call, or repeated after a failure
     count: int = 0  # updates before this one; -1: all gradients so far were 0
+    last_refresh: int | None = None  # the update of the last refresh, if the counter of the state is on a device
     held: bool = False  # the first update failed and is not counted
     silent: set[int] = field(default_factory=set)  # matrices, or experts, that get neither update nor decay
     values: Values = ()  # numbers of the pipeline that the parameter's group sets
@@ -202,9 +204,9 @@ class Stack:
         return self.pieces[0].work.row.compute_dtype
 
 
-def allocate(row: Row, param: Tensor, state: dict[str, Any]) -> None:
-    """Fill `state` with zeros as the plan declares it, each tensor in its own storage."""
+def allocate(row: Row, param: Tensor, state: dict[str, Any], *, capturable: bool = False) -> None:
+    """Fill `state` with zeros as the plan declares it, each tensor in its own storage; `capturable`: counters on the device too."""
     for key, (shape, dtype) in row.state.items():
-        device = torch.device("cpu") if key in COUNTERS else param.device
+        device = torch.device("cpu") if key in COUNTERS and not capturable else param.device
         how = row.codes.get(key)
         state[key] = torch.zeros(shape, dtype=dtype, device=device) if how is None else lowbit.zeros(shape, how, device)

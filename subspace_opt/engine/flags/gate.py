@@ -54,3 +54,8 @@ def finite_matrices(tensors: Sequence[Tensor], count: int) -> Tensor | None:
         fine = size.isfinite().expand(count)
         found = fine if found is None else found & fine
     return found
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first five names."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

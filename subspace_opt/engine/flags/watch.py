@@ -15,6 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..capture.clock import is_capturing
+from .gate import listed
+
 if TYPE_CHECKING:
     from ..work import Nonfinite, Work
 
@@ -98,6 +101,9 @@ class Watch:
 
     def __init__(self) -> None:
         self._records: list[Record] = []
+        self.capturable = False  # a graph may replay the step, so flags are also kept until they are read
+        self._kept: dict[tuple[torch.device, tuple[str, ...]], Tensor] = {}
+        self._replayed: dict[torch.device, tuple[str, ...]] = {}  # parameters of the last captured step
         self._closed: dict[torch.device, Tensor] = {}  # 0-d bool: a gradient was not finite, and the error has not been raised
         self._failing: list[tuple[list[Guarded], Tensor]] = []
         self._guarded: dict[str, Guarded] = {}
@@ -127,8 +133,34 @@ class Watch:
             for item, gate, scale in zip(items, gates, _scales(items, peaks, largest), strict=True):
                 item.gate, item.scale = gate, scale
             guarded = [self._as_it_is(item) for item in items]
-            record.guarded.append((guarded, Sent(torch.cat([flags, closed.view(1)]))))
+            together = torch.cat([flags, closed.view(1)])
+            if self.capturable:
+                self._keep(device, tuple(item.name for item in items), together)
+            if not self._replayed:
+                record.guarded.append((guarded, Sent(together)))
         self._records.append(record)
+
+    def _keep(self, device: torch.device, names: tuple[str, ...], flags: Tensor) -> None:
+        """Add flags to those that replays of a graph leave, in a tensor of their own that no graph owns."""
+        key = device, names
+        if key not in self._kept:
+            if is_capturing():
+                raise RuntimeError(
+                    f"the captured step updates {listed(names)}, and no earlier step has updated the same ones; run the training step "
+                    "a few times before the capture"
+                )
+            self._kept[key] = torch.zeros_like(flags)
+        self._kept[key].logical_or_(flags)
+        if is_capturing():
+            self._replayed[device] = names
+
+    def _after_replays(self) -> list[str]:
+        """Names of parameters whose gradients were not finite in a replayed step. It waits for the replays."""
+        bad: list[str] = []
+        for device, names in self._replayed.items():
+            *flags, closed = Sent(self._kept[device, names]).read()
+            bad += [name for name, flag in zip(names, flags, strict=True) if flag and closed]
+        return bad
 
     def _close(self, bad: dict[torch.device, Tensor]) -> None:
         """Close the gate of every device if a gradient on any of them is not finite."""
@@ -139,7 +171,7 @@ class Watch:
                 closed.logical_or_(trip.to(device, non_blocking=True))
 
     def _as_it_is(self, item: Work) -> Guarded:
-        mark = item.state.get("refreshed")
+        mark = item.state.get("refreshed") if item.last_refresh is None else item.last_refresh
         made = self._guarded[item.name] = Guarded(
             item.name,
             item.param,
@@ -155,7 +187,9 @@ class Watch:
         self._failing.append(([self._guarded[name] for name in names], flags))
 
     def send(self) -> None:
-        """Send the flags of failed decompositions, at the end of a step."""
+        """Send the flags of failed decompositions, at the end of a step. Those of replayed steps gate the update and are not counted."""
+        if self._replayed:
+            self._failing.clear()
         for device in {flags.device for _, flags in self._failing}:
             there = [(items, flags) for items, flags in self._failing if flags.device == device]
             items = [item for some, _ in there for item in some]
@@ -173,7 +207,7 @@ class Watch:
             torch.linalg.LinAlgError: a decomposition failed `MOST_FAILURES` times in a row for one parameter.
         """
         records, self._records = self._records, []
-        raising: list[str] = []
+        raising = self._after_replays()
         failed: dict[str, bool] = {}
         for record in records:
             bad, unmoved = record.find()
@@ -186,18 +220,13 @@ class Watch:
                 skipped[name] = skipped.get(name, 0) + 1
             failed |= _failed(record, {item.name for item in unmoved}, state)
         if raising:
-            for closed in self._closed.values():
-                closed.zero_()
+            for kept in (*self._closed.values(), *self._kept.values()):
+                kept.zero_()
             raise NonFiniteGradient(
                 f"the gradient of {listed(raising)} held NaN or infinity in an earlier step; nothing has been changed since. Look for its "
                 "cause, lower lr, clip, or build with nonfinite='skip' to leave such parameters alone for the step"
             )
         _report(failed, failures)
-
-
-def listed(names: Sequence[str]) -> str:
-    """The first five names."""
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _by_device(work: Sequence[Work]) -> dict[torch.device, list[Work]]:
