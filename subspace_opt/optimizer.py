@@ -231,9 +231,7 @@ class SubspaceOptimizer(PlannedOptimizer):
         return work_of(group, p, row, self.state.get(p), given, self._memory, self.failures, capturable=self._options.capturable)
 
     def refresh_bases(self) -> None:
-        """Make every selector take a new basis at the next step, outside its schedule, for example when a new task begins
-        (arXiv:2504.07097).
-        """
+        """Make every selector take a new basis at the next step, outside its schedule, as when a new task begins (arXiv:2504.07097)."""
         for group in self.param_groups:
             group["refresh"] = True
 

@@ -166,7 +166,9 @@ class Watch:
         """Close the gate of every device if a gradient on any of them is not finite."""
         trips = [flags.any() for flags in bad.values()]
         for device in bad:
-            closed = self._closed.setdefault(device, torch.zeros((), dtype=torch.bool, device=device))
+            if device not in self._closed:
+                self._closed[device] = torch.zeros((), dtype=torch.bool, device=device)
+            closed = self._closed[device]
             for trip in trips:
                 closed.logical_or_(trip.to(device, non_blocking=True))
 
