@@ -24,7 +24,7 @@ from .algebra import (
 )
 from .checkpoint import CheckpointError
 from .conversion import ConversionError, Converted, convert
-from .engine.gradients import NonFiniteGradient
+from .engine.flags.watch import NonFiniteGradient
 from .engine.lowbit import LowBitError
 from .in_backward import BackwardOptimizer, step_in_backward
 from .optimizer import SubspaceOptimizer, build

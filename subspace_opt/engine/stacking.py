@@ -93,6 +93,8 @@ def due(item: Work, frame: Frame, phase: Phase) -> bool:
 
 def refreshed(item: Work) -> int | None:
     """The update of the last refresh, if a slot resets at refreshes; else None."""
+    if item.last_refresh is not None:
+        return item.last_refresh
     return int(item.state["refreshed"].item()) if "refreshed" in item.state else None
 
 
@@ -111,7 +113,8 @@ def _phases(item: Work, index: int, begun: set[tuple[str, int]]) -> list[Phase]:
     name = (item.name, index)
     if item.count < 0:
         return [Phase.WAITING] * block.count
-    if (block.total == 1 and len(item.splits) == 1) or name in begun or not frame.slots:
+    has_numbers = item.grad.device.type != "meta"  # without numbers, all matrices begin together
+    if (block.total == 1 and len(item.splits) == 1) or name in begun or not frame.slots or not has_numbers:
         return [Phase.BEGUN if item.count else Phase.FIRST] * block.count
     moved = item.grads[index].flatten(1).any(1)
     has = torch.zeros_like(moved)
