@@ -8,6 +8,8 @@ import itertools
 import torch
 from torch import Tensor
 
+from . import kernels
+
 
 @functools.cache
 def cpu_has_bfloat16() -> bool:
@@ -61,8 +63,10 @@ def symmetric(a: Tensor, b: Tensor, c: Tensor | None = None, *, beta: float = 1.
     """`beta C + alpha A B` `(k, k)` or `(B, k, k)` for a symmetric C (None: 0) and a product A B known to be symmetric.
 
     `in_place`: written over C. On a CPU, one large matrix is computed in panels of rows from the diagonal on and mirrored: p panels take
-    (p + 1) / 2p of the operations.
+    (p + 1) / 2p of the operations. On a GPU, the Triton kernel does the same with tiles, see `kernels`.
     """
+    if not in_place and (a.is_cuda or kernels.INTERPRETED) and kernels.serves(a):
+        return kernels.symmetric(a, b, c, beta, alpha)
     if a.dim() == 3 and a.size(0) == 1:
         out = symmetric(a[0], b[0], None if c is None else c[0], beta=beta, alpha=alpha, in_place=in_place)
         return c if c is not None and in_place else out.unsqueeze(0)
