@@ -21,10 +21,10 @@ from .engine import step as engine
 from .engine.gradients import survey
 from .engine.homes import Memory
 from .engine.rounding import Rounding
-from .engine.work import Nonfinite, Options, Stacking, Work, allocate
+from .engine.work import Nonfinite, Stacking, Work, allocate
 from .plan import Plan, Role, Row
 from .plan.numbers import numbers_of
-from .planned import PlannedOptimizer
+from .planned import PlannedOptimizer, engine_options
 from .spec import RoleName, load_spec
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ class SubspaceOptimizer(PlannedOptimizer):
         batch_bytes: Upper bound for one temporary of a stack.
         seed: Seed of all random draws, together with the parameter's key and the step. No global generator is used.
         strict: Raise if a route matches no parameter.
+        compile: Whether updates of stacks go through `torch.compile`; a string names its backend.
         process_group: Ranks that hold these parameters whole and have the same gradients, as under DistributedDataParallel. They divide
             the work and the state, and `state_dict()` is then a collective. Sharded parameters (FSDP2, tensor parallel) do not need it.
 
@@ -101,6 +102,7 @@ class SubspaceOptimizer(PlannedOptimizer):
         batch_bytes: int = 64 * 2**20,
         seed: int = 0,
         strict: bool = False,
+        compile: bool | str = False,
         process_group: ProcessGroup | None = None,
         **unknown: NoReturn,
     ) -> None:
@@ -108,7 +110,7 @@ class SubspaceOptimizer(PlannedOptimizer):
         params, known = arguments.with_model(params, model)
         self._modules, self._model_roles = dict(modules or known.get("modules", {})), dict(model_roles or known.get("model_roles", {}))
         self._strict = strict
-        self._options = _options(nonfinite, rounding, stacking, batch_bytes, seed)
+        self._options = engine_options(nonfinite, rounding, stacking, batch_bytes, seed, compile)
         self._memory = Memory()
         self._process_group = process_group or known.get("process_group")
         self.skipped: dict[str, int] = {}
@@ -309,16 +311,6 @@ class SubspaceOptimizer(PlannedOptimizer):
         self._memory = Memory()
         if any(lowbit.found(value) for slots in self.state.values() for value in slots.values()):
             lowbit.torchao_types()  # so that codes which were unpickled can be cloned
-
-
-def _options(nonfinite: Nonfinite, rounding: Rounding, stacking: Stacking, batch_bytes: int, seed: int) -> Options:
-    return Options(
-        arguments.chosen("nonfinite", nonfinite, Nonfinite),
-        arguments.chosen("rounding", rounding, Rounding),
-        arguments.chosen("stacking", stacking, Stacking),
-        batch_bytes,
-        seed,
-    )
 
 
 OPTIONS = tuple(SubspaceOptimizer.__init__.__kwdefaults__ or ())

@@ -14,7 +14,8 @@ from . import arguments
 from .algebra.pipeline import Values
 from .checkpoint import STATE_VERSION, keys_in, names_in
 from .engine import lowbit
-from .engine.work import Options
+from .engine.rounding import Rounding
+from .engine.work import Nonfinite, Options, Stacking
 from .plan import Entry, Plan, Role, Row, counts, make_plan
 from .plan.names import canonical_name
 from .plan.numbers import checked_values, listed_values
@@ -32,6 +33,24 @@ def _spec_of(text: str) -> Spec:
 @functools.lru_cache(maxsize=64)
 def _values_of(text: str, values: Values) -> dict[str, Values]:
     return checked_values(_spec_of(text), values)
+
+
+def engine_options(
+    nonfinite: Nonfinite, rounding: Rounding, stacking: Stacking, batch_bytes: int, seed: int, compile: bool | str
+) -> Options:
+    """The options of the engine, checked.
+
+    Raises:
+        ValueError: An option has a value that it does not allow.
+    """
+    return Options(
+        arguments.chosen("nonfinite", nonfinite, Nonfinite),
+        arguments.chosen("rounding", rounding, Rounding),
+        arguments.chosen("stacking", stacking, Stacking),
+        batch_bytes,
+        seed,
+        arguments.compile_backend(compile),
+    )
 
 
 class PlannedOptimizer(torch.optim.Optimizer):

@@ -12,7 +12,7 @@ from torch import Tensor
 from .bases import eigh, svd
 from .bounds import Bound, bounded
 from .products import addmm, mm, symmetric
-from .sizes import SAFE, divisor, norm, unit
+from .sizes import SAFE, divisor, is_readable, norm, unit
 
 Polynomial = tuple[float, float, float]
 
@@ -148,7 +148,7 @@ def newton_schulz(
     # The division is a pass of its own: as a factor of the first polynomial it would make oneDNN compile a product for every new number.
     if dtype == torch.bfloat16 and x.dtype == torch.float32:  # bfloat16 has the same range, so the division can run on half the bytes
         inverse = 1.0 / size
-        alone = x.size(0) == 1 and x.device.type == "cpu"
+        alone = x.size(0) == 1 and is_readable(x)
         y = x.to(dtype).mul_(inverse.item() if alone else inverse)  # a factor of another dtype would copy y there and back
     else:
         y = (x / size).to(dtype)

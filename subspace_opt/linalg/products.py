@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 
 import torch
@@ -11,17 +10,23 @@ from torch import Tensor
 from . import kernels
 
 
-@functools.cache
+def _probe(*names: str) -> bool:
+    return any(getattr(torch.cpu, name, lambda: False)() for name in names)
+
+
+# Constants, because torch.compile cannot trace the probes.
+_BFLOAT16 = _probe("_is_avx512_bf16_supported", "_is_amx_tile_supported", "_is_arm_bf16_supported")
+_TILES = _probe("_is_amx_tile_supported")
+
+
 def cpu_has_bfloat16() -> bool:
     """True if this CPU has instructions for bfloat16 products (AVX-512 BF16, AMX, or those of ARM)."""
-    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported", "_is_arm_bf16_supported")
-    return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+    return _BFLOAT16
 
 
-@functools.cache
 def cpu_has_tiles() -> bool:
     """True if this CPU multiplies bfloat16 in tiles (AMX), 10x faster than float32."""
-    return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
+    return _TILES
 
 
 FUSED = ("cpu", "cuda", "mps", "xpu")  # devices for which PyTorch has fused kernels of optimizers

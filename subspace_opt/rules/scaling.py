@@ -26,7 +26,7 @@ class RmsNormalize(Rule):
         return RuleTraits(scale_free=True, reads_grad=False, lazy=True, measures=True)
 
     def apply(self, x: S, grad: S, state: State, step: Step) -> tuple[S, State]:
-        return x * linalg.ratio(self.scale * math.sqrt(x.size(-2) * x.size(-1)), linear.norm(x), self.eps), {}
+        return linear.times(x, linalg.ratio(self.scale * math.sqrt(x.size(-2) * x.size(-1)), linear.norm(x), self.eps)), {}
 
 
 @register
@@ -108,7 +108,7 @@ class NormGrowth(Rule):
         anew = torch.maximum(limit, size.clamp_max(math.sqrt(x.size(-2) * x.size(-1))))
         limit = torch.where(before < self.restart * size, anew, limit)
         shrink = (limit / size).clamp_max(1.0).masked_fill(before == 0, 1.0)
-        return x * shrink, {"norm": (size * shrink).view(-1)}
+        return linear.times(x, shrink), {"norm": (size * shrink).view(-1)}
 
 
 @register
@@ -131,6 +131,9 @@ class Debias(Rule):
         return RuleTraits(reads_grad=False, elementwise=True, by_rows=True, lazy=True)
 
     def apply(self, x: S, grad: S, state: State, step: Step) -> tuple[S, State]:
+        if torch.compiler.is_compiling():  # a tensor, so that the compiled graph serves every t
+            number = torch.ones_like(step.t) if self.beta2 is None else (1 - self.beta2**step.t).sqrt()
+            return linear.times(x, number if self.beta1 is None else number / (1 - self.beta1**step.t)), {}
         t = float(step.t)
         root = 1.0 if self.beta2 is None else math.sqrt(1 - self.beta2**t)
         return x * (root if self.beta1 is None else root / (1 - self.beta1**t)), {}

@@ -70,7 +70,7 @@ class KronEigen(Selector):
     merge: PositiveInt = Field(1, description="Merge neighbouring modes while their product is at most this.")
 
     def traits(self) -> SelectorTraits:
-        return SelectorTraits(primes=self.timing == "after" or self.skip_first)
+        return SelectorTraits(primes=self.timing == "after" or self.skip_first, host_clock=self.debias)
 
     def modes(self, rows: Dim, cols: Dim) -> list[_Mode]:
         """The modes of a matrix, in the order of its sizes."""
@@ -155,8 +155,9 @@ class KronEigen(Selector):
 
     def _accumulated(self, x: Tensor, state: State, step: Step) -> State:
         """The covariances with the gradient added; with `debias`, weighted so that they are averages from the first update on."""
-        count = step.t.item() + (1 if self.traits().primes else 0)
-        weight = (1 - self.beta) / (1 - self.beta**count) if self.debias else 1 - self.beta
+        weight = 1 - self.beta
+        if self.debias:
+            weight /= 1 - self.beta ** (step.t.item() + (1 if self.traits().primes else 0))
         new = dict(state)
         modes = self.modes(step.rows, step.cols)
         sizes = [mode.size for mode in modes]

@@ -41,7 +41,10 @@ class Switch(Selector):
         if a.primes or b.primes or not (a.keeps_basis and b.keeps_basis):
             raise ValueError("`switch` takes selectors that keep their basis and do not prime")
         return SelectorTraits(
-            decomposes=a.decomposes or b.decomposes, orthonormal=a.orthonormal and b.orthonormal, gated=a.gated or b.gated
+            decomposes=a.decomposes or b.decomposes,
+            orthonormal=a.orthonormal and b.orthonormal,
+            gated=a.gated or b.gated,
+            host_clock=True,
         )
 
     def coords(self, rows: Dim, cols: Dim) -> tuple[Dim, Dim]:
