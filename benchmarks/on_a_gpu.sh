@@ -13,9 +13,9 @@ out=${1:?give a folder for the results}
 device=${DEVICE:-cuda}
 python=${PYTHON:-python3}
 if [ "$device" = cpu ]; then
-  widths=${WIDTHS:-"128:1"} model=${MODEL:-tiny} steps=${STEPS:-10} rounds=2 timed=2 batch=2
+  widths=${WIDTHS:-"128:1"} model=${MODEL:-tiny} steps=${STEPS:-10} rounds=2 timed=2 batch=2 slack=8
 else
-  widths=${WIDTHS:-"768:12 2048:24 4096:8"} model=${MODEL:-130m} steps=${STEPS:-300} rounds=5 timed=10 batch=32
+  widths=${WIDTHS:-"768:12 2048:24 4096:8"} model=${MODEL:-130m} steps=${STEPS:-300} rounds=5 timed=10 batch=32 slack=1
 fi
 presets=adamw,muon,cosmos,galore,sumo,adam-snsm,soap,kl-soap,dion2,normuon
 peers=("torch Muon" "torch AdamW fused" "heavyball Muon" "heavyball SOAP" "pytorch-optimizer Muon" "pytorch-optimizer SOAP" "galore-torch GaLore")
@@ -25,7 +25,7 @@ failed=()
 export COLUMNS=${COLUMNS:-160}
 
 part() { # name, seconds at most, command
-  local name=$1 most=$2 status=0
+  local name=$1 most=$(($2 * slack)) status=0
   shift 2
   echo
   echo "=== $name"
