@@ -14,7 +14,7 @@ from torch import nn
 from subspace_opt import build
 from tests.common import copied, gradient, optimizer, parameters, small
 
-SHAPES = {"a": (12, 8), "b": (12, 8), "wide": (8, 12)}
+SHAPES = {"a": (12, 8), "b": (12, 8), "wide": (8, 20)}  # Newton-Schulz takes the last by its Gram matrix
 STEPS, WARM = 20, 8
 
 
@@ -56,8 +56,8 @@ def largest_difference(a: dict[str, nn.Parameter], b: dict[str, nn.Parameter]) -
     return max(float((a[name] - b[name]).detach().abs().max()) for name in a)
 
 
-# One for each kind of pipeline: a fixed basis, with a number deferred to the weight; refreshed at every step; eigenbases; error feedback and
-# picked rows; weight rules, which read the rate.
+# One for each kind of pipeline: a fixed basis, with a number deferred to the weight; refreshed at every step; eigenbases; error feedback
+# and picked rows; weight rules, which read the rate.
 @pytest.mark.parametrize("preset", ["galore", "cosmos", "soap", "dion2", "muon-hyperball"])
 def test_a_compiled_step_is_the_plain_step(preset: str) -> None:
     plain, none = trained(preset, compile=False)

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..algebra.core import State, Step
 from ..algebra.frame import Frame
 from ..algebra.linear import Lift, Linear, Sum
+from ..linalg import polar
 from .strategies import has_host_clock
 from .work import Options, Phase, Stack
 
@@ -61,6 +62,8 @@ def _compiled(frame: Frame, backend: str) -> Update:
         lifts = tuple((part.coords, part.basis, part.weight) for part in s.lifts)
         return (s.dense, s.weight, lifts, s.rows, s.cols), update.factor, update.number, new
 
+    for function in polar.CONSTANT:
+        torch.compiler.assume_constant_result(function)
     # A code object of its own: torch.compile counts the graphs of all functions that share one, and gives up after eight.
     own = types.FunctionType(parts.__code__.replace(), parts.__globals__, "update", closure=parts.__closure__)
     graph = torch.compile(own, backend=backend, dynamic=False)

@@ -183,6 +183,10 @@ def _together(short: int, long: int, polynomials: tuple[Polynomial, ...], dtype:
     return next(size for size in range(most, 0, -1) if size == 1 or _bounded(polynomials, size, OFF[dtype]))
 
 
+#: Functions of shapes and coefficients alone. A compiler takes their results as constants.
+CONSTANT = (_together,)
+
+
 @functools.lru_cache(maxsize=64)
 def _bounded(polynomials: tuple[Polynomial, ...], together: int, off: float) -> bool:
     """True if an iteration from [0, 1] ends below 1.6, even with a relative error of `off` between two polynomials of a group."""
