@@ -75,7 +75,7 @@ def by_triton(work: Callable[[], Tensor]) -> Callable[[], Tensor]:
 def symmetric(x: Tensor) -> list[Way]:
     """`X X'` of `(B, m, n)` in bfloat16, on the short side."""
     y = (x if x.size(-2) <= x.size(-1) else x.mT).to(torch.bfloat16)
-    ways: list[Way] = [("PyTorch", lambda: torch.bmm(y, y.mT)), ("ours", plainly(lambda: linalg.symmetric(y, y.mT)))]
+    ways: list[Way] = [("PyTorch", lambda: torch.bmm(y, y.mT)), ("subspace_opt", plainly(lambda: linalg.symmetric(y, y.mT)))]
     return ways if without_triton() else [*ways, ("Triton", by_triton(lambda: linalg.symmetric(y, y.mT)))]
 
 

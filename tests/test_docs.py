@@ -16,7 +16,7 @@ from subspace_opt import registry
 from subspace_opt.spec import parse_spec
 
 ROOT = Path(__file__).parent.parent
-PAGES = ["docs/quick-start.md", "docs/plugins.md", "docs/schedules.md", "docs/snapshots.md"]
+PAGES = ["docs/quick-start.md", "docs/plugins.md", "docs/schedules.md", "docs/snapshots.md", "docs/gpu.md"]
 
 
 @pytest.fixture(autouse=True)
