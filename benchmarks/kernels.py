@@ -1,6 +1,7 @@
 """Compare implementations of the parts of a step: time and accuracy on this device.
 
-Newton-Schulz on a stack, on its matrices one by one, and in torch's Muon; orthonormal columns from Householder reflections and from
+Symmetric products by PyTorch and by the Triton kernel; Newton-Schulz on a stack with and without the kernel, on its matrices one by one,
+and in torch's Muon; orthonormal columns from Householder reflections and from
 Cholesky factors; a leading subspace from a sketch and from an exact decomposition. Implementations take turns. A ratio compares with the
 first one.
 
@@ -26,7 +27,7 @@ from torch.optim._muon import _zeropower_via_newtonschulz
 
 from subspace_opt import linalg
 from subspace_opt.lab.run.device import choose_device
-from subspace_opt.linalg import polar
+from subspace_opt.linalg import kernels, polar
 
 KELLER = polar.schedule("keller", 5)
 Way = tuple[str, Callable[[], Tensor]]
@@ -44,10 +45,46 @@ class Row:
     off: float
 
 
+def without_triton() -> str | None:
+    """The reason why the Triton kernel cannot run on a device; None if it can."""
+    if not torch.cuda.is_available():
+        return "it needs an NVIDIA GPU"
+    return None if kernels.has_triton() else "Triton is not installed: pip install 'subspace-opt[triton]'"
+
+
+def plainly(work: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """The same without the Triton kernel."""
+
+    def plain() -> Tensor:
+        with kernels.triton_from(None):
+            return work()
+
+    return plain
+
+
+def by_triton(work: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """The same with the Triton kernel for symmetric products of any size."""
+
+    def ours() -> Tensor:
+        with kernels.triton_from(1):
+            return work()
+
+    return ours
+
+
+def symmetric(x: Tensor) -> list[Way]:
+    """`X X'` of `(B, m, n)` in bfloat16, on the short side."""
+    y = (x if x.size(-2) <= x.size(-1) else x.mT).to(torch.bfloat16)
+    ways: list[Way] = [("PyTorch", lambda: torch.bmm(y, y.mT)), ("subspace_opt", plainly(lambda: linalg.symmetric(y, y.mT)))]
+    return ways if without_triton() else [*ways, ("Triton", by_triton(lambda: linalg.symmetric(y, y.mT)))]
+
+
 def newton_schulz(x: Tensor) -> list[Way]:
     """Five Newton-Schulz steps in bfloat16 on `(B, m, n)`."""
+    triton: list[Way] = [("stack, Triton", by_triton(lambda: polar.newton_schulz(x, KELLER, dtype=torch.bfloat16)))]
     return [
-        ("stack", lambda: polar.newton_schulz(x, KELLER, dtype=torch.bfloat16)),
+        ("stack", plainly(lambda: polar.newton_schulz(x, KELLER, dtype=torch.bfloat16))),
+        *([] if without_triton() else triton),
         ("one by one", lambda: torch.cat([polar.newton_schulz(one, KELLER, dtype=torch.bfloat16) for one in x.split(1)])),
         ("torch Muon's", lambda: torch.stack([_zeropower_via_newtonschulz(one, KELLER[0], 5, 1e-7) for one in x])),
     ]
@@ -68,11 +105,15 @@ def leading(x: Tensor, rank: int) -> list[Way]:
 def off(what: str, x: Tensor, out: Tensor) -> float:
     """The error of the first matrix.
 
-    That is the distance to the polar factor, the deviation from orthonormality, or the fraction of energy lost against the best columns.
+    That is the distance to the product or to the polar factor, the deviation from orthonormality, or the fraction of energy lost against
+    the best columns.
     """
     x, out = x[0].double(), out[0].double()
     if what == "orthonormal columns":
         return float((out.mT @ out - torch.eye(out.size(-1), device=x.device)).abs().max())
+    if what == "symmetric product":
+        exact = x.mT @ x if x.size(-1) < x.size(-2) else x @ x.mT
+        return float((out - exact).norm() / exact.norm())
     u, values, vh = torch.linalg.svd(x, full_matrices=False)
     if what == "Newton-Schulz":
         return float((out - u @ vh).norm() / math.sqrt(min(x.shape)))
@@ -114,6 +155,7 @@ def main(
         noise = torch.randn(stack, rows, cols, device=where)
         x = noise + torch.randn(stack, rows, 8, device=where) @ torch.randn(stack, 8, cols, device=where)
         for what, ways in {
+            "symmetric product": symmetric(x),
             "Newton-Schulz": newton_schulz(x),
             "orthonormal columns": orthonormal(x, rank),
             "leading subspace": leading(x, rank),
@@ -126,7 +168,9 @@ def main(
         context = {"device": device_name(where), "torch": torch.__version__, "rank": rank}
         typer.echo(json.dumps({**context, "rows": [asdict(row) for row in found]}, indent=2))
     else:
-        show(found, f"device {device_name(where)}, torch {torch.__version__}, rank {rank}")
+        reason = without_triton()
+        note = f"\nthe Triton kernel was left out: {reason}" if reason else ""
+        show(found, f"device {device_name(where)}, torch {torch.__version__}, rank {rank}{note}")
 
 
 def show(found: list[Row], title: str) -> None:

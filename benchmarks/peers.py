@@ -13,6 +13,7 @@ from subspace_opt.linalg import cpu_has_bfloat16
 LR = 1e-5  # small, so that the weights hardly change; they do not affect the time
 ADAMW, MUON, MUON32, GALORE = "torch AdamW fused", "torch Muon", "torch Muon, float32", "galore-torch GaLore"
 SOAPS = ("pytorch-optimizer SOAP", "heavyball SOAP")
+MUONS = ("pytorch-optimizer Muon", "heavyball Muon")  # they iterate in bfloat16, as torch's does
 
 
 class Muon32(torch.optim.Muon):
@@ -48,7 +49,7 @@ def peers(parameters: Sequence[Tensor], wanted: Sequence[str], note: Callable[[s
     for name, make in MAKERS.items():
         if wanted and name not in wanted:
             continue
-        if name == MUON and own[0].device.type == "cpu" and not cpu_has_bfloat16():
+        if name in (MUON, *MUONS) and own[0].device.type == "cpu" and not cpu_has_bfloat16():
             note(f"{name}: left out, because it iterates in bfloat16 and this CPU has no instructions for that; '{MUON32}' replaces it")
             continue
         try:
@@ -72,6 +73,21 @@ def _heavyball(own: list[Tensor]) -> Optimizer:
     return made
 
 
+def _pytorch_optimizer_muon(own: list[Tensor]) -> Optimizer:
+    from pytorch_optimizer import Muon
+
+    made: Optimizer = Muon([{"params": own, "use_muon": True}], lr=LR)
+    return made
+
+
+def _heavyball_muon(own: list[Tensor]) -> Optimizer:
+    import heavyball
+
+    heavyball.utils.compile_mode = None
+    made: Optimizer = heavyball.Muon(own, lr=LR)
+    return made
+
+
 def _galore(own: list[Tensor]) -> Optimizer:
     from galore_torch import GaLoreAdamW  # type: ignore[import-not-found]
 
@@ -87,5 +103,7 @@ MAKERS: dict[str, Callable[[list[Tensor]], Optimizer]] = {
     MUON32: lambda own: Muon32(own, lr=LR),
     "pytorch-optimizer SOAP": _pytorch_optimizer,
     "heavyball SOAP": _heavyball,
+    "pytorch-optimizer Muon": _pytorch_optimizer_muon,
+    "heavyball Muon": _heavyball_muon,
     GALORE: _galore,
 }

@@ -222,7 +222,7 @@ def show(rows: Sequence[Row], context: dict[str, Any], notes: Sequence[str]) -> 
     out = Console(highlight=False, width=None if Console().is_terminal else 140)
     out.print(", ".join(f"{key} {value:,}" if isinstance(value, int) else f"{key} {value}" for key, value in context.items()))
     for line in notes:
-        out.print(line)
+        out.print(line, soft_wrap=True)
     out.print()
     ratios = ("x AdamW", "quartiles", "x Muon", "quartiles")
     numbers = ("state", "x AdamW", "step ms", "x floor", *ratios, "refresh ms", "every", "mean ms", "first", "worst")

@@ -161,6 +161,22 @@ def chosen(name: str, value: Any, kind: Any) -> Any:
     return value
 
 
+def compile_backend(compile: bool | str) -> str | None:
+    """The backend of torch.compile that the option `compile` asks for, None for False.
+
+    Raises:
+        ValueError: The installed torch has no backend of that name.
+    """
+    if isinstance(compile, bool):
+        return "inductor" if compile else None
+    from torch._dynamo.backends.registry import list_backends  # late: importing the compiler takes seconds
+
+    known = list_backends(exclude_tags=())
+    if compile not in known:
+        raise ValueError(f"compile is {compile!r}; {suggest(str(compile), known)}")
+    return compile
+
+
 def check_rates(group: Mapping[str, Any]) -> None:
     """Raise a ValueError unless lr and weight decay are finite numbers of 0 or more."""
     lr, decay = group.get("lr", 0.0), group.get("weight_decay", 0.0)

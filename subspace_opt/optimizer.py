@@ -64,6 +64,7 @@ class SubspaceOptimizer(PlannedOptimizer):
         batch_bytes: Upper bound for one temporary of a stack.
         seed: Seed of all random draws, together with the parameter's key and the step. No global generator is used.
         strict: Raise if a route matches no parameter.
+        compile: Whether updates of stacks go through `torch.compile`; a string names its backend.
         process_group: Ranks that hold these parameters whole and have the same gradients, as under DistributedDataParallel. They divide
             the work and the state, and `state_dict()` is then a collective. Sharded parameters (FSDP2, tensor parallel) do not need it.
         capturable: Keep counters on the parameters' device, so that a CUDA graph can hold the step. `refreshes_next()` says which graph.
@@ -104,6 +105,7 @@ class SubspaceOptimizer(PlannedOptimizer):
         batch_bytes: int = 64 * 2**20,
         seed: int = 0,
         strict: bool = False,
+        compile: bool | str = False,
         process_group: ProcessGroup | None = None,
         capturable: bool = False,
         **unknown: NoReturn,
@@ -112,7 +114,7 @@ class SubspaceOptimizer(PlannedOptimizer):
         params, known = arguments.with_model(params, model)
         self._modules, self._model_roles = dict(modules or known.get("modules", {})), dict(model_roles or known.get("model_roles", {}))
         self._strict = strict
-        self._options = engine_options(nonfinite, rounding, stacking, batch_bytes, seed, capturable)
+        self._options = engine_options(nonfinite, rounding, stacking, batch_bytes, seed, compile, capturable)
         self._memory = Memory.of(self._options)
         self._process_group = process_group or known.get("process_group")
         self.skipped: dict[str, int] = {}

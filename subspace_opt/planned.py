@@ -39,6 +39,25 @@ def _values_of(text: str, values: Values) -> dict[str, Values]:
     return checked_values(_spec_of(text), values)
 
 
+def engine_options(
+    nonfinite: Nonfinite, rounding: Rounding, stacking: Stacking, batch_bytes: int, seed: int, compile: bool | str, capturable: bool
+) -> Options:
+    """The options of the engine, checked.
+
+    Raises:
+        ValueError: An option has a value that it does not allow.
+    """
+    return Options(
+        arguments.chosen("nonfinite", nonfinite, Nonfinite),
+        arguments.chosen("rounding", rounding, Rounding),
+        arguments.chosen("stacking", stacking, Stacking),
+        batch_bytes,
+        seed,
+        arguments.compile_backend(compile),
+        capturable,
+    )
+
+
 class PlannedOptimizer(torch.optim.Optimizer):
     """Parameter groups, each with its spec, and the plan of all parameters."""
 
@@ -224,18 +243,6 @@ class PlannedOptimizer(torch.optim.Optimizer):
 
     def _repr_html_(self) -> str:
         return _html(type(self).__name__, self.spec.name, self.param_groups, self.plan)
-
-
-def engine_options(nonfinite: Nonfinite, rounding: Rounding, stacking: Stacking, batch_bytes: int, seed: int, capturable: bool) -> Options:
-    """The options of the engine, checked."""
-    return Options(
-        arguments.chosen("nonfinite", nonfinite, Nonfinite),
-        arguments.chosen("rounding", rounding, Rounding),
-        arguments.chosen("stacking", stacking, Stacking),
-        batch_bytes,
-        seed,
-        capturable,
-    )
 
 
 Groups = Sequence[Mapping[str, Any]]

@@ -21,6 +21,7 @@ PAGES = [
     "docs/comparison-report.md",
     "docs/convert.md",
     "docs/diagnostics.md",
+    "docs/gpu.md",
     "docs/plugins.md",
     "docs/quick-start.md",
     "docs/schedules.md",

@@ -108,7 +108,7 @@ class Step(NamedTuple):
     in_place: bool = False  # a rule may write its new state over the old
     spare: bool = False  # no other tensor shares the signal's storage: a rule may write its result over it
     on_device: bool = False  # t and age are on the device: reading them would wait, and a captured step could not do it
-    decay: float = 0.0  # weight decay
+    decay: float | Tensor = 0.0  # weight decay; a 0-d tensor in a compiled update
     lr: float | Tensor = 1.0  # learning rate, if a selector or a rule in `apply` reads it; a tensor is 0-d or (B, 1, 1)
     rows: Dim = Dim("rows", 0)  # the sides of the matrices in the working orientation
     cols: Dim = Dim("cols", 0)
@@ -141,6 +141,7 @@ class RuleTraits(NamedTuple):
     measures: bool = False  # a lazy rule whose numbers depend on the entries of its signal
     silent: bool = False  # the update is 0, and the place is not computed
     waits: bool = False  # `apply` reads numbers, or takes an SVD or eigh, so a CUDA graph cannot hold it
+    host_clock: bool = False  # `apply` reads `step.t` or `step.age` as a Python number: torch.compile would compile every update anew
 
 
 # Class attributes of earlier versions, and the trait that replaces each.
@@ -225,6 +226,7 @@ class SelectorTraits(NamedTuple):
     primes: bool = False  # the first gradient only sets the basis: it makes no update and is not counted
     reads_lr: bool = False  # a refresh reads `step.lr`, the learning rate of the weights
     waits: bool = False  # a refresh reads numbers, draws, or takes an SVD or eigh, so a CUDA graph cannot hold it
+    host_clock: bool = False  # `observe` or `refresh` reads `step.t` or `step.age` as a Python number, as in `RuleTraits`
 
 
 class SelectorFlops(NamedTuple):

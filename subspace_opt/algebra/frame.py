@@ -158,7 +158,8 @@ class Frame(Shaped):
 
     def _decayed(self, w: Tensor, when: str, step: Step) -> Tensor:
         """`W (1 - lr wd)`, if that is when the weight decays."""
-        return w * (1 - step.lr * step.decay) if step.decay != 0 and self.pipeline.decay_beside_rules == when else w
+        decays = isinstance(step.decay, Tensor) or step.decay != 0
+        return w * (1 - step.lr * step.decay) if decays and self.pipeline.decay_beside_rules == when else w
 
     # ------------------------------------------------------------------------------------------------------- error feedback
 
@@ -178,7 +179,7 @@ class Frame(Shaped):
         if lost is not None:
             error = error + lost
         made = self._oriented(error.dense())
-        new["feedback.error"] = before if same_storage(made, before) else made
+        new["feedback.error"] = before if step.in_place and same_storage(made, before) else made
 
     # ------------------------------------------------------------------------------------------------------------- refreshes
 

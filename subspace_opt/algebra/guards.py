@@ -17,7 +17,7 @@ def silence_round_off(residual: Tensor, coords: Tensor) -> Tensor:
     Coordinates in an orthonormal basis have the norm of `P X`, which is that of X if the residual is small.
     """
     kept = linalg.norm(residual) > 512 * torch.finfo(residual.dtype).eps * linalg.norm(coords)
-    if residual.size(0) == 1 and kept.device.type == "cpu" and bool(kept):
+    if residual.size(0) == 1 and linalg.is_readable(kept) and bool(kept):
         return residual
     return residual * kept
 
@@ -25,13 +25,13 @@ def silence_round_off(residual: Tensor, coords: Tensor) -> Tensor:
 def keep_usable(before: State, after: State, source: Tensor) -> State:
     """The selector's new state, or the old one for matrices whose source is 0 or not finite.
 
-    The new state is searched for NaN on a CPU only, because on other devices the host would wait.
+    The new state is searched for NaN on a CPU only, because on other devices the host would wait, and not while torch.compile traces.
 
     Raises:
         LinAlgError: a finite source gave NaN or infinity. A QR returns these where other decompositions raise.
     """
     floats = [value for value in after.values() if value.is_floating_point()]
-    cpu = source.device.type == "cpu"
+    cpu = linalg.is_readable(source)
     broken = "the new basis holds NaN or infinity although its source does not"
     if cpu and source.size(0) == 1 and 0 < linalg.norm(source).item() < math.inf:  # the usual case
         if not all(map(linalg.all_finite, floats)):

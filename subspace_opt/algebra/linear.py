@@ -193,8 +193,15 @@ def norm(x: Tensor | Linear) -> Tensor:
     return x.norm() if isinstance(x, Linear) else linalg.norm(x)
 
 
+def times(x: S, number: Tensor) -> S:
+    """`x * number`, in a form that torch.compile traces: it refuses `*` between an expression and a tensor."""
+    return x.__mul__(number)
+
+
 def same_storage(a: Tensor, b: Tensor) -> bool:
     """True if a write to one tensor may show in the other."""
+    if torch.compiler.is_compiling():  # a traced tensor has no storage to ask for
+        return True
     return bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)
 
 

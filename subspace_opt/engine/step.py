@@ -20,6 +20,7 @@ from ..algebra.linear import Linear
 from ..algebra.weight_rule import WeightError
 from ..registry import kind_of
 from .capture.clock import is_capturing
+from .compiled import Update, update_of
 from .flags.gate import finite_matrices, over, spread
 from .flags.watch import MOST_FAILURES
 from .fused import update_by_kernels
@@ -122,13 +123,17 @@ def update_coordinates(work: Work, c: Tensor, options: Options, memory: Memory) 
 
 @dataclass(frozen=True)
 class _Inputs:
-    """The arguments of `Frame.update` for one stack; `sound`: NaN in a result is an error, because the gradient has none."""
+    """`update`, which is `Frame.update` or its compiled form, and its arguments for one stack.
+
+    `sound`: NaN in a result is an error, because the gradient has none.
+    """
 
     grad: Tensor
     weight: Tensor | None
     state: State
     step: Step
     sound: bool
+    update: Update
     checks: bool = False  # a decomposition may have failed, and no host waits to learn it: its flags gate the update
 
 
@@ -190,7 +195,8 @@ def _inputs(stack: Stack, options: Options, memory: Memory) -> _Inputs:
     if is_stored and stack.gate is None and stack.phase is Phase.BEGUN and fails_first(frame, refresh=step.refresh) and restorable:
         step = step._replace(in_place=True)
     checks = stack.gate is not None and (step.refresh or decomposes(frame))
-    return _Inputs(grad, weight, state, step, sound and not checks, checks)
+    update, step = update_of(stack, step, options)
+    return _Inputs(grad, weight, state, step, sound and not checks, update, checks)
 
 
 def _waiting(stack: Stack, options: Options, memory: Memory) -> Linear:
@@ -217,7 +223,7 @@ def _computed(frame: Frame, given: _Inputs) -> tuple[Linear | None, State]:
     step = given.step
     if step.first and frame.primes:
         return None, frame.prime(given.grad, given.weight, given.state, step)
-    update, new = frame.update(given.grad, given.weight, given.state, step)
+    update, new = given.update(given.grad, given.weight, given.state, step)
     if given.sound and not step.in_place and (step.refresh or decomposes(frame)) and not update.is_finite(given.grad):
         raise torch.linalg.LinAlgError("the update holds NaN or infinity although the gradient does not")
     return update, new
@@ -239,7 +245,7 @@ def _after_failure(stack: Stack, given: _Inputs, error: Exception, errors: dict[
     elif not step.refresh or keeps.keeps_basis:
         kept = replace(given, state=_without_refresh(frame, given.state) if step.refresh else given.state)
         try:
-            return _computed(frame, replace(kept, step=step._replace(refresh=False, in_place=False)))
+            return _computed(frame, replace(kept, step=step._replace(refresh=False, in_place=False), update=frame.update))
         except torch.linalg.LinAlgError:  # a rule failed, not the refresh
             pass
     piece.be_silent()

@@ -76,6 +76,13 @@ def decomposes(frame: Frame) -> bool:
     return any(traits.decomposes for traits in _traits(frame))
 
 
+@_once
+def has_host_clock(frame: Frame) -> bool:
+    """True if a rule or the selector reads the count of updates as a Python number."""
+    read = any(traits.host_clock for traits in _traits(frame) if isinstance(traits, RuleTraits))
+    return read or (frame.opens and frame.selector_traits.host_clock)
+
+
 def fails_first(frame: Frame, *, refresh: bool) -> bool:
     """True if decompositions run before the rest of the update. The rest may then write over the state."""
     return not decomposes(frame) and (not refresh or frame.refreshes_first)

@@ -36,6 +36,7 @@ class Options:
     stacking: Stacking = "auto"
     batch_bytes: int = 64 * 2**20
     seed: int = 0
+    compile: str | None = None  # the backend of torch.compile
     capturable: bool = False  # counters are on the device, and no step between refreshes reads them
 
 

@@ -18,7 +18,7 @@ from .bases import (
     svd,
 )
 from .products import FUSED, addmm, cpu_has_bfloat16, cpu_has_tiles, mm, symmetric
-from .sizes import SAFE, all_finite, divisor, magnitude, norm, peak, quotient, ratio, unit, unit_columns
+from .sizes import SAFE, all_finite, divisor, is_readable, magnitude, norm, peak, quotient, ratio, unit, unit_columns
 
 __all__ = [
     "FUSED",
@@ -34,6 +34,7 @@ __all__ = [
     "eigenbasis",
     "eigh",
     "fix_signs",
+    "is_readable",
     "leading_right",
     "magnitude",
     "mm",

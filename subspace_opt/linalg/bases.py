@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .products import mm
-from .sizes import divisor, magnitude, unit
+from .sizes import divisor, is_readable, magnitude, unit
 
 
 def svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -187,7 +187,7 @@ def _by_gram(x: Tensor, rank: int) -> Tensor:
 def sketched_right(x: Tensor, rank: int, start: Tensor, iterations: int = 1) -> tuple[Tensor, Tensor]:
     """An approximation of `leading_right` by power iterations from `start` `(B, n, rank + p)`, and the coordinates `X U` `(B, m, rank)`."""
     size = magnitude(x)
-    if size.numel() == 1 and size.device.type == "cpu" and 1e-6 < size.item() < 1e6:
+    if size.numel() == 1 and is_readable(size) and 1e-6 < size.item() < 1e6:
         scale = None  # the fourth power stays in range
     else:
         scale = divisor(size)

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 
 import torch
 from torch import Tensor
 
+from . import kernels
 
-@functools.cache
+
+def _probe(*names: str) -> bool:
+    return any(getattr(torch.cpu, name, lambda: False)() for name in names)
+
+
+# Constants, because torch.compile cannot trace the probes.
+_BFLOAT16 = _probe("_is_avx512_bf16_supported", "_is_amx_tile_supported", "_is_arm_bf16_supported")
+_TILES = _probe("_is_amx_tile_supported")
+
+
 def cpu_has_bfloat16() -> bool:
     """True if this CPU has instructions for bfloat16 products (AVX-512 BF16, AMX, or those of ARM)."""
-    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported", "_is_arm_bf16_supported")
-    return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+    return _BFLOAT16
 
 
-@functools.cache
 def cpu_has_tiles() -> bool:
     """True if this CPU multiplies bfloat16 in tiles (AMX), 10x faster than float32."""
-    return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
+    return _TILES
 
 
 FUSED = ("cpu", "cuda", "mps", "xpu")  # devices for which PyTorch has fused kernels of optimizers
@@ -61,8 +68,10 @@ def symmetric(a: Tensor, b: Tensor, c: Tensor | None = None, *, beta: float = 1.
     """`beta C + alpha A B` `(k, k)` or `(B, k, k)` for a symmetric C (None: 0) and a product A B known to be symmetric.
 
     `in_place`: written over C. On a CPU, one large matrix is computed in panels of rows from the diagonal on and mirrored: p panels take
-    (p + 1) / 2p of the operations.
+    (p + 1) / 2p of the operations. On a GPU, the Triton kernel does the same with tiles, see `kernels`.
     """
+    if not in_place and (a.is_cuda or kernels.INTERPRETED) and kernels.serves(a):
+        return kernels.symmetric(a, b, c, beta, alpha)
     if a.dim() == 3 and a.size(0) == 1:
         out = symmetric(a[0], b[0], None if c is None else c[0], beta=beta, alpha=alpha, in_place=in_place)
         return c if c is not None and in_place else out.unsqueeze(0)

@@ -6,6 +6,11 @@ import torch
 from torch import Tensor
 
 
+def is_readable(x: Tensor) -> bool:
+    """True if reading a value of `x` costs nothing: it is on a CPU, and torch.compile is not tracing."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def norm(x: Tensor) -> Tensor:
     """Frobenius norm of every matrix, `(B, 1, 1)`."""
     if x.size(0) == 1:
@@ -31,7 +36,7 @@ def all_finite(x: Tensor) -> bool:
 def magnitude(x: Tensor) -> Tensor:
     """The size of every matrix, `(B, 1, 1)`: its Frobenius norm or, if the squares leave the range, its largest magnitude."""
     size = norm(x)
-    if x.device.type != "cpu" or not bool(((size > 0) & size.isfinite()).all()):
+    if not is_readable(x) or not bool(((size > 0) & size.isfinite()).all()):
         top = peak(x)
         size = torch.where((size > 0) & size.isfinite(), size, top)
     return size

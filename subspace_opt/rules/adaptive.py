@@ -116,6 +116,8 @@ class Adam(Rule):
 
     def _fits(self, x: Tensor, grad: Tensor, state: State) -> bool:
         """True if PyTorch's fused kernel can make the update; the kernel takes one tensor as signal and gradient."""
+        if torch.compiler.is_compiling():  # a compiler makes one kernel of the formulas, and cannot take this one in
+            return False
         plain = x is grad and x.device.type in linalg.FUSED and self.beta1 > 0 and self.eps >= linalg.SAFE and not self.eps_inside
         return plain and all(v.dtype == x.dtype and v.is_contiguous() for v in (x, *state.values()))
 

@@ -74,7 +74,9 @@ class HeavyBall(Rule):
         return self
 
     def traits(self, rows: Dim, cols: Dim) -> RuleTraits:
-        return RuleTraits(reads_grad=False, by_rows=self.state == "float" or cols.size % blocks.BLOCK == 0)
+        return RuleTraits(
+            reads_grad=False, by_rows=self.state == "float" or cols.size % blocks.BLOCK == 0, host_clock=self.dampening != 0.0
+        )
 
     def slots(self, rows: Dim, cols: Dim) -> dict[str, Slot]:
         if self.state == "float":

@@ -175,4 +175,4 @@ class RmsClip(Rule):
 
     def apply(self, x: S, grad: S, state: State, step: Step) -> tuple[S, State]:
         rms = linear.norm(x) / math.sqrt(x.size(-2) * x.size(-1))
-        return x * (self.limit / rms.clamp_min(self.limit)), {}
+        return linear.times(x, self.limit / rms.clamp_min(self.limit)), {}

@@ -27,7 +27,7 @@ class RmsNormalize(Rule):
         return RuleTraits(scale_free=True, reads_grad=False, lazy=True, measures=True)
 
     def apply(self, x: S, grad: S, state: State, step: Step) -> tuple[S, State]:
-        return x * linalg.ratio(self.scale * math.sqrt(x.size(-2) * x.size(-1)), linear.norm(x), self.eps), {}
+        return linear.times(x, linalg.ratio(self.scale * math.sqrt(x.size(-2) * x.size(-1)), linear.norm(x), self.eps)), {}
 
 
 @register
@@ -109,7 +109,7 @@ class NormGrowth(Rule):
         anew = torch.maximum(limit, size.clamp_max(math.sqrt(x.size(-2) * x.size(-1))))
         limit = torch.where(before < self.restart * size, anew, limit)
         shrink = (limit / size).clamp_max(1.0).masked_fill(before == 0, 1.0)
-        return x * shrink, {"norm": (size * shrink).view(-1)}
+        return linear.times(x, shrink), {"norm": (size * shrink).view(-1)}
 
 
 @register
@@ -133,7 +133,7 @@ class Debias(Rule):
 
     def apply(self, x: S, grad: S, state: State, step: Step) -> tuple[S, State]:
         if step.on_device:
-            return x * self._on_device(step.t), {}
+            return linear.times(x, self._on_device(step.t)), {}
         t = float(step.t)
         root = 1.0 if self.beta2 is None else math.sqrt(1 - self.beta2**t)
         return x * (root if self.beta1 is None else root / (1 - self.beta1**t)), {}

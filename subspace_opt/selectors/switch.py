@@ -45,6 +45,7 @@ class Switch(Selector):
             orthonormal=a.orthonormal and b.orthonormal,
             gated=a.gated or b.gated,
             waits=True,
+            host_clock=True,
         )
 
     def coords(self, rows: Dim, cols: Dim) -> tuple[Dim, Dim]:
