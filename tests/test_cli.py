@@ -254,6 +254,37 @@ def test_plan_names_the_tables_that_layers_share(run: Run) -> None:
     assert "tables" not in run("plan", "cosmos", "--model", "tiny")
 
 
+def stored_model(folder: Path) -> str:
+    """A safetensors file that holds a header alone."""
+    shapes = {"embed_tokens.weight": [500, 64], "layers.0.up_proj.weight": [256, 64], "layers.1.up_proj.weight": [256, 64]}
+    header = json.dumps({name: {"dtype": "BF16", "shape": shape, "data_offsets": [0, 0]} for name, shape in shapes.items()}).encode()
+    path = folder / "model.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    return str(path)
+
+
+def test_plan_fits_a_budget(tmp_path: Path, run: Run, leave: Callable[..., Left]) -> None:
+    """The spec that is written keeps the budget; a budget that is too small is bad input."""
+    model, out = stored_model(tmp_path), tmp_path / "mine.yaml"
+    text = run("plan", "galore", "--model", model, "--fit-state", "0.2MiB", "--out", str(out), width=80)
+    assert re.search(r"^first moments in bf16 +[\d.]+ KiB +[\d.]+ MiB +other\.state_dtype\.exp_avg fp32", text, re.M)
+    assert re.search(r"^training +[\d,]+ +[\d.]+ MiB +without activations", text, re.M)
+    assert "note: roles are found from names and shapes" in text
+    told = json.loads(run("plan", str(out), "--model", model, "--json"))
+    assert told["state_bytes"] <= 0.2 * 2**20 < told["adamw_bytes"]
+    assert told["dtype"] == "bfloat16"
+    assert told["state_bytes"] == told["totals"]["state_bytes"] == sum(group["state_bytes"] for group in told["groups"])
+    for options, message in (
+        (["--fit-state", "1KiB"], "no variant of 'galore' fits into 0.00 MiB for the state"),
+        (["--fit", "1GiB", "--ranks", "2"], "does not take --ranks"),
+        (["--out", str(out)], "add a budget, for example --fit 24GiB"),
+        (["--vocab", "3"], "decide the vocabulary"),
+    ):
+        left = leave("plan", "galore", "--model", model, *options)
+        assert left.status == 2
+        assert message in left.err
+
+
 def test_explain_tells_how_a_parameter_is_seen(tmp_path: Path, run: Run) -> None:
     """GPT-2 stores the weights of its linear layers as (in, out)."""
     config = tmp_path / "config.json"
