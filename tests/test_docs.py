@@ -68,7 +68,9 @@ def test_readmes_python_runs() -> None:
         exec(compile(source, "README.md", "exec"), {"model": model, "__name__": "readme"})
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/quick-start.md", "docs/memory.md", "docs/roles.md", "docs/schedules.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/quick-start.md", "docs/memory.md", "docs/waits.md", "docs/roles.md", "docs/schedules.md"]
+)
 def test_specs_in_pages_parse_and_plan(page: str) -> None:
     found = blocks(page, "yaml")
     assert found
