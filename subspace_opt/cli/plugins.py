@@ -15,7 +15,7 @@ def new(
     kind: Annotated[Kind, typer.Option(help="What the plugin adds.")] = "selector",
     directory: Annotated[Path, typer.Option("--in", metavar="DIR", help="Folder in which to create the package.")] = Path(),
 ) -> None:
-    """Write the skeleton of a plugin package, with tests that pass.
+    """Write the skeleton of a plugin package, with its tests.
 
     The package has a working component or preset to start from, an example, tests and a README.
     """

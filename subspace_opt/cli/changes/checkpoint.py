@@ -49,7 +49,7 @@ def convert(
     plugin: Plugins = [],  # noqa: B006
     as_json: AsJson = False,
 ) -> None:
-    """Turn a checkpoint of one optimizer into one of another spec.
+    """Turn a checkpoint into one of another optimizer.
 
     Reads states of subspace_opt and of torch's AdamW, Adam and SGD, and prints which slots are exact, approximate, rebuilt or reset. All
     else in the checkpoint is copied. A checkpoint of `train` is resumed by `train NEW --resume` with the same options as before.

@@ -60,7 +60,7 @@ def explain_change(
     plugin: Plugins = [],  # noqa: B006
     as_json: AsJson = False,
 ) -> None:
-    """Show what a change of the spec costs or saves for a model: bytes of state, operations, routes.
+    """Compare bytes, operations and routes of two specs.
 
     Totals come first, then the bytes of every slot by role, then the parameters whose pipeline, view or rank changes. Operations count
     products and decompositions, not elementwise work. No weights are allocated.
