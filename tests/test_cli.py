@@ -78,7 +78,7 @@ def plugin(tmp_path: Path) -> Iterator[Path]:
 
 # --- help
 
-COMMANDS = ["list", "show", "validate", "schema", "explain", "plan", "verify", "train", "demo", "parity", "new-plugin"]
+COMMANDS = ["list", "show", "validate", "schema", "explain", "plan", "verify", "train", "inspect", "demo", "parity", "new-plugin"]
 
 
 @pytest.mark.parametrize("name", COMMANDS)
