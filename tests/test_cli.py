@@ -78,8 +78,8 @@ def plugin(tmp_path: Path) -> Iterator[Path]:
 
 # --- help
 
-COMMANDS = ["list", "show", "validate", "schema", "explain", "plan", "diff", "explain-change", "convert"]
-COMMANDS += ["verify", "train", "demo", "parity", "new-plugin"]
+COMMANDS = ["list", "show", "validate", "schema", "explain", "plan", "diff", "explain-change", "convert", "verify", "train", "inspect"]
+COMMANDS += ["compare", "search", "demo", "parity", "new-plugin"]
 
 
 @pytest.mark.parametrize("name", COMMANDS)

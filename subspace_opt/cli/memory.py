@@ -133,8 +133,8 @@ def _parameters(spec: Spec, model: str, vocab: int | None, dtype: str | None) ->
         found = Parameters(entries_of(meta_model(model, vocab_size=vocab), chosen or torch.float32))
     elif vocab is not None:
         raise BudgetError(f"--vocab {vocab}: the files or the function of --model decide the vocabulary; leave the option out")
-    rates = {"lr": spec.defaults.lr, "weight_decay": spec.defaults.weight_decay}
-    return Parameters(tuple(replace(entry, **rates) for entry in found.entries), found.remarks)
+    lr, weight_decay = spec.defaults.lr, spec.defaults.weight_decay
+    return Parameters(tuple(replace(entry, lr=lr, weight_decay=weight_decay) for entry in found.entries), found.remarks)
 
 
 def _title(plan: Plan, model: str, found: Parameters) -> str:

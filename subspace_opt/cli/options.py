@@ -70,6 +70,7 @@ ModelSource = Annotated[
         help="A size from tiny to 70b; path of a Hugging Face config, a .safetensors file, its index, or a folder; or module:function.",
     ),
 ]
+Dtype = Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Dtype of the parameters.")]
 PlannedDtype = Annotated[
     Literal["float32", "bfloat16", "float16"] | None,
     typer.Option("--dtype", help="Dtype of the parameters. Default: that of the files or the module, else float32."),

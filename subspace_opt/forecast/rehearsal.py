@@ -202,7 +202,7 @@ class _Allocations(TorchDispatchMode):
     """Counts the bytes of the storages that operations make on the meta device, as long as they are alive."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.held = self.most = 0
         self._known: set[int] = set()
 
