@@ -19,6 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import subspace_opt
+from subspace_opt.distributed import checkpoint
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
@@ -99,6 +100,61 @@ def _copied(state_dict: dict[str, Any]) -> dict[str, Any]:
 def test_a_resumed_run_is_the_same_to_the_bit(kind: str, dtype: torch.dtype) -> None:
     presets = ["cosmos", "muon", "galore", "soap", "adamw", "frugal", "trion", "golore"]
     assert run_ranks(2, cut_points, kind, presets, dtype) == [[]] * 2
+
+
+def exchanges(kind: str, preset: str, dtype: torch.dtype, limit: int) -> tuple[list[str], int, dict[str, list[int]]]:
+    """Slots that differ by a bit after they were saved and loaded, the number of slots, and the bytes of each exchange of this rank."""
+    model = place(make_zoo(dtype), kind, mesh_of(kind, dist.get_world_size()))
+    optimizer = build(preset, model, kind, rounding="kahan" if dtype == torch.bfloat16 else "nearest")
+    steps(model, optimizer, 0, 4)
+    before = {(p, key): value.clone() for p, slots in optimizer.state.items() for key, value in slots.items()}
+    sent: dict[str, list[int]] = {"save": [], "load": [], "reductions": []}
+    all_to_all, all_reduce = dist.all_to_all_single, dist.all_reduce
+    doing = "save"
+
+    def counted(to: torch.Tensor, own: torch.Tensor, *arguments: Any, **named: Any) -> Any:
+        sent[doing].append(to.numel() + own.numel())
+        return all_to_all(to, own, *arguments, **named)
+
+    def reduced(value: torch.Tensor, *arguments: Any, **named: Any) -> Any:
+        sent["reductions"].append(value.numel())
+        return all_reduce(value, *arguments, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "BUCKET_BYTES", limit)
+        patch.setattr(dist, "all_to_all_single", counted)
+        patch.setattr(dist, "all_reduce", reduced)
+        saved = optimizer.state_dict()
+        doing = "load"
+        optimizer.load_state_dict(saved)
+    wrong = [str(key) for (p, key), value in before.items() if key != "refreshed" and not torch.equal(value, optimizer.state[p][key])]
+    return wrong, len(before), sent
+
+
+@pytest.mark.slow
+def test_state_travels_in_one_exchange_a_dtype() -> None:
+    for kind, preset, dtype, dtypes in (
+        ("fsdp", "cosmos", torch.float32, 1),
+        ("ddp", "soap", torch.float32, 1),
+        ("tp", "muon", torch.bfloat16, 1),  # Kahan's compensation stays with the shards
+        ("fsdp", "subspace-momentum", torch.float32, 2),  # momenta and indices
+    ):
+        for wrong, _, sent in run_ranks(2, exchanges, kind, preset, dtype, checkpoint.BUCKET_BYTES):
+            assert wrong == []
+            assert (len(sent["save"]), len(sent["load"])) == (dtypes, dtypes)
+            assert len(sent["reductions"]) <= 1
+
+
+@pytest.mark.slow
+def test_an_exchange_of_state_is_bounded() -> None:
+    for wrong, slots, sent in run_ranks(2, exchanges, "fsdp", "soap", torch.float32, 600):
+        assert wrong == []
+        for sizes in (sent["save"], sent["load"]):
+            assert 5 < len(sizes) < slots
+            assert max(sizes) <= 2 * 13 * 13 * 4  # the largest slot alone: the factor of 13 rows, which leaves and arrives
+    for wrong, _, sent in run_ranks(2, exchanges, "fsdp", "soap", torch.float32, 1500):
+        assert wrong == []
+        assert max(sent["save"] + sent["load"]) <= 1500
 
 
 # ------------------------------------------------------------------------------------------------- from any number of ranks to any other
