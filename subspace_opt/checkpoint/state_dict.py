@@ -13,7 +13,6 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from ..algebra.storage import Codes
 from ..engine import lowbit
 from ..plan import COUNTERS, Plan, Row, make_plan
 from ..spec import Spec
@@ -64,16 +63,16 @@ def matched(
 
 def _kept(slots: dict[str, Any], param: Tensor, row: Row) -> dict[str, Any]:
     """The state of a parameter on its device, in storage of its own."""
-    return {key: value if key in COUNTERS else _copied(value, param, row.codes.get(key)) for key, value in slots.items()}
+    return {key: value if key in COUNTERS else _copied(value, param, key, row) for key, value in slots.items()}
 
 
-def _copied(value: Tensor, param: Tensor, codes: Codes | None) -> Tensor:
+def _copied(value: Tensor, param: Tensor, key: str, row: Row) -> Tensor:
     if lowbit.found(value) is not None:
         return lowbit.copied(value, param.device)
     value = value.detach()
     value = value.full_tensor() if hasattr(value, "full_tensor") else value  # ranks that shared it save a DTensor
     value = value.to(device=param.device, copy=True).contiguous()
-    return value if codes is None else lowbit.coded(value, codes)
+    return lowbit.coded(value, row.codes[key]) if key in row.codes else value
 
 
 def _pairs(saved_groups: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]], own: list[Tensor]) -> list[tuple[Any, Tensor]]:
