@@ -52,7 +52,9 @@ with zipfile.ZipFile(wheel) as archive:
     needed = message_from_bytes(archive.read(metadata)).get_all("Requires-Dist", [])
 venv.create(folder, with_pip=True)
 own, new = (Path(sysconfig.get_path("purelib", vars={"base": base, "platbase": base})) for base in (sys.prefix, str(folder)))
-for found in dependencies(needed).values():
+for name, found in dependencies(needed).items():
+    if any(new.glob(f"{name}-*.dist-info")):
+        continue  # venv has put its own setuptools there
     for file in found.files or ():
         if file.parts[0] != "..":  # commands beside the packages name the other environment
             link(own / file, new / file)
