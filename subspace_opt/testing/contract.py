@@ -101,15 +101,15 @@ def documented(exam: Examination) -> None:
 
 
 def _schema_has(family: str, names: tuple[str, ...]) -> None:
-    known = frozenset((each, name, cls) for each in FAMILIES for name, cls in kinds(each).items())
-    missing = [name for name in names if f"{family}.{name}" not in _definitions(known)]
+    defined = _definitions(frozenset(kinds(family).items()))
+    missing = [name for name in names if f"{family}.{name}" not in defined]
     if missing:
         raise ConformanceError(f"the JSON schema does not know {missing}")
 
 
-@lru_cache(maxsize=1)
-def _definitions(known: frozenset[tuple[str, str, type[Component]]]) -> frozenset[str]:
-    """The names that the JSON schema defines while these kinds are known. Making the schema takes a tenth of a second."""
+@lru_cache(maxsize=len(FAMILIES))
+def _definitions(known: frozenset[tuple[str, type[Component]]]) -> frozenset[str]:
+    """The names that the JSON schema defines while a family has these kinds. Making the schema takes a tenth of a second."""
     return frozenset(json_schema()["$defs"])
 
 
