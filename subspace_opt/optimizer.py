@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NoReturn, overload
 
@@ -279,10 +280,10 @@ class SubspaceOptimizer(PlannedOptimizer):
         shardings = self._shardings()
         if not shardings:
             return super().state_dict()
-        from .distributed import shards
+        from .distributed import checkpoint
 
         own = self.state
-        self.state = shards.export_state(shardings, own)
+        self.state = checkpoint.export_state(shardings, own)
         try:
             return super().state_dict()
         finally:
@@ -301,12 +302,12 @@ class SubspaceOptimizer(PlannedOptimizer):
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
-        readers = {}
+        reader = None
         if shardings := self._shardings():
-            from .distributed import shards
+            from .distributed import checkpoint
 
-            readers = {key: shards.slot_reader(*pair) for key, pair in shardings.items()}
-        state, groups = matched(state_dict, self.param_groups, self.plan, readers)
+            reader = partial(checkpoint.import_state, shardings)
+        state, groups = matched(state_dict, self.param_groups, self.plan, reader)
         self.__setstate__({"state": defaultdict(dict, state), "param_groups": groups})
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from pool import Pool, run_ranks
 
+pytestmark = pytest.mark.slow
+
 
 def who() -> tuple[int, int, int, float]:
     """Rank, number of ranks, process, and a sum over all ranks."""

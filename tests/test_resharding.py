@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,16 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from pool import run_ranks
 from ranks import differences, give, make_zoo, mesh_of, own_shard, place, whole_weights
-from test_sharding import build
+from test_sharding import alone, build
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import subspace_opt
+from subspace_opt.distributed import checkpoint
+
+Ends = dict[str, dict[str, torch.Tensor]]  # by preset: the weights that one process ends with
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
@@ -46,32 +50,47 @@ def set_weights(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
 # ---------------------------------------------------------------------------------------------------- to the bit, on the same ranks
 
 
+CUTS = (1, 3, 4, 5, 8)  # bases are refreshed every fourth update
+
+
 def cut_points(kind: str, presets: list[str], dtype: torch.dtype) -> list[str]:
-    """The weights and state tensors in which a resumed run differs by a bit from a run without a cut: this rank's shards of them."""
+    """The weights and state tensors in which a resumed run differs by a bit from a run without a cut: this rank's parts of them."""
     wrong = []
     for preset in presets:
         model, optimizer = made(preset, kind, dtype)
-        saved = {}
-        for step in range(9):
-            steps(model, optimizer, step, step + 1)
-            saved[step + 1] = _own_weights(model), _copied(optimizer.state_dict())
+        saved, held = {}, {}
+        for step in range(1, 10):
+            steps(model, optimizer, step - 1, step)
+            if step in CUTS:
+                saved[step] = _copied(optimizer.state_dict())
+            held[step] = _held(model, optimizer)
         other, resumed = made(preset, kind, dtype)  # every cut after the first is loaded over other state
-        for cut in (1, 3, 4, 5, 8):  # bases are refreshed every fourth update
+        weights = dict(other.named_parameters())
+        for cut in CUTS:
             torch.manual_seed(cut + dist.get_rank())
             with torch.no_grad():
-                for name, p in other.named_parameters():
-                    _own(p).copy_(saved[cut][0][name])
-            resumed.load_state_dict(saved[cut][1])
+                for name, p in weights.items():
+                    _own(p).copy_(held[cut][name])
+            resumed.load_state_dict(saved[cut])
             end = 9 if cut == 1 else min(cut + 2, 9)  # then all weights and all state are compared: equal ones continue equally
             steps(other, resumed, cut, end)
-            weights, state = saved[end]
-            wrong += [f"{preset} cut at {cut}: {name}" for name, w in _own_weights(other).items() if not torch.equal(w, weights[name])]
-            mine = resumed.state_dict()["state"]
-            for i, slots in state["state"].items():
-                for key, value in slots.items():
-                    if not torch.equal(_own(value), _own(mine[i][key])):
-                        wrong.append(f"{preset} cut at {cut}: slot {key} of parameter {i}")
+            found = _held(other, resumed)
+            assert found.keys() == held[end].keys()
+            wrong += [f"{preset} cut at {cut}: {name}" for name, value in found.items() if not torch.equal(value, held[end][name])]
     return wrong
+
+
+def _held(model: nn.Module, optimizer: subspace_opt.SubspaceOptimizer) -> dict[str, torch.Tensor]:
+    """A copy of this rank's shards of the weights, and of the state that it keeps. Only owners count refreshes."""
+    names = {p: name for name, p in model.named_parameters()}
+    owned = {key for key, (group, sharding) in optimizer._shardings().items() if sharding.part_of(group.rank) is not None}
+    state = {
+        f"{names[p]}: {key}": value.clone()
+        for p, slots in optimizer.state.items()
+        for key, value in slots.items()
+        if key != "refreshed" or id(p) in owned
+    }
+    return {**_own_weights(model), **state}
 
 
 def _own(value: torch.Tensor) -> torch.Tensor:
@@ -101,6 +120,61 @@ def test_a_resumed_run_is_the_same_to_the_bit(kind: str, dtype: torch.dtype) -> 
     assert run_ranks(2, cut_points, kind, presets, dtype) == [[]] * 2
 
 
+def exchanges(kind: str, preset: str, dtype: torch.dtype, limit: int) -> tuple[list[str], int, dict[str, list[int]]]:
+    """Slots that differ by a bit after they were saved and loaded, the number of slots, and the bytes of each exchange of this rank."""
+    model = place(make_zoo(dtype), kind, mesh_of(kind, dist.get_world_size()))
+    optimizer = build(preset, model, kind, rounding="kahan" if dtype == torch.bfloat16 else "nearest")
+    steps(model, optimizer, 0, 4)
+    before = {(p, key): value.clone() for p, slots in optimizer.state.items() for key, value in slots.items()}
+    sent: dict[str, list[int]] = {"save": [], "load": [], "reductions": []}
+    all_to_all, all_reduce = dist.all_to_all_single, dist.all_reduce
+    doing = "save"
+
+    def counted(to: torch.Tensor, own: torch.Tensor, *arguments: Any, **named: Any) -> Any:
+        sent[doing].append(to.numel() + own.numel())
+        return all_to_all(to, own, *arguments, **named)
+
+    def reduced(value: torch.Tensor, *arguments: Any, **named: Any) -> Any:
+        sent["reductions"].append(value.numel())
+        return all_reduce(value, *arguments, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "BUCKET_BYTES", limit)
+        patch.setattr(dist, "all_to_all_single", counted)
+        patch.setattr(dist, "all_reduce", reduced)
+        saved = optimizer.state_dict()
+        doing = "load"
+        optimizer.load_state_dict(saved)
+    wrong = [str(key) for (p, key), value in before.items() if key != "refreshed" and not torch.equal(value, optimizer.state[p][key])]
+    return wrong, len(before), sent
+
+
+@pytest.mark.slow
+def test_state_travels_in_one_exchange_a_dtype() -> None:
+    for kind, preset, dtype, dtypes in (
+        ("fsdp", "cosmos", torch.float32, 1),
+        ("ddp", "soap", torch.float32, 1),
+        ("tp", "muon", torch.bfloat16, 1),  # Kahan's compensation stays with the shards
+        ("fsdp", "subspace-momentum", torch.float32, 2),  # momenta and indices
+    ):
+        for wrong, _, sent in run_ranks(2, exchanges, kind, preset, dtype, checkpoint.BUCKET_BYTES):
+            assert wrong == []
+            assert (len(sent["save"]), len(sent["load"])) == (dtypes, dtypes)
+            assert len(sent["reductions"]) <= 1
+
+
+@pytest.mark.slow
+def test_an_exchange_of_state_is_bounded() -> None:
+    for wrong, slots, sent in run_ranks(2, exchanges, "fsdp", "soap", torch.float32, 600):
+        assert wrong == []
+        for sizes in (sent["save"], sent["load"]):
+            assert 5 < len(sizes) < slots
+            assert max(sizes) <= 2 * 13 * 13 * 4  # the largest slot alone: the factor of 13 rows, which leaves and arrives
+    for wrong, _, sent in run_ranks(2, exchanges, "fsdp", "soap", torch.float32, 1500):
+        assert wrong == []
+        assert max(sent["save"] + sent["load"]) <= 1500
+
+
 # ------------------------------------------------------------------------------------------------- from any number of ranks to any other
 
 
@@ -115,9 +189,10 @@ def save(folder: str, kind: str | None, presets: list[str], flat: bool) -> None:
             dcp.save({"optimizer": state, "weights": whole_weights(model)}, checkpoint_id=f"{folder}/{preset}")
 
 
-def load(folder: str, kind: str | None, presets: list[str], flat: bool) -> list[str]:
+def load(folder: str, kind: str | None, ends: Ends, flat: bool) -> list[str]:
+    """The weights that differ from those of one process after five more steps."""
     wrong = []
-    for preset in presets:
+    for preset, end in ends.items():
         model, optimizer = made(preset, kind, torch.float64)
         options = FLAT if flat else StateDictOptions()
         before = _own_weights(model)
@@ -131,11 +206,7 @@ def load(folder: str, kind: str | None, presets: list[str], flat: bool) -> list[
             set_optimizer_state_dict(model, optimizer, state, options=options)
         set_weights(model, weights)
         steps(model, optimizer, 5, 10)
-        alone = make_zoo(torch.float64)
-        own = build(preset, alone, None)
-        steps(alone, own, 0, 10)
-        gaps = differences(model, alone)
-        wrong += [f"{preset}: {name} differs by {gap:.1e}" for name, gap in gaps if not gap < 1e-9]
+        wrong += [f"{preset}: {name} differs by {gap:.1e}" for name, gap in differences(model, end) if not gap < 1e-9]
     return wrong
 
 
@@ -145,7 +216,7 @@ def test_saved_on_four_ranks_and_loaded_on_others(tmp_path: Path, flat: bool, be
     presets = ["cosmos", "muon", "galore", "soap", "adamw", "sumo"] if flat and before == after else ["cosmos", "galore", "adamw"]
     run_ranks(4, save, str(tmp_path), before, presets, flat)
     for world in (2, 1, 3) if before == after else (4,):
-        assert run_ranks(world, load, str(tmp_path), after, presets, flat) == [[]] * world
+        assert run_ranks(world, load, str(tmp_path), after, {preset: alone(preset, 10) for preset in presets}, flat) == [[]] * world
 
 
 @pytest.mark.slow
@@ -154,14 +225,14 @@ def test_saved_on_one_process_and_loaded_on_several_and_back(tmp_path: Path) -> 
     for before, after, world in ((None, "fsdp", 1), ("ddp", "fsdp", 2), ("fsdp", "ddp", 2)):
         folder = tmp_path / f"{before}-{after}"
         run_ranks(world, save, str(folder), before, presets, True)
-        assert run_ranks(2, load, str(folder), after, presets, True) == [[]] * 2
+        assert run_ranks(2, load, str(folder), after, {preset: alone(preset, 10) for preset in presets}, True) == [[]] * 2
 
 
-def full_state(presets: list[str]) -> list[str]:
+def full_state(ends: Ends) -> list[str]:
     """A full state dictionary, gathered on every rank, loads into an optimizer of ordinary parameters, and back."""
     wrong = []
     options = StateDictOptions(full_state_dict=True)
-    for preset in presets:
+    for preset, end in ends.items():
         model, optimizer = made(preset, "fsdp", torch.float64)
         steps(model, optimizer, 0, 5)
         with warnings.catch_warnings():
@@ -175,17 +246,13 @@ def full_state(presets: list[str]) -> list[str]:
                 warnings.simplefilter("ignore")
                 set_optimizer_state_dict(other, resumed, full, options=options)
             steps(other, resumed, 5, 8)
-            alone = make_zoo(torch.float64)
-            own = build(preset, alone, None)
-            steps(alone, own, 0, 8)
-            gaps = differences(other, alone)
-            wrong += [f"{preset} to {kind}: {name} differs by {gap:.1e}" for name, gap in gaps if not gap < 1e-9]
+            wrong += [f"{preset} to {kind}: {name} differs by {gap:.1e}" for name, gap in differences(other, end) if not gap < 1e-9]
     return wrong
 
 
 @pytest.mark.slow
 def test_a_full_state_dictionary_goes_anywhere() -> None:
-    assert run_ranks(2, full_state, ["cosmos", "muon", "galore", "soap", "adamw"]) == [[]] * 2
+    assert run_ranks(2, full_state, {preset: alone(preset, 8) for preset in ("cosmos", "muon", "galore", "soap", "adamw")}) == [[]] * 2
 
 
 # ------------------------------------------------------------------------------------------------------------ training with wrappers
@@ -221,8 +288,7 @@ def wrapped(kind: str) -> nn.Module:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-    torch.manual_seed(3)
-    model = Small().double()
+    model: nn.Module = small()
     world = dist.get_world_size()
     if kind == "ddp":
         return nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
@@ -243,26 +309,44 @@ def wrapped(kind: str) -> nn.Module:
     return fully_shard(model, mesh=mesh)
 
 
-def train(kind: str, presets: list[str]) -> list[str]:
-    """Train with real gradients, through the wrapper's hooks."""
-    warnings.simplefilter("ignore")
+def tokens() -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and targets of eight steps."""
     draws = torch.Generator().manual_seed(5)
-    x, y = (torch.randint(0, 31, (12, 8, 6), generator=draws) for _ in range(2))
-    wrong = []
-    for preset in presets:
+    x, y = (torch.randint(0, 31, (8, 8, 6), generator=draws) for _ in range(2))
+    return x, y
+
+
+def learned(model: nn.Module, preset: str) -> nn.Module:
+    """The model after eight steps with real gradients, as users write them."""
+    optimizer = subspace_opt.build(preset, model, lr=1e-3, overrides={"matrix.selector.rank": 3} if preset == "cosmos" else {})
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 0.5, 1.0, 6)
+    for x, y in zip(*tokens(), strict=True):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
+        optimizer.step()
+        schedule.step()
+    return model
+
+
+def small() -> Small:
+    """The same weights on every rank."""
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
-        alone = Small().double()
-        models = [alone, wrapped(kind)]
-        for model in models:
-            optimizer = subspace_opt.build(preset, model, lr=1e-3, overrides={"matrix.selector.rank": 3} if preset == "cosmos" else {})
-            schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 0.5, 1.0, 6)
-            for i in range(12):
-                optimizer.zero_grad()
-                nn.functional.cross_entropy(model(x[i]).flatten(0, 1), y[i].flatten()).backward()
-                optimizer.step()
-                schedule.step()
-        ranked = models[1].module if kind == "ddp" else models[1]
-        gaps = differences(ranked, alone)
+        return Small().double()
+
+
+@cache
+def learned_alone(preset: str) -> dict[str, torch.Tensor]:
+    return whole_weights(learned(small(), preset))
+
+
+def train(kind: str, ends: Ends) -> list[str]:
+    """The weights that differ from those of one process after training through the wrapper's hooks."""
+    warnings.simplefilter("ignore")
+    wrong = []
+    for preset, end in ends.items():
+        model = learned(wrapped(kind), preset)
+        gaps = differences(model.module if kind == "ddp" else model, end)
         wrong += [f"{preset}: {name} differs by {gap:.1e}" for name, gap in gaps if not gap < 1e-9]
     return wrong
 
@@ -270,35 +354,43 @@ def train(kind: str, presets: list[str]) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "world"), [("fsdp", 2), ("fsdp", 4), ("hsdp", 4), ("ddp", 2), ("tp", 2), ("fsdp+tp", 4)])
 def test_training_as_users_write_it(kind: str, world: int) -> None:
-    assert run_ranks(world, train, kind, ["cosmos", "muon", "galore", "adamw", "trion"]) == [[]] * world
+    ends = {preset: learned_alone(preset) for preset in ("cosmos", "muon", "galore", "adamw", "trion")}
+    assert run_ranks(world, train, kind, ends) == [[]] * world
 
 
-def backward_steps(kind: str, preset: str) -> list[str]:
+@cache
+def stepped_alone(preset: str) -> dict[str, torch.Tensor]:
+    """The weights after the ordinary optimizer's steps on one process."""
+    model = small()
+    optimizer = subspace_opt.build(preset, model, lr=1e-3)
+    for x, y in zip(*tokens(), strict=True):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
+        optimizer.step()
+    return whole_weights(model)
+
+
+def backward_steps(kind: str, ends: Ends) -> list[str]:
     """Compare updates during `backward()` on ranks with the ordinary optimizer on one process."""
     warnings.simplefilter("ignore")
-    draws = torch.Generator().manual_seed(5)
-    x, y = (torch.randint(0, 31, (8, 8, 6), generator=draws) for _ in range(2))
-    torch.manual_seed(3)
-    alone = Small().double()
-    own = subspace_opt.build(preset, alone, lr=1e-3)
-    model = wrapped(kind)
-    optimizer = subspace_opt.step_in_backward(model, preset, lr=1e-3)
-    for i in range(8):
-        for one, opt in ((alone, own), (model, optimizer)):
-            opt.zero_grad()
-            nn.functional.cross_entropy(one(x[i]).flatten(0, 1), y[i].flatten()).backward()
-            if one is model:
-                assert all(p.grad is None for p in model.parameters())
-            opt.step()
-    gaps = differences(model, alone)
-    return [f"{preset}: {name} differs by {gap:.1e}" for name, gap in gaps if not gap < 1e-9]
+    wrong = []
+    for preset, end in ends.items():
+        model = wrapped(kind)
+        optimizer = subspace_opt.step_in_backward(model, preset, lr=1e-3)
+        for x, y in zip(*tokens(), strict=True):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
+            assert all(p.grad is None for p in model.parameters())
+            optimizer.step()
+        wrong += [f"{preset}: {name} differs by {gap:.1e}" for name, gap in differences(model, end) if not gap < 1e-9]
+    return wrong
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["fsdp", "tp"])
 def test_updates_in_backward_of_shards(kind: str) -> None:
-    for preset in ("muon", "galore", "adamw"):
-        assert run_ranks(2, backward_steps, kind, preset) == [[]] * 2
+    ends = {preset: stepped_alone(preset) for preset in ("muon", "galore", "adamw")}
+    assert run_ranks(2, backward_steps, kind, ends) == [[]] * 2
 
 
 def few_bits(kind: str) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from itertools import product
 from typing import Any
 
 import pytest
@@ -121,23 +122,31 @@ def test_copies_on_several_ranks_stay_equal_to_the_bit() -> None:
     assert run_ranks(2, differing_copies, "tp", ("galore", "adamw", "cosmos", "muon")) == [[]] * 2
 
 
-def compare_fused(kind: str, presets: tuple[str, ...], options: dict[str, Any]) -> list[str]:
-    """The parameters of fused weights that differ from one process, after the same steps."""
-    mesh, wrong = mesh_of(kind, dist.get_world_size()), []
-    for preset in presets:
-        runs = []
-        for where in (None, kind):
-            model = make_fused()
-            if where is not None:
-                place(model, kind, mesh)
-            optimizer = build(preset, model, where, **options)
-            for step in range(STEPS_OF_FOUR):
-                give(model, step)
-                optimizer.step()
-            runs.append(model)
+def trained_fused(preset: str, kind: str | None, **options: Any) -> tuple[nn.Module, subspace_opt.SubspaceOptimizer]:
+    """Weights that are cut into parts after some steps: on one process (`kind` None), or on a mesh."""
+    model = make_fused()
+    if kind is not None:
+        place(model, kind, mesh_of(kind, dist.get_world_size()))
+    optimizer = build(preset, model, kind, **options)
+    for step in range(STEPS_OF_FOUR):
+        give(model, step)
+        optimizer.step()
+    return model, optimizer
+
+
+@cache
+def fused_alone(preset: str) -> dict[str, Tensor]:
+    return whole_weights(trained_fused(preset, None)[0])
+
+
+def compare_fused(kind: str, presets: dict[str, dict[str, Tensor]], options: dict[str, Any]) -> list[str]:
+    """The parameters of fused weights that differ from those of one process, given by preset."""
+    wrong = []
+    for preset, weights in presets.items():
+        model, optimizer = trained_fused(preset, kind, **options)
         cut = [row.entry.name for row in optimizer.plan if len(row.splits) > 1]
         assert len(cut) == 6, cut
-        wrong += [f"{preset}: {name} differs by {gap:.1e}" for name, gap in differences(runs[1], runs[0]) if not gap < 1e-9]
+        wrong += [f"{preset}: {name} differs by {gap:.1e}" for name, gap in differences(model, weights) if not gap < 1e-9]
         planned = sum(sharding.bytes_held(group.rank) for group, sharding in optimizer._shardings().values())
         if planned != measured_bytes(optimizer):
             wrong.append(f"{preset}: {planned} bytes planned, {measured_bytes(optimizer)} held")
@@ -147,12 +156,14 @@ def compare_fused(kind: str, presets: tuple[str, ...], options: dict[str, Any]) 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "world"), [("fsdp", 2), ("ddp", 2), ("hsdp", 4)])
 def test_weights_cut_by_their_roles_equal_one_process(kind: str, world: int) -> None:
-    assert run_ranks(world, compare_fused, kind, ("cosmos", "galore", "muon-hyperball", "spel"), {}) == [[]] * world
+    presets = {preset: fused_alone(preset) for preset in ("cosmos", "galore", "muon-hyperball", "spel")}
+    assert run_ranks(world, compare_fused, kind, presets, {}) == [[]] * world
 
 
 @pytest.mark.slow
 def test_weights_cut_by_their_roles_in_small_buckets_equal_one_process() -> None:
-    assert run_ranks(2, compare_fused, "tp", ("muon", "soap"), {"batch_bytes": 500}) == [[]] * 2
+    presets = {preset: fused_alone(preset) for preset in ("muon", "soap")}
+    assert run_ranks(2, compare_fused, "tp", presets, {"batch_bytes": 500}) == [[]] * 2
 
 
 # ------------------------------------------------------------------------------------------------------- gradients that are missing or bad
@@ -461,23 +472,34 @@ def test_groups_of_shared_parameters(kind: str) -> None:
     assert run_ranks(2, grouped, kind) == [[]] * 2
 
 
-def low_precision(kind: str) -> list[str]:
+@cache
+def in_low_precision() -> tuple[dict[str, dict[str, Tensor]], dict[tuple[str, str], dict[str, Tensor]]]:
+    """The weights of one process: in float32 by preset, in bfloat16 by rounding and preset."""
+    singles = {
+        preset: whole_weights(trained(preset, None, None, dtype=torch.float32, stacking="never")[0])
+        for preset in ("cosmos", "muon", "galore", "adamw")
+    }
+    halves = {}
+    for rounding, preset in product(("nearest", "stochastic", "kahan"), ("muon", "adamw", "muon-hyperball")):
+        model, _ = trained(preset, None, None, steps=6, dtype=torch.bfloat16, rounding=rounding, stacking="never")
+        halves[rounding, preset] = whole_weights(model)
+    return singles, halves
+
+
+def low_precision(kind: str, singles: dict[str, dict[str, Tensor]], halves: dict[tuple[str, str], dict[str, Tensor]]) -> list[str]:
     """float32 up to round-off, and bfloat16 with each rounding. The draws are the same on every rank."""
     mesh = mesh_of(kind, dist.get_world_size())
     wrong = []
-    for preset in ("cosmos", "muon", "galore", "adamw"):
-        alone, _ = trained(preset, None, None, dtype=torch.float32, stacking="never")
+    for preset, weights in singles.items():
         model, _ = trained(preset, kind, mesh, dtype=torch.float32)
-        wrong += [f"{preset}: {n} differs by {gap:.1e}" for n, gap in differences(model, alone) if not gap < 1e-3]
-    for rounding in ("nearest", "stochastic", "kahan"):
-        for preset in ("muon", "adamw", "muon-hyperball"):
-            alone, _ = trained(preset, None, None, steps=6, dtype=torch.bfloat16, rounding=rounding, stacking="never")
-            model, _ = trained(preset, kind, mesh, steps=6, dtype=torch.bfloat16, rounding=rounding)
-            other = whole_weights(model)
-            for name, one in whole_weights(alone).items():
-                apart = (one != other[name]).float().mean().item()  # an entry halfway between two neighbours may round to either
-                if apart > 0.1 or not torch.allclose(one.float(), other[name].float(), rtol=2e-2, atol=1e-3):
-                    wrong.append(f"{preset}, {rounding}: {name} differs in {apart:.0%} of the entries")
+        wrong += [f"{preset}: {n} differs by {gap:.1e}" for n, gap in differences(model, weights) if not gap < 1e-3]
+    for (rounding, preset), weights in halves.items():
+        model, _ = trained(preset, kind, mesh, steps=6, dtype=torch.bfloat16, rounding=rounding)
+        other = whole_weights(model)
+        for name, one in weights.items():
+            apart = (one != other[name]).float().mean().item()  # an entry halfway between two neighbours may round to either
+            if apart > 0.1 or not torch.allclose(one.float(), other[name].float(), rtol=2e-2, atol=1e-3):
+                wrong.append(f"{preset}, {rounding}: {name} differs in {apart:.0%} of the entries")
     return wrong
 
 
@@ -490,30 +512,40 @@ APPLIED: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def compare_applied(kind: str) -> list[str]:
+def applied(label: str, kind: str | None) -> nn.Module:
+    """A zoo after some steps with other rules in `apply`: on one process (`kind` None), or on a mesh."""
+    preset, overrides = APPLIED[label]
+    model = make_zoo()
+    if kind is not None:
+        place(model, kind, mesh_of(kind, dist.get_world_size()))
+    optimizer = subspace_opt.build(shortened(preset), model, lr=1e-2, weight_decay=0.3, overrides=overrides)
+    for step in range(STEPS_OF_FOUR):
+        give(model, step, lambda name, step: name == "square.weight" and step < 2)
+        if model.twin.weight.grad is not None and step < 2:
+            model.twin.weight.grad.zero_()  # it waits, and decays
+        optimizer.step()
+    return model
+
+
+@cache
+def applied_alone(label: str) -> dict[str, Tensor]:
+    return whole_weights(applied(label, None))
+
+
+def compare_applied(kind: str, ends: dict[str, dict[str, Tensor]]) -> list[str]:
     """The weights that differ from those of one process, with other rules in `apply`."""
-    mesh, wrong = mesh_of(kind, dist.get_world_size()), []
-    for label, (preset, overrides) in APPLIED.items():
-        ends = []
-        for where in (None, kind):
-            model = make_zoo()
-            if where is not None:
-                place(model, where, mesh)
-            optimizer = subspace_opt.build(shortened(preset), model, lr=1e-2, weight_decay=0.3, overrides=overrides)
-            for step in range(STEPS_OF_FOUR):
-                give(model, step, lambda name, step: name == "square.weight" and step < 2)
-                if model.twin.weight.grad is not None and step < 2:
-                    model.twin.weight.grad.zero_()  # it waits, and decays
-                optimizer.step()
-            ends.append(model)
-        wrong += [f"{label}: {name} differs by {gap:.1e}" for name, gap in differences(ends[1], ends[0]) if not gap < 1e-9]
-    return wrong
+    return [
+        f"{label}: {name} differs by {gap:.1e}"
+        for label, weights in ends.items()
+        for name, gap in differences(applied(label, kind), weights)
+        if not gap < 1e-9
+    ]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "world"), [("fsdp", 2), ("tp", 2), ("fsdp+tp", 4)])
 def test_weight_rules_equal_one_process(kind: str, world: int) -> None:
-    assert run_ranks(world, compare_applied, kind) == [[]] * world
+    assert run_ranks(world, compare_applied, kind, {label: applied_alone(label) for label in APPLIED}) == [[]] * world
 
 
 def sums_with_compensation(model: nn.Module, optimizer: subspace_opt.SubspaceOptimizer) -> dict[str, Tensor]:
@@ -529,22 +561,24 @@ def sums_with_compensation(model: nn.Module, optimizer: subspace_opt.SubspaceOpt
     return found
 
 
-def compensated(kind: str) -> list[str]:
+def compensated(kind: str | None) -> dict[str, Tensor]:
+    """Matrices after some steps in bfloat16, with Kahan's compensation: on one process (`kind` None), or on a mesh."""
+    mesh = None if kind is None else mesh_of(kind, dist.get_world_size())
+    return sums_with_compensation(*trained("spel", kind, mesh, steps=6, dtype=torch.bfloat16, rounding="kahan"))
+
+
+def compare_compensated(kind: str, alone: dict[str, Tensor]) -> list[str]:
     """Matrices that leave one process because their owner did not see Kahan's compensation, as rules in `apply` do there."""
-    mesh = mesh_of(kind, dist.get_world_size())
-    ends = [
-        sums_with_compensation(*trained("spel", where, mesh, steps=6, dtype=torch.bfloat16, rounding="kahan")) for where in (None, kind)
-    ]
-    return [f"{name} differs by {gap:.1e}" for name, gap in differences(*ends) if not gap < 1e-4]
+    return [f"{name} differs by {gap:.1e}" for name, gap in differences(compensated(kind), alone) if not gap < 1e-4]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["fsdp", "ddp"])
 def test_weight_rules_see_the_compensation_on_ranks(kind: str) -> None:
-    assert run_ranks(2, compensated, kind) == [[]] * 2
+    assert run_ranks(2, compare_compensated, kind, compensated(None)) == [[]] * 2
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["fsdp", "ddp"])
 def test_low_precision_on_ranks(kind: str) -> None:
-    assert run_ranks(2, low_precision, kind) == [[]] * 2
+    assert run_ranks(2, low_precision, kind, *in_low_precision()) == [[]] * 2

@@ -700,6 +700,7 @@ def with_the_wrappers_names(folder: str) -> Saved:
     return whole(model, optimizer)
 
 
+@pytest.mark.slow
 def test_an_optimizer_that_was_made_of_a_wrapped_model_is_matched_too(tmp_path: Path) -> None:
     (saved,) = run_ranks(1, with_the_wrappers_names, str(tmp_path))
     model, optimizer = made("cosmos", seed=7)
@@ -729,6 +730,7 @@ def loads_with_gradients(folder: str) -> tuple[Saved, bool]:
     return whole(model, optimizer), all(isinstance(s["exp_avg"], DTensor) for s in optimizer.state.values())
 
 
+@pytest.mark.slow
 def test_state_is_sharded_as_its_parameter_where_the_optimizer_has_none_yet(tmp_path: Path) -> None:
     model, optimizer = made("AdamW")
     run(model, optimizer, range(3))
@@ -747,6 +749,7 @@ def is_refused(folder: str) -> tuple[str, bool]:
     return str(caught.value), same(whole(model, optimizer), before)
 
 
+@pytest.mark.slow
 def test_all_ranks_refuse_what_one_has_found(tmp_path: Path) -> None:
     """One rank verifies each file."""
     run_ranks(2, saves, str(tmp_path), [("AdamW", "sharded")])
@@ -768,6 +771,7 @@ def one_is_of_another_spec(folder: str) -> tuple[str, bool]:
     return str(caught.value), same(whole(model, optimizer), before)
 
 
+@pytest.mark.slow
 def test_no_rank_loads_what_another_cannot_take(tmp_path: Path) -> None:
     model, optimizer = made("cosmos")
     run(model, optimizer, range(1))
@@ -791,6 +795,7 @@ def one_disk_is_full(folder: str) -> tuple[str, list[int]]:
     return str(caught.value), snapshots.complete(folder)
 
 
+@pytest.mark.slow
 def test_all_ranks_are_told_that_one_could_not_write(tmp_path: Path) -> None:
     for text, steps in run_ranks(2, one_disk_is_full, str(tmp_path)):
         assert "step 2 could not be saved" in text
@@ -819,6 +824,7 @@ def in_the_background(folder: str) -> tuple[list[str], list[int], Saved]:
     return refusals, snapshots.complete(folder), whole(again, fresh)
 
 
+@pytest.mark.slow
 def test_several_ranks_save_in_the_background_on_a_group_of_their_own(tmp_path: Path) -> None:
     for refusals, steps, loaded in run_ranks(2, in_the_background, str(tmp_path)):
         assert len(refusals) == 2
@@ -827,6 +833,7 @@ def test_several_ranks_save_in_the_background_on_a_group_of_their_own(tmp_path: 
         assert same(loaded, alone("AdamW", 3))
 
 
+@pytest.mark.slow
 def test_fsdp_of_the_first_kind_is_refused(tmp_path: Path) -> None:
     (answer,) = run_ranks(1, wraps_flat, str(tmp_path))
     assert "snapshots support fully_shard (FSDP2)" in answer

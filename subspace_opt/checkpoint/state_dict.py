@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,16 +21,16 @@ from .migrations import CheckpointError, migrated
 
 MOST = 5  # differences shown
 
-Reader = Callable[[Tensor, str, Tensor, tuple[int, ...]], Tensor]
+Reader = Callable[[dict[Tensor, dict[str, Any]]], dict[Tensor, dict[str, Any]]]
 
 
 def matched(
-    state_dict: Mapping[str, Any], groups: Sequence[dict[str, Any]], plan: Plan, readers: Mapping[int, Reader] = MappingProxyType({})
+    state_dict: Mapping[str, Any], groups: Sequence[dict[str, Any]], plan: Plan, reader: Reader | None = None
 ) -> tuple[dict[Tensor, dict[str, Any]], list[dict[str, Any]]]:
     """The state by parameter, and the groups with the saved options, as `Optimizer.__setstate__` takes them.
 
     Args:
-        readers: By `id` of each parameter whose state this rank holds in part: a function that takes that part from a saved tensor.
+        reader: A function of the checked state by parameter. It returns this rank's part of the state that ranks share, and only that.
 
     Raises:
         CheckpointError: Spec, parameters, slots, shapes or dtypes differ. The message names the first differences.
@@ -58,17 +57,16 @@ def matched(
     if problems:
         more = f"\n... and {len(problems) - MOST} more" if len(problems) > MOST else ""
         raise CheckpointError("the checkpoint does not fit this optimizer:\n" + "\n".join(problems[:MOST]) + more)
-    for param, slots in state.items():
-        for key, value in slots.items():
-            if key not in COUNTERS:
-                slots[key] = _kept(value, param, key, rows[id(param)], readers.get(id(param)))
-    return state, merged
+    shared = {} if reader is None else reader(state)
+    return {param: shared[param] if param in shared else _kept(slots, param, rows[id(param)]) for param, slots in state.items()}, merged
 
 
-def _kept(value: Tensor, param: Tensor, key: str, row: Row, reader: Reader | None) -> Tensor:
-    """A slot on the parameter's device, in its own storage: the whole tensor, or this rank's part."""
-    if reader is not None:
-        return reader(param, key, value, row.state[key][0])
+def _kept(slots: dict[str, Any], param: Tensor, row: Row) -> dict[str, Any]:
+    """The state of a parameter on its device, in storage of its own."""
+    return {key: value if key in COUNTERS else _copied(value, param, key, row) for key, value in slots.items()}
+
+
+def _copied(value: Tensor, param: Tensor, key: str, row: Row) -> Tensor:
     if lowbit.found(value) is not None:
         return lowbit.copied(value, param.device)
     value = value.detach()

@@ -8,9 +8,10 @@ process would compute; the ranks divide work and state. Only `exchange` imports 
     parts         the matrices that one rank computes of a parameter, with their own plan and state
     placement     who owns which part, which messages a step sends, how many bytes a rank holds and sends
     meshes        the same for meshes that do not exist, for the planner
-    exchange      process groups, shards of DTensors, all-to-all, state as DTensors
+    exchange      process groups, shards of DTensors, all-to-all, tensors of checkpoints
     shards        one sharded parameter in one step
     coordinates   low-rank updates that send only coordinates between refreshes
     buckets       gradients to owners and updates back, some parameters at a time
+    checkpoint    state as DTensors, and back from any placements
     step          the whole step: agree on gradients, exchange, compute, update
 """

@@ -1,10 +1,9 @@
-"""The only file of this package that imports torch.distributed: groups of ranks, shards of DTensors, all-to-all, state as DTensors."""
+"""The only file of this package that imports torch.distributed: groups of ranks, shards of DTensors, all-to-all, tensors of checkpoints."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -14,11 +13,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
-from ..algebra.storage import Codes
-from ..engine import lowbit
-from ..plan import COUNTERS
 from .boxes import EMPTY, Box, Cut, box_holders, full_box, shard_boxes
-from .placement import Message, Sharding
+from .placement import Message
 
 
 class ShardingError(ValueError):
@@ -252,75 +248,53 @@ def _messages_between(index: int, move: Redistribution) -> Iterator[Message]:
                 yield Message(target if target in ranks else ranks[0], target, both, index)
 
 
-# --------------------------------------------------------------------------------------------------- state in checkpoints
+# --------------------------------------------------------------------------------------------------- tensors of checkpoints
 
 
-def state_to_dtensors(group: RankGroup, sharding: Sharding, param: Tensor, state: dict[str, Any]) -> dict[str, Any]:
-    """The state of a parameter for a checkpoint: tensors as DTensors on the parameter's mesh, counters unchanged. A collective.
+class SavedLayout(NamedTuple):
+    """A tensor in a checkpoint: the mesh and the placements of its DTensor, and the box of each rank."""
 
-    A slot of the parameter's shape gets the parameter's placements. Any other slot is cut along its longest side.
-    """
-    mesh = _mesh(group, param)
-    out: dict[str, Any] = {}
-    placements: dict[str, tuple[Placement, ...]] = {}
-    moves: dict[torch.dtype, dict[str, Redistribution]] = {}
-    for key, (shape, dtype) in sharding.row.state.items():
-        value = state[key]
-        if key in COUNTERS:
-            out[key] = group.max(value.to(param.device)).to(value.device) if key == "refreshed" else value
-            continue
-        value = lowbit.whole(value).to(dtype)  # codes are saved as numbers, because their blocks differ with the number of ranks
-        placements[key], target = _target(group, sharding, param, mesh, shape)
-        held = [sharding.state_box(key, rank) for rank in range(group.size)]
-        if all(box == t or (box is None and not t.numel) for box, t in zip(held, target, strict=True)):
-            out[key] = value.reshape(target[group.rank].shape)
-        else:
-            out[key] = value  # keeps the order of the keys; `redistribute` replaces the value below
-            moves.setdefault(dtype, {})[key] = Redistribution(held, target, value)
-    for dtype, some in moves.items():
-        out |= dict(zip(some, redistribute(group, list(some.values()), dtype, param.device), strict=True))
-    for key, own in placements.items():
-        size = torch.Size(sharding.row.state[key][0])
+    mesh: DeviceMesh
+    placements: tuple[Placement, ...]
+    boxes: tuple[Box, ...]
+
+    def dtensor(self, local: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """The DTensor of this shape whose shard on this rank is `local`. No rank sends anything."""
+        size = torch.Size(shape)
         stride = torch.empty(size, device="meta").stride()
-        out[key] = DTensor.from_local(out[key], mesh, own, run_check=False, shape=size, stride=stride)
-    return out
+        return DTensor.from_local(local, self.mesh, self.placements, run_check=False, shape=size, stride=stride)
 
 
-def slot_from_checkpoint(group: RankGroup, sharding: Sharding, param: Tensor, key: str, value: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """This rank's part of a slot, from a checkpoint's tensor: a whole tensor, or a DTensor with any placements.
+def checkpoint_mesh(group: RankGroup, param: Tensor) -> DeviceMesh:
+    """The mesh of a parameter's state in a checkpoint: the parameter's own, or all ranks of the group in one dimension."""
+    return param.device_mesh if isinstance(param, DTensor) else DeviceMesh.from_group(group.process_group, param.device.type)
 
-    A collective if the tensor is a DTensor.
+
+def saved_layout(mesh: DeviceMesh, param: Tensor, boxes: tuple[Box, ...], shape: tuple[int, ...]) -> SavedLayout:
+    """The layout of a slot in a checkpoint: that of the parameter if the shapes are equal, else cut along the longest side.
+
+    Args:
+        boxes: The box that each rank holds of the parameter.
+        shape: The shape of the whole slot.
+    """
+    if shape == tuple(param.shape) and isinstance(param, DTensor):
+        return SavedLayout(mesh, tuple(param.placements), boxes)
+    if not shape:
+        return SavedLayout(mesh, (Replicate(),) * mesh.ndim, (full_box(shape),) * len(boxes))
+    dim = max(range(len(shape)), key=lambda d: shape[d])
+    return SavedLayout(mesh, (Shard(dim),) * mesh.ndim, shard_boxes(shape, tuple(mesh.shape), (Cut(dim),) * mesh.ndim))
+
+
+def check_saved(value: Tensor, name: str, key: str) -> None:
+    """Check that a checkpoint's DTensor holds this rank's shard. If rank 0 alone has saved it, all ranks read the shard of rank 0.
+
+    Call it before any operation on the tensor, because DTensor caches the meshes of results.
 
     Raises:
         ShardingError: The tensor holds the shard of another rank.
     """
-    if isinstance(value, DTensor):
-        _check_own(value, sharding.row.entry.name, key)  # before any operation: DTensor caches the meshes of results
-    held = [sharding.state_box(key, rank) for rank in range(group.size)]
-    own = held[group.rank]
-    part = sharding.part_of(group.rank)
-    if own is None:
-        kept_shape: tuple[int, ...] = (0,)
-    elif part is not None and key in part.row.state and prod(part.row.state[key][0]) == own.numel:
-        kept_shape = part.row.state[key][0]
-    else:
-        kept_shape = own.shape
-    codes = None if part is None or own is None else part.row.codes.get(key)
-    value = lowbit.whole(value.detach())
-    if isinstance(value, DTensor):
-        mesh = value.device_mesh
-        if tuple(mesh.mesh.flatten().tolist()) != group.members:
-            value = value.full_tensor()
     if not isinstance(value, DTensor):
-        taken = value[own.slices_in(full_box(shape))] if own is not None else value.new_zeros(0)
-        return _encoded(taken.reshape(kept_shape).to(param.device, copy=True), codes)
-    saved = shard_boxes(shape, tuple(mesh.shape), mesh_cuts(value, sharding.row.entry.name))
-    (taken,) = redistribute(group, [Redistribution(saved, held, value.to_local())], value.dtype, param.device)
-    return _encoded(taken.reshape(kept_shape), codes)
-
-
-def _check_own(value: DTensor, name: str, key: str) -> None:
-    """Raise unless a DTensor of a checkpoint holds this rank's shard. If rank 0 alone has saved it, all ranks read the shard of rank 0."""
+        return
     mesh, rank = value.device_mesh, dist.get_rank()
     place = (mesh.mesh == rank).nonzero().flatten().tolist()
     if place and list(mesh.get_coordinate() or ()) != place:
@@ -330,21 +304,13 @@ def _check_own(value: DTensor, name: str, key: str) -> None:
         )
 
 
-def _encoded(value: Tensor, codes: Codes | None) -> Tensor:
-    return value if codes is None else lowbit.coded(value, codes)
+def saved_shard(group: RankGroup, value: Tensor, name: str) -> tuple[Tensor, tuple[Box, ...] | None]:
+    """This rank's shard of a checkpoint's tensor and the boxes of all ranks; None for the boxes if the tensor is whole.
 
-
-def _mesh(group: RankGroup, param: Tensor) -> DeviceMesh:
-    return param.device_mesh if isinstance(param, DTensor) else DeviceMesh.from_group(group.process_group, param.device.type)
-
-
-def _target(
-    group: RankGroup, sharding: Sharding, param: Tensor, mesh: DeviceMesh, shape: tuple[int, ...]
-) -> tuple[tuple[Placement, ...], tuple[Box, ...]]:
-    """The placements of a slot in a checkpoint, and the box of each rank."""
-    if shape == sharding.row.entry.shape and isinstance(param, DTensor):
-        return tuple(param.placements), sharding.boxes
-    if not shape:
-        return (Replicate(),) * mesh.ndim, (full_box(shape),) * group.size
-    dim = max(range(len(shape)), key=lambda d: shape[d])
-    return (Shard(dim),) * mesh.ndim, shard_boxes(shape, tuple(mesh.shape), (Cut(dim),) * mesh.ndim)
+    A collective if the tensor is a DTensor on other ranks than those of the group: it is then gathered.
+    """
+    if isinstance(value, DTensor) and tuple(value.device_mesh.mesh.flatten().tolist()) != group.members:
+        value = value.full_tensor()
+    if not isinstance(value, DTensor):
+        return value, None
+    return value.to_local(), shard_boxes(tuple(value.shape), tuple(value.device_mesh.shape), mesh_cuts(value, name))

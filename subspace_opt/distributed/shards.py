@@ -1,9 +1,8 @@
-"""Sharded parameters: their layout, one parameter in one step, the update of this rank's shard, state for checkpoints."""
+"""Sharded parameters: their layout, one parameter in one step, the update of this rank's shard."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -109,24 +108,6 @@ def find_shardings(
                 out[id(p)] = (group, sharding)
         start += size
     return out
-
-
-# -------------------------------------------------------------------------------------------------------------- checkpoints
-
-
-def export_state(shardings: dict[int, tuple[RankGroup, Sharding]], state: dict[Any, dict[str, Any]]) -> defaultdict[Any, dict[str, Any]]:
-    """The optimizer's state, with that of sharded parameters as DTensors. A collective."""
-    out: defaultdict[Any, dict[str, Any]] = defaultdict(dict, state)
-    for param, own in state.items():
-        if own and id(param) in shardings:
-            group, sharding = shardings[id(param)]
-            out[param] = exchange.state_to_dtensors(group, sharding, param, own)
-    return out
-
-
-def slot_reader(group: RankGroup, sharding: Sharding) -> Callable[[Tensor, str, Tensor, tuple[int, ...]], Tensor]:
-    """A function of (parameter, slot, a checkpoint's tensor, its shape) that returns this rank's part of the slot."""
-    return lambda param, key, value, shape: exchange.slot_from_checkpoint(group, sharding, param, key, value, shape)
 
 
 # ------------------------------------------------------------------------------------------------------------------- a step
