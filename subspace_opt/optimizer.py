@@ -204,9 +204,8 @@ class SubspaceOptimizer(PlannedOptimizer):
                 if group["maximize"]:
                     work[-1].grad = -p.grad
             elif p.grad is not None and not self.state.get(p):
-                allocate(
-                    row, p, self.state[p], capturable=self._options.capturable
-                )  # an empty parameter: nothing to update, but checkpoints expect state
+                # An empty parameter: nothing to update, but checkpoints expect state.
+                allocate(row, p, self.state[p], capturable=self._options.capturable)
         if is_capturing():
             replay.check_capture(work, capturable=self._options.capturable, sharded=bool(sharded))
         work, skipped = survey(work, self._options.nonfinite, None if sharded else self._memory.watch)
@@ -232,11 +231,6 @@ class SubspaceOptimizer(PlannedOptimizer):
     def _work(self, group: dict[str, Any], p: Tensor, row: Row) -> Work:
         given = self.values_of(group)
         return work_of(group, p, row, self.state.get(p), given, self._memory, self.failures, capturable=self._options.capturable)
-
-    def refresh_bases(self) -> None:
-        """Make every selector take a new basis at the next step, outside its schedule, as when a new task begins (arXiv:2504.07097)."""
-        for group in self.param_groups:
-            group["refresh"] = True
 
     def check(self) -> None:
         """Read the flags that earlier steps left on a device, and bring `skipped`, `failures` and the counters in the state up to date.

@@ -79,6 +79,11 @@ class PlannedOptimizer(torch.optim.Optimizer):
 
     # ------------------------------------------------------------------------------------------------------------------ groups
 
+    def refresh_bases(self) -> None:
+        """Make every selector take a new basis at the next step, outside its schedule, as when a new task begins (arXiv:2504.07097)."""
+        for group in self.param_groups:
+            group["refresh"] = True
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, checked as at construction.
 
