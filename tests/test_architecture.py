@@ -36,8 +36,8 @@ ARROWS: dict[str, set[str]] = {
     "in_backward": {"arguments", "engine", "optimizer", "plan"},
     "public": {"algebra", "checkpoint", "conversion", "engine", "in_backward", "optimizer", "plan", "registry", "spec"},
     "snapshots": {"checkpoint", "optimizer", "public"},
-    "lab": {"checkpoint", "distributed", "public"},
-    "integrations": {"algebra", "arguments", "engine", "optimizer", "plan", "public", "snapshots", "spec"},
+    "lab": {"checkpoint", "diagnostics", "distributed", "public"},
+    "integrations": {"arguments", "diagnostics", "engine", "optimizer", "plan", "public", "snapshots", "spec"},
 }
 ON_TOP = {"testing": set(), "cli": {"testing"}}  # may import everything; no other room imports them
 

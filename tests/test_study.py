@@ -274,6 +274,8 @@ def test_a_real_run_gives_a_record_with_everything(config: StudyConfig) -> None:
     assert record.optimizer_ms.worst >= record.optimizer_ms.p95 >= record.optimizer_ms.median > 0
     assert record.step_ms.median > record.optimizer_ms.median
     assert record.spec["pipelines"]["matrix"]["selector"]["rank"] == 8
+    assert [step for step, _ in record.captured_energy] == [2]
+    assert 0 < record.captured_energy[0][1] < 1
     assert record.machine["cores"]
     assert record.versions.keys() == {"subspace-opt", "torch", "python"}
     assert from_line(to_line(record)) == record

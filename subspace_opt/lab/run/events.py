@@ -132,6 +132,7 @@ class Result:
     optimizer_times: Times
     step_times: Times
     seconds: Curve  # (step, seconds of all updates so far, without validation) at each validation of this process
+    captured_energy: Curve = ()  # (step, share of the gradients' energy in the subspaces) at each validation of this process
 
     @property
     def validation_loss(self) -> float:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 
+from ...diagnostics.energy import mean_captured_energy
 from ..config import TrainConfig
 from ..corpus import Corpus
 from ..errors import DivergedError, LabError
@@ -91,6 +92,7 @@ class _Run:
         self.validation: list[tuple[int, float]] = []
         self.times = _Clocks()
         self.seconds: list[tuple[int, float]] = []
+        self.energy: list[tuple[int, float]] = []
 
     def begin(self, resume: bool) -> None:
         """Restore the folder's checkpoint if `resume` is set, and emit `Started`."""
@@ -122,7 +124,7 @@ class _Run:
             while self.step < config.steps:
                 self.update()
                 last = self.step == config.steps
-                if last or (config.eval_every and self.step % config.eval_every == 0):
+                if self.is_evaluated(self.step):
                     self.evaluate()
                 if asked() and not last:
                     status = "interrupted"
@@ -132,6 +134,10 @@ class _Run:
                     break
         self.emit(Ended(config.label, self.step, status, time.perf_counter() - began))
         return self.result(status)
+
+    def is_evaluated(self, step: int) -> bool:
+        """True if there is a validation after update `step`."""
+        return step == self.config.steps or (bool(self.config.eval_every) and step % self.config.eval_every == 0)
 
     def update(self) -> None:
         """Make one update of the weights, and measure its time and that of the optimizer."""
@@ -147,6 +153,9 @@ class _Run:
         ready = clock(self.device)
         self.optimizer.step()
         end = clock(self.device)
+        if self.is_evaluated(self.step + 1) and planned_bytes(self.optimizer) is not None:
+            share = mean_captured_energy(self.optimizer)  # after the clock was read
+            self.energy += [] if share is None else [(self.step + 1, share)]
         self.optimizer.zero_grad()
         self.step += 1
         self.times.whole.append(end - start)
@@ -258,6 +267,7 @@ class _Run:
             optimizer_times=Times.of(self.times.optimizer),
             step_times=Times.of(self.times.whole),
             seconds=tuple(self.seconds),
+            captured_energy=tuple(self.energy),
         )
 
     @property

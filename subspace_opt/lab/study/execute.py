@@ -103,6 +103,7 @@ def _record(task: Task, result: Result, reason: str) -> Record:
         measured_state_bytes=result.measured_state_bytes,
         optimizer_ms=result.optimizer_times,
         step_ms=result.step_times,
+        captured_energy=result.captured_energy,
         spec=load_spec(config.spec, config.overrides).model_dump(mode="json"),
         config=config.model_dump(mode="json"),
         machine=machine(),
