@@ -254,6 +254,21 @@ def test_guards_that_fire(monkeypatch: pytest.MonkeyPatch) -> None:
     assert observer.last["layers"]["w"] == {"pipeline": "matrix", "guards": {"skipped_gradients": 3}}
 
 
+def test_a_gradient_with_nan_spoils_its_fields_only() -> None:
+    params = parameters({"w": (8, 6), "v": (6, 8)})
+    opt = optimizer("cosmos", params, nonfinite="propagate")
+    observer = observe(opt, 1)
+    for step in range(2):
+        give(params, step)
+        if step == 1:
+            params["w"].grad[0, 0] = math.nan
+        opt.step()
+        assert guards(observer, "w") == ({"nonfinite_gradient": 1} if step == 1 else {})
+    assert observer.last is not None
+    assert observer.last["layers"]["v"]["captured_gradient"] > 0
+    assert "update_ratio" not in observer.last["layers"]["w"], "the weight holds NaN now"
+
+
 # ------------------------------------------------------------------------------------------------------- kinds of parameters
 
 

@@ -93,7 +93,7 @@ def _piece(before: Before, stack: Stack, options: Options, limits: Limits, old: 
     g = gradient(piece)
     each = _weights(before, piece)
     shares = None
-    if min(g.shape[-2:]) > 1 and min(g.shape[-2:]) <= limits.spectrum and bool(g.isfinite().all()):
+    if min(g.shape[-2:]) > 1 and min(g.shape[-2:]) <= limits.spectrum:
         shares = measures.energies(g)
         each["effective_rank"] = measures.effective_rank(shares)
     whole: dict[str, Any] = {}
@@ -109,6 +109,8 @@ def _piece(before: Before, stack: Stack, options: Options, limits: Limits, old: 
                 whole["refresh_ms"] = 1e3 * replay.recorded.refresh_seconds
         if replay.recorded.silent is not None and bool(replay.recorded.silent.any()):
             guards["silent_residual"] = int(replay.recorded.silent.sum())
+    if not bool(g.isfinite().all()):
+        guards["nonfinite_gradient"] = 1
     if piece.work.scale != 1.0:
         guards["scaled_gradient"] = 1
     return Measured(each, whole, guards)
@@ -158,7 +160,7 @@ def _moved(replay: Replay, old: list[Tensor] | None, new: Sides, key: tuple[str,
     """Principal angles to the basis of the last sample."""
     basis = replay.recorded.basis
     sides = [] if basis is None else measures.sides(basis)
-    if not sides:
+    if not sides or not all(bool(side.isfinite().all()) for side in sides):
         return {}
     new[key] = [side.clone() for side in sides]
     if old is None or [side.shape for side in old] != [side.shape for side in sides]:

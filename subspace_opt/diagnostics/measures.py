@@ -46,11 +46,11 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
 
 
 def energies(x: Tensor) -> Tensor:
-    """Squared singular values `(B, min(m, n))` in descending order, relative to their sum; NaN for a matrix of zeros.
+    """Squared singular values `(B, min(m, n))` in descending order, relative to their sum; NaN for a matrix of zeros or with NaN.
 
     Uses the eigenvalues of the smaller Gram matrix: values below round-off of the largest are not resolved.
     """
-    x = linalg.unit(x)
+    x = linalg.unit(torch.where(x.isfinite().all((-2, -1), keepdim=True), x, 0.0))  # a decomposition of NaN raises
     gram = linalg.mm(x, x.mT) if x.size(-2) <= x.size(-1) else linalg.mm(x.mT, x)
     gram = gram.cpu() if gram.device.type == "mps" else gram  # mps has no eigenvalues
     values = torch.linalg.eigvalsh(gram.double() if gram.device.type == "cpu" else gram).flip(-1).clamp_min(0.0)

@@ -24,7 +24,7 @@ from ..engine.gradients import survey
 from ..engine.homes import Memory, gather
 from ..engine.moment import step_of
 from ..engine.stacking import grouped
-from ..engine.work import Options, Phase, Piece, Stack, Work, allocate
+from ..engine.work import Nonfinite, Options, Phase, Piece, Stack, Work, allocate
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Before:
     @classmethod
     def of(cls, work: Work, param: Tensor, state: dict[str, Any] | None, *, maximize: bool) -> Before:
         """Copy the weights and the state. A parameter without state gets zeros, as its first step does."""
-        work.param = param.detach().clone()
+        work.param, work.state = param.detach().clone(), {}
         if opens(work):
             if state:
                 work.state = {key: _copied(value) for key, value in state.items()}
@@ -51,7 +51,8 @@ class Before:
         grad = self.param.grad
         assert grad is not None
         self.work.grad = -grad if self.maximize else grad
-        return bool(survey([self.work], options.nonfinite)[0])
+        policy: Nonfinite = "propagate" if options.nonfinite == "propagate" else "skip"  # to raise is the step's part
+        return bool(survey([self.work], policy)[0])
 
 
 def opens(work: Work) -> bool:
