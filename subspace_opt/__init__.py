@@ -23,7 +23,8 @@ from .algebra import (
     WeightTraits,
 )
 from .checkpoint import CheckpointError
-from .engine.gradients import NonFiniteGradient
+from .conversion import ConversionError, Converted, convert
+from .engine.flags.watch import NonFiniteGradient
 from .engine.lowbit import LowBitError
 from .in_backward import BackwardOptimizer, step_in_backward
 from .optimizer import SubspaceOptimizer, build
@@ -38,6 +39,8 @@ __all__ = [
     "Basis",
     "Change",
     "CheckpointError",
+    "ConversionError",
+    "Converted",
     "Coords",
     "Dim",
     "Drawn",
@@ -65,6 +68,7 @@ __all__ = [
     "WeightRule",
     "WeightTraits",
     "build",
+    "convert",
     "load_plugin",
     "load_spec",
     "make_plan",

@@ -6,6 +6,7 @@ import fnmatch
 import math
 import os
 import sys
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -195,6 +196,17 @@ def check_globs(roles: Mapping[str, str], names: Sequence[str]) -> None:
     for glob in roles:
         if not any(fnmatch.fnmatchcase(name, glob) for name in names):
             raise ValueError(f"roles: '{glob}' matches no parameter; {suggest(glob, names)}")
+
+
+def warn_of_no_gradient(steps: int) -> None:
+    """Warn that several steps in a row found no gradient."""
+    warnings.warn(
+        f"no parameter had a gradient in {steps} steps in a row, so the optimizer changes nothing. Usual causes: the model's "
+        "parameters were replaced after the optimizer was built (`to_empty`, a new layer): build the optimizer after that; the "
+        "model is frozen (requires_grad=False); zero_grad() runs between backward() and step(); backward() is not called",
+        UserWarning,
+        stacklevel=caller_level(),
+    )
 
 
 def caller_level() -> int:

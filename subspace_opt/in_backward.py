@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .arguments import Params, SpecLike, named_parameters
-from .engine.gradients import NonFiniteGradient
+from .engine.flags.watch import NonFiniteGradient
 from .optimizer import SubspaceOptimizer
 from .plan import Row
 
@@ -61,6 +61,11 @@ class BackwardOptimizer(SubspaceOptimizer):
             hook.remove()
         self._hooks.clear()
 
+    @property
+    def frees_gradients(self) -> bool:
+        """True while `backward()` uses the gradients, so that none is left after a step."""
+        return self._listening
+
     @torch._disable_dynamo  # a compiled training step may run this hook inside backward()
     def _on_gradient(self, p: Tensor) -> None:
         """Use the complete gradient of `p`, and free it."""
@@ -83,9 +88,19 @@ class BackwardOptimizer(SubspaceOptimizer):
             self._update(work, sharded)
             p.grad = None
 
+    def _check_last_iteration(self) -> None:
+        """Read the flags of the last iteration."""
+        try:
+            self.check()
+        except NonFiniteGradient as error:
+            raise NonFiniteGradient(
+                f"{error}. Parameters whose gradients came before it in that backward() had been updated by then: resume from a checkpoint"
+            ) from error
+
     def _iteration(self) -> dict[int, Place]:
         """Group and row of every parameter, by id. Looked up once per iteration."""
         if self._places is None:
+            self._check_last_iteration()
             self._places = {id(place[1]): place for place in self._planned_parameters()}
             self._refreshing = [group["refresh"] for group in self.param_groups]
         return self._places

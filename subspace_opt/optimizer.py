@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -18,13 +17,15 @@ from .arguments import Params, SpecLike, named_parameters
 from .checkpoint import STATE_VERSION, matched
 from .engine import lowbit
 from .engine import step as engine
-from .engine.gradients import survey
+from .engine.capture import replay
+from .engine.capture.clock import is_capturing
+from .engine.flags.watch import NonFiniteGradient
+from .engine.gradients import survey, work_of
 from .engine.homes import Memory
 from .engine.rounding import Rounding
-from .engine.work import Nonfinite, Options, Stacking, Work, allocate
+from .engine.work import Nonfinite, Stacking, Work, allocate
 from .plan import Plan, Role, Row
-from .plan.numbers import numbers_of
-from .planned import PlannedOptimizer
+from .planned import PlannedOptimizer, engine_options
 from .spec import RoleName, load_spec
 
 if TYPE_CHECKING:
@@ -55,8 +56,9 @@ class SubspaceOptimizer(PlannedOptimizer):
         modules: Kinds of module by parameter name. `build` finds them in a model. Without them, routes with `module` match nothing.
         model_roles: Roles by parameter name. `build` finds them in a model. Without them, roles come from names and shapes.
         maximize: Maximize the objective.
-        nonfinite: The policy for a gradient with NaN or infinity. `raise`: an error, before anything changes. `skip`: the parameter is
-            left out of this step and counted in `skipped`. `propagate`: the gradient is used.
+        nonfinite: The policy for a gradient with NaN or infinity. `raise`: an error, and nothing changes. `skip`: the parameter is left out
+            of this step and counted in `skipped`. `propagate`: the gradient is used. On a GPU the error and the count come with the next
+            step, `state_dict()` or `check()`, so that no step waits.
         rounding: How a bf16 or fp16 parameter is rounded: `nearest`, `stochastic`, `kahan`.
         stacking: Whether matrices of one shape are computed together. `auto` decides by device and size.
         batch_bytes: Upper bound for one temporary of a stack.
@@ -64,6 +66,7 @@ class SubspaceOptimizer(PlannedOptimizer):
         strict: Raise if a route matches no parameter.
         process_group: Ranks that hold these parameters whole and have the same gradients, as under DistributedDataParallel. They divide
             the work and the state, and `state_dict()` is then a collective. Sharded parameters (FSDP2, tensor parallel) do not need it.
+        capturable: Keep counters on the parameters' device, so that a CUDA graph can hold the step. `refreshes_next()` says which graph.
 
     Raises:
         SpecError: The spec cannot be used, no route accepts a parameter, or parameter groups without names leave the roles of matrices
@@ -102,14 +105,15 @@ class SubspaceOptimizer(PlannedOptimizer):
         seed: int = 0,
         strict: bool = False,
         process_group: ProcessGroup | None = None,
+        capturable: bool = False,
         **unknown: NoReturn,
     ) -> None:
         self._overrides = dict(overrides or {})
         params, known = arguments.with_model(params, model)
         self._modules, self._model_roles = dict(modules or known.get("modules", {})), dict(model_roles or known.get("model_roles", {}))
         self._strict = strict
-        self._options = _options(nonfinite, rounding, stacking, batch_bytes, seed)
-        self._memory = Memory()
+        self._options = engine_options(nonfinite, rounding, stacking, batch_bytes, seed, capturable)
+        self._memory = Memory.of(self._options)
         self._process_group = process_group or known.get("process_group")
         self.skipped: dict[str, int] = {}
         self.failures: dict[str, int] = {}
@@ -164,6 +168,7 @@ class SubspaceOptimizer(PlannedOptimizer):
     @torch._disable_dynamo  # under torch.compile, a step runs as ordinary code between two graphs
     def _advance(self) -> None:
         """Make the updates of one step."""
+        self.check()
         work, sharded = self._ready(self._planned_parameters())
         self._count_empty_steps(bool(sharded) or any(p.grad is not None for group in self.param_groups for p in group["params"]))
         for group in self.param_groups:
@@ -175,18 +180,7 @@ class SubspaceOptimizer(PlannedOptimizer):
         self._empty_steps = 0 if has_gradient else self._empty_steps + 1
         if self._empty_steps == EMPTY_STEPS and not self._has_warned and any(group["params"] for group in self.param_groups):
             self._has_warned = True
-            warnings.warn(
-                f"no parameter had a gradient in {EMPTY_STEPS} steps in a row, so the optimizer changes nothing. Usual causes: the model's "
-                "parameters were replaced after the optimizer was built (`to_empty`, a new layer): build the optimizer after that; the "
-                "model is frozen (requires_grad=False); zero_grad() runs between backward() and step(); backward() is not called",
-                UserWarning,
-                stacklevel=arguments.caller_level(),
-            )
-
-    def _planned_parameters(self) -> list[tuple[dict[str, Any], Tensor, Row]]:
-        """All parameters, each with its group and its row of the plan."""
-        rows = iter(self.plan.rows)
-        return [(group, p, next(rows)) for group in self.param_groups for p in group["params"]]
+            arguments.warn_of_no_gradient(EMPTY_STEPS)
 
     def _ready(self, given: list[tuple[dict[str, Any], Tensor, Row]]) -> tuple[list[Work], list[ShardedParam]]:
         """Inspect gradients and allocate state.
@@ -207,15 +201,19 @@ class SubspaceOptimizer(PlannedOptimizer):
                 if group["maximize"]:
                     work[-1].grad = -p.grad
             elif p.grad is not None and not self.state.get(p):
-                allocate(row, p, self.state[p])  # an empty parameter: nothing to update, but checkpoints expect state
-        work, skipped = survey(work, self._options.nonfinite)
+                allocate(
+                    row, p, self.state[p], capturable=self._options.capturable
+                )  # an empty parameter: nothing to update, but checkpoints expect state
+        if is_capturing():
+            replay.check_capture(work, capturable=self._options.capturable, sharded=bool(sharded))
+        work, skipped = survey(work, self._options.nonfinite, None if sharded else self._memory.watch)
         if sharded:
             sharded, besides = distributed.survey(sharded, self._options)
             skipped += besides
         for item in work:
             item.state = self.state[item.param]
             if not item.state:
-                allocate(item.row, item.param, item.state)
+                allocate(item.row, item.param, item.state, capturable=self._options.capturable)
         for name in skipped:
             self.skipped[name] = self.skipped.get(name, 0) + 1
         return work, sharded
@@ -229,40 +227,53 @@ class SubspaceOptimizer(PlannedOptimizer):
             distributed.take_step(sharded, self.state, self._options, self._memory, self.failures)
 
     def _work(self, group: dict[str, Any], p: Tensor, row: Row) -> Work:
-        grad = p.grad
-        if grad is not None and grad.is_sparse:
-            raise RuntimeError(
-                f"'{row.entry.name}' has a sparse gradient, which cannot be projected to a subspace; build the embedding with sparse=False"
-            )
-        state = self.state.get(p)  # not [p], which would add an empty entry
-        lr = group["lr"]
-        if isinstance(lr, Tensor) and lr.device.type == "cpu":
-            lr = lr.item()
-        count = engine.count(row.entry.name, state, self._memory) if state else 0
-        numbers = numbers_of(group, row, count, self.values_of(group))
-        return Work(
-            row=row,
-            param=p,
-            grad=p if grad is None else grad,
-            lr=lr * numbers.lr_scale,
-            weight_decay=float(group["weight_decay"]) * numbers.decay_scale,
-            values=numbers.values,
-            refresh=group["refresh"] or row.entry.name in self.failures,
-            count=count,
-        )
+        given = self.values_of(group)
+        return work_of(group, p, row, self.state.get(p), given, self._memory, self.failures, capturable=self._options.capturable)
 
     def refresh_bases(self) -> None:
-        """Make every selector take a new basis at the next step, outside its schedule, for example when a new task begins
-        (arXiv:2504.07097).
-        """
+        """Make every selector take a new basis at the next step, outside its schedule, as when a new task begins (arXiv:2504.07097)."""
         for group in self.param_groups:
             group["refresh"] = True
+
+    def check(self) -> None:
+        """Read the flags that earlier steps left on a device, and bring `skipped`, `failures` and the counters in the state up to date.
+
+        On a device other than a CPU no step waits to learn that a gradient is not finite: the flag alone keeps the weights from changing.
+        The next `step()`, `state_dict()` and this method read it. It waits for the flags, not for later work of the device.
+
+        Raises:
+            NonFiniteGradient: with `nonfinite="raise"`; weights and state are those of before that step.
+        """
+        if is_capturing():
+            return
+        try:
+            self._memory.watch.settle(self.state, self.skipped, self.failures)
+        except NonFiniteGradient:
+            self._memory.forget_counts()  # replays may have been gated
+            raise
+
+    def refreshes_next(self) -> bool:
+        """True if the next step takes a new basis, or a parameter has not begun: a graph of a step without a refresh does not fit it."""
+        return replay.refreshes_next(self._planned_parameters(), self.state, self._memory, self.failures)
+
+    def count_replay(self) -> None:
+        """Note that a captured step was replayed. The counters on the device count by themselves; `refreshes_next` needs those of the host.
+
+        Raises:
+            RuntimeError: No step has been captured.
+        """
+        replay.count_replay(self._planned_parameters(), self.state, self._memory)
 
     # -------------------------------------------------------------------------------------------------------------- checkpoints
 
     @torch._disable_dynamo
     def state_dict(self) -> dict[str, Any]:
-        """The state by parameter and slot. State that ranks share is returned as DTensors; call it on all ranks then."""
+        """The state by parameter and slot. State that ranks share is returned as DTensors; call it on all ranks then.
+
+        Raises:
+            NonFiniteGradient: as `check`.
+        """
+        self.check()
         shardings = self._shardings()
         if not shardings:
             return super().state_dict()
@@ -299,6 +310,7 @@ class SubspaceOptimizer(PlannedOptimizer):
             after(self)
 
     def __getstate__(self) -> dict[str, Any]:
+        self.check()
         own = ("spec", "skipped", "failures", "_overrides", "_modules", "_model_roles", "_strict", "_options")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
@@ -306,19 +318,10 @@ class SubspaceOptimizer(PlannedOptimizer):
         super().__setstate__(state)
         self.defaults.pop("differentiable", None)  # torch's class adds it; it is not an option here, and later groups would get it
         self._planned = self._placed = None
-        self._memory = Memory()
+        self._memory = Memory.of(self._options)
+        self._move_counters()
         if any(lowbit.found(value) for slots in self.state.values() for value in slots.values()):
             lowbit.torchao_types()  # so that codes which were unpickled can be cloned
-
-
-def _options(nonfinite: Nonfinite, rounding: Rounding, stacking: Stacking, batch_bytes: int, seed: int) -> Options:
-    return Options(
-        arguments.chosen("nonfinite", nonfinite, Nonfinite),
-        arguments.chosen("rounding", rounding, Rounding),
-        arguments.chosen("stacking", stacking, Stacking),
-        batch_bytes,
-        seed,
-    )
 
 
 OPTIONS = tuple(SubspaceOptimizer.__init__.__kwdefaults__ or ())
@@ -331,6 +334,7 @@ def build(
     lr: float | Tensor | None = None,
     weight_decay: float | None = None,
     overrides: Mapping[str, Any] | None = None,
+    diagnostics: int | Mapping[str, Any] | None = None,
     **options: Any,
 ) -> SubspaceOptimizer:
     """An optimizer from a spec, for a model or for parameters. A model tells the role of each parameter.
@@ -340,7 +344,9 @@ def build(
         >>> model = torch.nn.Sequential(torch.nn.Embedding(100, 16), torch.nn.Linear(16, 100))
         >>> optimizer = subspace_opt.build("cosmos", model, lr=2e-3, overrides={"matrix.selector.rank": 8})
 
-    See `SubspaceOptimizer` for the options.
+    See `SubspaceOptimizer` for the options. `diagnostics`: sample every layer's subspace each so many steps, or a mapping of the options of
+    `subspace_opt.diagnostics.observe`; the newest sample is `optimizer.diagnostics.last`.
     """
     params, known = named_parameters(model_or_params)
-    return SubspaceOptimizer(params, spec, lr=lr, weight_decay=weight_decay, overrides=overrides, **{**known, **options})
+    given = {**known, **options}
+    return SubspaceOptimizer(params, spec, lr=lr, weight_decay=weight_decay, overrides=overrides, **given)._observed(diagnostics)

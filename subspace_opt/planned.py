@@ -6,7 +6,7 @@ import functools
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
@@ -14,12 +14,17 @@ from . import arguments
 from .algebra.pipeline import Values
 from .checkpoint import STATE_VERSION, keys_in, names_in
 from .engine import lowbit
-from .engine.work import Options
-from .plan import Entry, Plan, Role, Row, counts, make_plan
+from .engine.capture.fitness import refuse_unfit
+from .engine.rounding import Rounding
+from .engine.work import Nonfinite, Options, Stacking
+from .plan import COUNTERS, Entry, Plan, Role, Row, counts, make_plan
 from .plan.names import canonical_name
 from .plan.numbers import checked_values, listed_values
 from .spec import Spec, SpecError, load_spec
 from .spec.summary import html_table
+
+if TYPE_CHECKING:
+    from .diagnostics import Observer
 
 MOST_NAMES = 5  # in one warning
 
@@ -43,6 +48,15 @@ class PlannedOptimizer(torch.optim.Optimizer):
     _strict: bool
     _options: Options
     _planned: tuple[Any, Plan] | None
+    diagnostics: Observer | None = None  # made by `build(..., diagnostics=50)` or `subspace_opt.diagnostics.observe`
+
+    def _observed(self, wanted: int | Mapping[str, Any] | None) -> Self:
+        """This optimizer, observed as `build`'s option `diagnostics` asks."""
+        if wanted is not None:
+            from .diagnostics import observe  # late: a run without diagnostics does not import them
+
+            observe(self, **(wanted if isinstance(wanted, Mapping) else {"every": wanted}))
+        return self
 
     # ------------------------------------------------------------------------------------------------------------------ groups
 
@@ -90,8 +104,22 @@ class PlannedOptimizer(torch.optim.Optimizer):
                 )
         # A parameter without a route and codes without torchao must raise now, not at the first step.
         own = entries[-len(group["params"]) :] if group["params"] else []
-        if any(row.codes for row in make_plan(_spec_of(group["spec"]), own)):
+        rows = make_plan(_spec_of(group["spec"]), own)
+        if any(row.codes for row in rows):
             lowbit.torchao_types()
+        if self._options.capturable:
+            refuse_unfit(rows, self._options)
+
+    def _planned_parameters(self) -> list[tuple[dict[str, Any], torch.Tensor, Row]]:
+        """All parameters, each with its group and its row of the plan."""
+        rows = iter(self.plan.rows)
+        return [(group, p, next(rows)) for group in self.param_groups for p in group["params"]]
+
+    def _move_counters(self) -> None:
+        """Bring the counters of a loaded state to the parameters' devices, or back to the host."""
+        for p, slots in self.state.items():
+            for key in [key for key in COUNTERS if key in slots]:
+                slots[key] = slots[key].to(p.device if self._options.capturable else "cpu")
 
     def spec_of(self, group: Mapping[str, Any]) -> Spec:
         """The spec in force for a parameter group."""
@@ -196,6 +224,18 @@ class PlannedOptimizer(torch.optim.Optimizer):
 
     def _repr_html_(self) -> str:
         return _html(type(self).__name__, self.spec.name, self.param_groups, self.plan)
+
+
+def engine_options(nonfinite: Nonfinite, rounding: Rounding, stacking: Stacking, batch_bytes: int, seed: int, capturable: bool) -> Options:
+    """The options of the engine, checked."""
+    return Options(
+        arguments.chosen("nonfinite", nonfinite, Nonfinite),
+        arguments.chosen("rounding", rounding, Rounding),
+        arguments.chosen("stacking", stacking, Stacking),
+        batch_bytes,
+        seed,
+        capturable,
+    )
 
 
 Groups = Sequence[Mapping[str, Any]]

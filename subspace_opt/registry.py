@@ -101,6 +101,20 @@ def owner(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__} ({place})"
 
 
+def refuse_former(cls: type, replaced: Mapping[str, str], what: str, remedy: str) -> None:
+    """Refuse a class that defines an attribute of an earlier version.
+
+    Args:
+        replaced: By name of the attribute, the word that fills `{}` in `remedy`.
+
+    Raises:
+        TypeError: it defines one.
+    """
+    former = sorted(replaced.keys() & vars(cls).keys())
+    if former:
+        raise TypeError(f"{cls.__qualname__}: `{former[0]}` is no longer {what}; {remedy.format(replaced[former[0]])}")
+
+
 def register(cls: C) -> C:
     """Class decorator: register a kind under the values of its `kind` field.
 

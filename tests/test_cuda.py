@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from subspace_opt import build, linalg
+from subspace_opt import NonFiniteGradient, build, linalg
 from subspace_opt.lab.run.measure import peak_temporaries
 from tests.common import copied, gradient, optimizer, parameters, small
 
@@ -80,3 +80,58 @@ def test_temporaries_stay_within_a_few_stacks(preset: str) -> None:
             p.grad = torch.randn_like(p)
         opt.step()
     assert peak_temporaries(opt.step, device) <= 12 * bound
+
+
+@needs_gpu
+@pytest.mark.parametrize("preset", ["adamw", "muon", "cosmos", "galore", "trion"])
+def test_a_captured_step_makes_the_updates_of_a_plain_one(preset: str) -> None:
+    """One graph of a step between refreshes, or of a refresh if every step has one; steps that no graph fits run as usual."""
+    plain, params = (moved(parameters(SHAPES), "cuda") for _ in range(2))
+    spec, refreshes = small(preset, 4, every=5), preset in ("cosmos", "trion")
+    own = optimizer(spec, plain, lr=0.01)
+    rate = torch.tensor(0.01, device="cuda")
+    opt = optimizer(spec, params, lr=rate, capturable=True)
+    for name, p in params.items():
+        p.grad = torch.zeros_like(p)
+        plain[name].grad = p.grad
+    graph: torch.cuda.CUDAGraph | None = None
+    for step in range(12):
+        for name, p in params.items():
+            p.grad.copy_(gradient(name, tuple(p.shape), step).cuda())  # type: ignore[union-attr]
+        own.step()
+        fits = step > 2 and opt.refreshes_next() == refreshes
+        if fits and graph is None:
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                opt.step()
+        if fits and graph is not None:
+            graph.replay()
+            opt.count_replay()
+        else:
+            opt.step()
+    assert graph is not None
+    for name, p in params.items():
+        torch.testing.assert_close(p, plain[name], rtol=1e-4, atol=1e-5)
+    params["a"].grad.fill_(torch.nan)  # type: ignore[union-attr]
+    before = params["b"].detach().clone()
+    graph.replay()
+    assert torch.equal(params["b"], before)
+    with pytest.raises(NonFiniteGradient, match="gradient of a held"):
+        opt.check()
+
+
+@needs_gpu
+@pytest.mark.parametrize("policy", ["raise", "skip"])
+def test_no_host_waits_to_inspect_gradients(policy: str) -> None:
+    params = moved(parameters(SHAPES), "cuda")
+    opt = optimizer(small("muon", 4), params, nonfinite=policy)
+    for step in range(6):
+        for p in params.values():
+            p.grad = torch.ones_like(p) * (1 + step)
+        if step < 2:
+            opt.step()
+        else:
+            with nobody_waits():
+                opt.step()
+    assert opt.check() is None

@@ -16,7 +16,16 @@ from subspace_opt import registry
 from subspace_opt.spec import parse_spec
 
 ROOT = Path(__file__).parent.parent
-PAGES = ["docs/comparison-report.md", "docs/quick-start.md", "docs/plugins.md", "docs/schedules.md", "docs/snapshots.md"]
+PAGES = [
+    "docs/compare.md",
+    "docs/comparison-report.md",
+    "docs/convert.md",
+    "docs/diagnostics.md",
+    "docs/plugins.md",
+    "docs/quick-start.md",
+    "docs/schedules.md",
+    "docs/snapshots.md",
+]
 
 
 @pytest.fixture(autouse=True)

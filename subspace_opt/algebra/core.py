@@ -15,7 +15,7 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor, dtype
 
-from ..registry import Component
+from ..registry import Component, refuse_former
 from ..schedules import Scheduled, last_refresh
 
 if TYPE_CHECKING:
@@ -107,6 +107,7 @@ class Step(NamedTuple):
     refresh: bool = False
     in_place: bool = False  # a rule may write its new state over the old
     spare: bool = False  # no other tensor shares the signal's storage: a rule may write its result over it
+    on_device: bool = False  # t and age are on the device: reading them would wait, and a captured step could not do it
     decay: float = 0.0  # weight decay
     lr: float | Tensor = 1.0  # learning rate, if a selector or a rule in `apply` reads it; a tensor is 0-d or (B, 1, 1)
     rows: Dim = Dim("rows", 0)  # the sides of the matrices in the working orientation
@@ -139,6 +140,7 @@ class RuleTraits(NamedTuple):
     lazy: bool = False  # `apply` only adds and multiplies by numbers, so it takes and returns a `Linear` expression as well as a tensor
     measures: bool = False  # a lazy rule whose numbers depend on the entries of its signal
     silent: bool = False  # the update is 0, and the place is not computed
+    waits: bool = False  # `apply` reads numbers, or takes an SVD or eigh, so a CUDA graph cannot hold it
 
 
 # Class attributes of earlier versions, and the trait that replaces each.
@@ -166,12 +168,8 @@ class Rule(Scheduled, Component, family="rule"):
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         super().__pydantic_init_subclass__(**kwargs)
-        former = sorted(_FORMER.keys() & vars(cls).keys())
-        if former:
-            raise TypeError(
-                f"{cls.__qualname__}: `{former[0]}` is no longer an attribute of a rule; declare it in `traits`: "
-                f"def traits(self, rows, cols): return RuleTraits({_FORMER[former[0]]}=...)"
-            )
+        declared = "declare it in `traits`: def traits(self, rows, cols): return RuleTraits({}=...)"
+        refuse_former(cls, _FORMER, "an attribute of a rule", declared)
 
     def slots(self, rows: Dim, cols: Dim) -> dict[str, Slot]:
         """The state of one matrix of `rows` x `cols`."""
@@ -210,8 +208,8 @@ class Rule(Scheduled, Component, family="rule"):
 
 
 # `W <- W (1 - lr decay) - lr apply(G)` in place, for many weights of any shape and their state. Arguments: (weights, gradients, state by
-# slot, t, lr, decay). `t` is the 1-based number of the update.
-Kernel = Callable[[list[Tensor], list[Tensor], dict[str, list[Tensor]], int, float | Tensor, float], None]
+# slot, t, lr, decay), t the 1-based number of the update. With a keyword `blocked`, 1.0 on the device, the kernel changes nothing.
+Kernel = Callable[..., None]
 
 
 # --------------------------------------------------------------------------------------------------------------- selectors
@@ -226,6 +224,7 @@ class SelectorTraits(NamedTuple):
     gated: bool = False  # the subspace may be {0} for some matrices, so even a full basis has a complement
     primes: bool = False  # the first gradient only sets the basis: it makes no update and is not counted
     reads_lr: bool = False  # a refresh reads `step.lr`, the learning rate of the weights
+    waits: bool = False  # a refresh reads numbers, draws, or takes an SVD or eigh, so a CUDA graph cannot hold it
 
 
 class SelectorFlops(NamedTuple):
@@ -266,18 +265,12 @@ class Selector(Scheduled, Component, family="selector"):
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         super().__pydantic_init_subclass__(**kwargs)
-        former = sorted({"decomposes", "orthonormal", "keeps_basis", "gated", "primes"} & vars(cls).keys())
-        if former:
-            raise TypeError(
-                f"{cls.__qualname__}: `{former[0]}` is no longer an attribute of a selector; declare it in `traits`: "
-                f"def traits(self): return SelectorTraits({former[0]}=...)"
-            )
-        costs = sorted({"refresh_flops", "observe_flops", "project_flops"} & vars(cls).keys())
-        if costs:
-            raise TypeError(
-                f"{cls.__qualname__}: `{costs[0]}` is no longer a method of a selector; return it from `flops`: "
-                f"def flops(self, rows, cols): return SelectorFlops({costs[0].removesuffix('_flops')}=...)"
-            )
+        traits = {name: name for name in ("decomposes", "orthonormal", "keeps_basis", "gated", "primes")}
+        declared = "declare it in `traits`: def traits(self): return SelectorTraits({}=...)"
+        refuse_former(cls, traits, "an attribute of a selector", declared)
+        costs = {f"{name}_flops": name for name in ("refresh", "observe", "project")}
+        returned = "return it from `flops`: def flops(self, rows, cols): return SelectorFlops({}=...)"
+        refuse_former(cls, costs, "a method of a selector", returned)
 
     @abstractmethod
     def coords(self, rows: Dim, cols: Dim) -> tuple[Dim, Dim]:
@@ -328,23 +321,24 @@ class Selector(Scheduled, Component, family="selector"):
         if t == 1 and not self.traits().primes:
             return True
         if "every" in self.schedules:
-            return t >= 1 and last_refresh(self.schedules["every"], self._offset(turn), t)[0] == t
-        return self.every is not None and t >= 1 and (t - 1 + self._offset(turn)) % self.every == 0
+            return t >= 1 and last_refresh(self.schedules["every"], self.offset_of(turn), t)[0] == t
+        return self.every is not None and t >= 1 and (t - 1 + self.offset_of(turn)) % self.every == 0
 
     def age(self, t: int, turn: float = 0.0) -> int:
         """Updates since the last scheduled refresh at or before update `t`, including update `t`."""
         if "every" in self.schedules:
-            return t - max(last_refresh(self.schedules["every"], self._offset(turn), t)[0], 1) + 1
+            return t - max(last_refresh(self.schedules["every"], self.offset_of(turn), t)[0], 1) + 1
         if self.every is None:
             return t
-        return min((t - 1 + self._offset(turn)) % self.every, t - 1) + 1
+        return min((t - 1 + self.offset_of(turn)) % self.every, t - 1) + 1
 
     def period(self, t: int) -> int:
         """The number of whole periods before update `t`; 0 in the first period."""
         if "every" in self.schedules:
-            (first, _), (_, index) = (last_refresh(self.schedules["every"], self._offset(0.0), at) for at in (1, t))
+            (first, _), (_, index) = (last_refresh(self.schedules["every"], self.offset_of(0.0), at) for at in (1, t))
             return max(index - (first < 1), 0)
         return 0 if self.every is None else (t - 1) // self.every
 
-    def _offset(self, turn: float) -> int:
+    def offset_of(self, turn: float) -> int:
+        """The offset of a parameter whose place in a period is `turn`."""
         return int(turn * (self.every or 0)) if self.offset == "spread" else self.offset

@@ -174,12 +174,15 @@ class Linear:
         It skips a dense matrix with the storage of `known`, which is finite. On a CPU it skips bases, which are searched when they are
         made.
         """
+        return all(linalg.all_finite(x) for x in self.unknown(known, skip_bases=known.device.type == "cpu"))
+
+    def unknown(self, known: Tensor, *, skip_bases: bool = False) -> list[Tensor]:
+        """The tensors of the expression without a dense matrix that has the storage of `known`, and without bases if `skip_bases`."""
         s, numbers = self.sum, [] if self.number is None else [self.number]
         dense = [] if s.dense is None or same_storage(s.dense, known) else [s.dense]
         coords = [part.coords for part in s.lifts]
-        cpu = known.device.type == "cpu"
-        bases = [] if cpu else [x for x in s.tensors() if x is not s.dense and not any(x is c for c in coords)]
-        return all(linalg.all_finite(x) for x in (*dense, *coords, *bases, *numbers))
+        bases = [] if skip_bases else [x for x in s.tensors() if x is not s.dense and not any(x is c for c in coords)]
+        return [*dense, *coords, *bases, *numbers]
 
 
 S = TypeVar("S", Tensor, Linear)  # the signal of a lazy rule

@@ -22,6 +22,7 @@ class WeightTraits(NamedTuple):
     decomposes: bool = False  # takes a decomposition, which may fail: NaN in its result is then an error
     elementwise: bool = False  # an entry of a result depends on the same entry of weight, update and state, which have one shape
     by_rows: bool = False  # the same for rows
+    waits: bool = False  # a map reads numbers, or takes an SVD or eigh, so a CUDA graph cannot hold it
 
 
 class WeightRule(Scheduled, Component, family="weight_rule"):

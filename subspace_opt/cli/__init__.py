@@ -20,14 +20,16 @@ from .. import __version__
 from ..checkpoint import CheckpointError
 from ..distributed.meshes import MeshError
 from ..engine.lowbit import LowBitError
+from ..forecast import BudgetError, ModelError
 from ..lab import LabError
 from ..registry import RegistryError
 from ..spec import SpecError
 from ..spec.document import DocumentError
-from . import fidelity, memory, plugins, ranks, specs, training
+from . import changes, fidelity, inspection, memory, plugins, ranks, specs, training
 from .studies.compare import compare
+from .studies.search import search
 
-BAD_INPUT = (SpecError, DocumentError, RegistryError, CheckpointError, LabError, LowBitError, MeshError)
+BAD_INPUT = (SpecError, DocumentError, RegistryError, CheckpointError, LabError, LowBitError, MeshError, BudgetError, ModelError)
 
 app = typer.Typer(
     name="subspace-opt",
@@ -46,9 +48,14 @@ for name, command, example in (
     ("schema", specs.schema, "schema > spec.schema.json"),
     ("explain", memory.explain, "explain galore --model 130m"),
     ("plan", memory.plan, "plan cosmos --model 70b --dtype bfloat16"),
+    ("diff", changes.diff, "diff galore cosmos"),
+    ("explain-change", changes.explain_change, "explain-change cosmos cosmos --set matrix.selector.rank=128 --model 130m"),
+    ("convert", changes.convert, "convert runs/adamw/last.pt --to cosmos --out runs/cosmos/last.pt"),
     ("verify", ranks.verify, "verify cosmos --ranks 4 --mesh fsdp"),
     ("train", training.train, "train cosmos --model mini --steps 500 --out runs/cosmos"),
     ("compare", compare, "compare cosmos muon adamw --model mini --steps 600 --seeds 3"),
+    ("search", search, "search --budget 2h --bytes 0.6x --time 1.3x --confirm-data other.txt"),
+    ("inspect", inspection.inspect, "inspect runs/cosmos --out spectra.svg"),
     ("demo", training.demo, "demo --steps 50 --out runs/demo"),
     ("parity", fidelity.parity, "parity --json"),
     ("new-plugin", plugins.new, "new-plugin top-peaks --kind selector"),

@@ -57,9 +57,20 @@ Plugins = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
-Dtype = Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Dtype of the parameters.")]
 ModelName = Annotated[str, typer.Option("--model", metavar="NAME", help="A size from tiny to 70b, or path of a Hugging Face config.")]
 Vocabulary = Annotated[
     int | None,
     typer.Option("--vocab", min=1, help="Size of the vocabulary. Default: 32000, or that of the config (`train` uses 256)."),
+]
+ModelSource = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        metavar="NAME",
+        help="A size from tiny to 70b; path of a Hugging Face config, a .safetensors file, its index, or a folder; or module:function.",
+    ),
+]
+PlannedDtype = Annotated[
+    Literal["float32", "bfloat16", "float16"] | None,
+    typer.Option("--dtype", help="Dtype of the parameters. Default: that of the files or the module, else float32."),
 ]

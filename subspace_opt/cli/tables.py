@@ -129,8 +129,8 @@ def layers(plan: Plan) -> list[Layer]:
     return out
 
 
-def show_plan(plan: Plan, title: str, out: Console) -> None:
-    """Bytes of state by layer and in total, next to AdamW's. Consecutive layers with equal numbers share a row."""
+def show_layers(plan: Plan, out: Console) -> None:
+    """Bytes of state by layer, next to AdamW's. Consecutive layers with equal numbers share a row."""
     numbers = ("layers", "parameters each", "state each", "AdamW's each", "ratio")
     table = make_table("layer", *numbers, right=numbers, fold="layer")
     for alike in _alike(layers(plan)):
@@ -138,9 +138,8 @@ def show_plan(plan: Plan, title: str, out: Console) -> None:
         ratio = f"{first.state_bytes / first.adamw_bytes:.2f}" if first.adamw_bytes else "-"
         sizes = (readable_bytes(first.state_bytes), readable_bytes(first.adamw_bytes), ratio)
         table.add_row(_span([layer.name for layer in alike]), str(len(alike)), f"{first.parameters:,}", *sizes)
-    out.print(title, end="\n\n", markup=False, soft_wrap=True)
+    out.print()
     out.print(table)
-    _show_total(plan, out)
 
 
 def _alike(all_layers: list[Layer]) -> Iterator[list[Layer]]:

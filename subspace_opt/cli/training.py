@@ -14,7 +14,7 @@ import torch
 import typer
 from pydantic import ValidationError
 
-from ..engine.gradients import NonFiniteGradient
+from ..engine.flags.watch import NonFiniteGradient
 from ..lab import LabError, Result, TrainConfig
 from ..spec import load_spec
 from .options import AsJson, Overrides, Plugins, SpecName, parse_overrides, print_json

@@ -1,27 +1,84 @@
-"""The inspection of all gradients before anything changes: are they finite, can they be squared, are they all 0?"""
+"""The parameters of a step, and the inspection of their gradients before anything changes: finite? in range? all 0?"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..algebra.pipeline import Values
+from ..plan import Row
+from ..plan.numbers import numbers_of
+from .flags.gate import listed
+from .flags.watch import NonFiniteGradient, Watch, is_deferred
+from .homes import Memory
 from .work import Nonfinite, Work
 
 LARGE = 2**16  # entries from which a scalar product is faster than a norm, including its call
 
 
-class NonFiniteGradient(FloatingPointError):  # noqa: N818  the gradient is what is wrong
-    """A gradient holds NaN or infinity; nothing has been changed."""
+def work_of(
+    group: Mapping[str, Any],
+    p: Tensor,
+    row: Row,
+    state: dict[str, Any] | None,
+    given: Mapping[str, Values],
+    memory: Memory,
+    failures: Mapping[str, int],
+    *,
+    capturable: bool = False,
+) -> Work:
+    """One parameter in this step, with the numbers of its group. `state`: None if it has none yet; `given`: the group's values.
+
+    Raises:
+        RuntimeError: The gradient is sparse.
+    """
+    grad, name = p.grad, row.entry.name
+    if grad is not None and grad.is_sparse:
+        raise RuntimeError(
+            f"'{name}' has a sparse gradient, which cannot be projected to a subspace; build the embedding with sparse=False"
+        )
+    lr = group["lr"]
+    if isinstance(lr, Tensor) and lr.device.type == "cpu" and not capturable:
+        lr = lr.item()
+    count = updates_so_far(name, state, memory) if state else 0
+    last = number_of(name, state["refreshed"], memory.marks) if capturable and state and "refreshed" in state else None
+    numbers = numbers_of(group, row, count, given)
+    return Work(
+        row=row,
+        param=p,
+        grad=p if grad is None else grad,
+        lr=lr * numbers.lr_scale,
+        weight_decay=float(group["weight_decay"]) * numbers.decay_scale,
+        state=state or {},
+        values=numbers.values,
+        refresh=group["refresh"] or name in failures or name in memory.watch.again,
+        count=count,
+        last_refresh=last,
+    )
 
 
-def survey(work: list[Work], policy: Nonfinite) -> tuple[list[Work], list[str]]:
+def updates_so_far(name: str, state: dict[str, Any], memory: Memory) -> int:
+    """Updates made so far."""
+    return number_of(name, state["step"], memory.counts)
+
+
+def number_of(name: str, counter: Tensor, known_numbers: dict[str, tuple[Tensor, int, int]]) -> int:
+    """The value of a counter in the state. It is read only if the counter is new or was written to."""
+    known = known_numbers.get(name)
+    if known is None or known[0] is not counter or known[1] != counter._version:
+        known = known_numbers[name] = (counter, counter._version, int(counter.item()))
+    return known[2]
+
+
+def survey(work: list[Work], policy: Nonfinite, watch: Watch | None = None) -> tuple[list[Work], list[str]]:
     """Measure every gradient once.
 
-    With policy `propagate` only parameters without an update yet are measured: a later gradient passes unseen, and no host waits for a
-    device.
+    With policy `propagate` only parameters without an update yet are measured: a later gradient passes unseen. If all gradients are on
+    devices for which a host would wait, `watch` guards the update of parameters that have begun, and no host waits for them.
 
     Returns:
         The parameters to update, and the names of those skipped for non-finite gradients.
@@ -29,13 +86,16 @@ def survey(work: list[Work], policy: Nonfinite) -> tuple[list[Work], list[str]]:
     Raises:
         NonFiniteGradient: with policy `raise`; nothing has been changed.
     """
-    seen = [item for item in work if policy != "propagate" or item.count == 0]
+    guarding = watch is not None and policy != "propagate" and bool(work) and all(is_deferred(item.grad.device) for item in work)
+    seen = [item for item in work if (policy != "propagate" and not guarding) or item.count == 0]
     bad = judged(zip(seen, _peaks(seen), strict=True))
     if bad and policy == "raise":
         raise nonfinite(bad)
     if policy == "skip":
-        return [item for item in work if item.name not in set(bad)], bad
-    return work, []
+        work = [item for item in work if item.name not in set(bad)]
+    if guarding and watch is not None and work:
+        watch.guard(work, policy, {item.row.compute_dtype: largest(item.row.compute_dtype) for item in work})
+    return work, bad if policy == "skip" else []
 
 
 def judged(sizes: Iterable[tuple[Work, float]]) -> list[str]:
@@ -56,9 +116,8 @@ def judged(sizes: Iterable[tuple[Work, float]]) -> list[str]:
 
 def nonfinite(names: list[str]) -> NonFiniteGradient:
     """The error for gradients that are not finite."""
-    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     return NonFiniteGradient(
-        f"the gradient of {shown} holds NaN or infinity; nothing was changed. Look for its cause, lower lr, clip, or build with "
+        f"the gradient of {listed(names)} holds NaN or infinity; nothing was changed. Look for its cause, lower lr, clip, or build with "
         "nonfinite='skip' to leave such parameters alone for the step"
     )
 
@@ -81,6 +140,10 @@ def transferred(grads: list[Tensor], *, norms: bool) -> list[float]:
     out = [0.0] * len(grads)
     for device in {grad.device for grad in grads}:
         there = [i for i, grad in enumerate(grads) if grad.device == device]
+        if device.type == "meta":  # no numbers: gradients count as ordinary ones
+            for i in there:
+                out[i] = 1.0
+            continue
         # `abs().amax()`: on a CPU `vector_norm(ord=inf)` is 20x slower.
         found = _norms([grads[i] for i in there]) if norms else [grads[i].abs().amax() for i in there]
         dtype = torch.float64 if any(f.dtype == torch.float64 for f in found) else torch.float32

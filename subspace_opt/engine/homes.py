@@ -10,7 +10,11 @@ from torch import Tensor
 
 from ..algebra.core import State
 from ..plan import state_key
-from .work import Piece, Stack
+from .flags.gate import gated
+from .flags.watch import Watch
+from .work import Options, Piece, Stack
+
+MOST_INDICES = 64  # for one home, so that memory does not grow with the steps
 
 
 @dataclass
@@ -20,6 +24,7 @@ class Home:
     places: dict[tuple[str, int], int]  # (parameter, block) -> first matrix
     slots: State
     views: dict[tuple[str, int], dict[str, Tensor]]
+    indices: dict[tuple[int, ...], Tensor] = field(default_factory=dict)  # by matrices, on the device
 
     def holds(self, piece: Piece) -> bool:
         """True if the piece's state is still a view of this home; loading a checkpoint replaces it."""
@@ -35,6 +40,21 @@ class Memory:
     begun: set[tuple[str, int]] = field(default_factory=set)  # (parameter, block) all of whose matrices have begun
     homes: dict[Any, list[Home]] = field(default_factory=dict)  # by pipeline and shape, device and dtype
     counts: dict[str, tuple[Tensor, int, int]] = field(default_factory=dict)  # parameter -> counter, version of that tensor, value
+    marks: dict[str, tuple[Tensor, int, int]] = field(default_factory=dict)  # the same for the update of the last refresh
+    captured: tuple[str, ...] = ()  # parameters that the last captured step updates
+    watch: Watch = field(default_factory=Watch)  # flags that the host has not read; losing them loses their errors
+
+    @classmethod
+    def of(cls, options: Options) -> Memory:
+        """An empty one."""
+        made = cls()
+        made.watch.capturable = options.capturable
+        return made
+
+    def forget_counts(self) -> None:
+        """Make the next step read the counters in the state."""
+        self.counts.clear()
+        self.marks.clear()
 
 
 def gather(stack: Stack, memory: Memory) -> tuple[State, bool]:
@@ -68,13 +88,16 @@ def scatter(stack: Stack, old: State, new: State, memory: Memory) -> None:
     apart = {key: v.clone() if id(_storage_of(v)) in given else v for key, v in changed.items()}
     for key, value in apart.items():
         if home is None:
-            for piece, part in zip(stack.pieces, value.split(stack.sizes), strict=True):
-                piece.put(key, part)
+            gates = [stack.gate] * len(stack.pieces) if stack.gate is None or stack.gate.dim() == 0 else stack.gate.split(stack.sizes)
+            for piece, part, gate in zip(stack.pieces, value.split(stack.sizes), gates, strict=True):
+                piece.put(key, part, gate)
         elif where is None:
-            home.slots[key].copy_(value)
+            kept = home.slots[key]
+            kept.copy_(value if stack.gate is None else gated(stack.gate, value, kept))
         else:
             kept = home.slots[key]
-            kept.index_copy_(0, where, value.to(kept.dtype))
+            value = value.to(kept.dtype)
+            kept.index_copy_(0, where, value if stack.gate is None else gated(stack.gate, value, kept.index_select(0, where)))
 
 
 def _storage_of(value: Tensor) -> Tensor:
@@ -113,8 +136,12 @@ def _places(home: Home, stack: Stack) -> Tensor | None:
     starts = [home.places[(piece.work.name, piece.index)] for piece in stack.pieces]
     if len(starts) == len(home.places) and starts == sorted(starts):
         return None
-    index = [i for start, piece in zip(starts, stack.pieces, strict=True) for i in range(start, start + piece.size)]
-    return torch.tensor(index, device=stack.pieces[0].work.param.device)
+    index = tuple(i for start, piece in zip(starts, stack.pieces, strict=True) for i in range(start, start + piece.size))
+    if index not in home.indices:
+        if len(home.indices) >= MOST_INDICES:
+            home.indices.clear()
+        home.indices[index] = torch.tensor(index, device=stack.pieces[0].work.param.device)
+    return home.indices[index]
 
 
 def _moved_in(stack: Stack) -> Home:

@@ -112,10 +112,15 @@ def read(value: Tensor, start: int, stop: int, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def write(value: Tensor, start: int, entries: Tensor) -> None:
-    """Code the flat numbers `entries` and write them to a coded tensor, from entry `start` on."""
+def write(value: Tensor, start: int, entries: Tensor, gate: Tensor | None = None) -> None:
+    """Code the flat numbers `entries` and write them to a coded tensor, from entry `start` on, unless the 0-d `gate` is closed."""
     for a, b in _runs(value, start, start + entries.numel()):
-        _part(value, a, b).copy_(entries[a - start : b - start].to(torch.float32))
+        part = _part(value, a, b)
+        before = None if gate is None else (part.codes.clone(), part.scale.clone())
+        part.copy_(entries[a - start : b - start].to(torch.float32))
+        if gate is not None and before is not None:
+            for raw, old in zip((part.codes, part.scale), before, strict=True):
+                raw.copy_(torch.where(gate, raw, old))
 
 
 def copied(value: Any, device: torch.device) -> Tensor:

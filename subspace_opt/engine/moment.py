@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..algebra.core import Constants, Drawn, Step
 from ..algebra.frame import Frame
+from .capture.clock import device_clock, has_device_clock
 from .rounding import generator
 from .stacking import counted, refreshed
 from .work import Options, Phase, Piece, Stack, Work
@@ -26,9 +27,12 @@ def step_of(stack: Stack, options: Options, tables: dict[Any, Tensor]) -> Step:
     if shape is not None:
         drawn = torch.cat([_noise(piece, call, shape, options.seed) for piece in pieces])
         noise = drawn.to(work.param.device, work.row.compute_dtype)
+    on_device = options.capturable and has_device_clock(stack, options)
+    clock = device_clock(stack) if on_device else (_clock(t), _clock(_age(work, frame, t, refresh)))
     return Step(
-        t=_clock(t),
-        age=_clock(_age(work, frame, t, refresh)),
+        t=clock[0],
+        age=clock[1],
+        on_device=on_device,
         first=first,
         refresh=refresh,
         decay=work.weight_decay,

@@ -26,11 +26,11 @@ LONG = 8 * ROWS  # least entries of a matrix that is cut into such passes
 
 def stacks(work: list[Work], options: Options, memory: Memory) -> Iterator[Stack]:
     """All pieces in stacks, cut so that temporaries stay small."""
-    for stack in _grouped(work, options, memory):
+    for stack in grouped(work, options, memory):
         yield from _in_passes(stack, options)
 
 
-def _grouped(work: list[Work], options: Options, memory: Memory) -> Iterator[Stack]:
+def grouped(work: list[Work], options: Options, memory: Memory) -> Iterator[Stack]:
     """Pieces that may be computed together, at most as many as `matrices_at_once` allows.
 
     The cuts between stacks do not depend on which matrices refresh at this step, so the others keep the storage that they share.
@@ -93,6 +93,8 @@ def due(item: Work, frame: Frame, phase: Phase) -> bool:
 
 def refreshed(item: Work) -> int | None:
     """The update of the last refresh, if a slot resets at refreshes; else None."""
+    if item.last_refresh is not None:
+        return item.last_refresh
     return int(item.state["refreshed"].item()) if "refreshed" in item.state else None
 
 
@@ -111,7 +113,8 @@ def _phases(item: Work, index: int, begun: set[tuple[str, int]]) -> list[Phase]:
     name = (item.name, index)
     if item.count < 0:
         return [Phase.WAITING] * block.count
-    if (block.total == 1 and len(item.splits) == 1) or name in begun or not frame.slots:
+    has_numbers = item.grad.device.type != "meta"  # without numbers, all matrices begin together
+    if (block.total == 1 and len(item.splits) == 1) or name in begun or not frame.slots or not has_numbers:
         return [Phase.BEGUN if item.count else Phase.FIRST] * block.count
     moved = item.grads[index].flatten(1).any(1)
     has = torch.zeros_like(moved)

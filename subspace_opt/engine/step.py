@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +19,9 @@ from ..algebra.frame import Frame
 from ..algebra.linear import Linear
 from ..algebra.weight_rule import WeightError
 from ..registry import kind_of
+from .capture.clock import is_capturing
+from .flags.gate import finite_matrices, over, spread
+from .flags.watch import MOST_FAILURES
 from .fused import update_by_kernels
 from .homes import Memory, gather, scatter
 from .moment import step_of
@@ -27,8 +29,6 @@ from .stacking import stacks
 from .strategies import decomposes, fails_first
 from .weights import update_stack
 from .work import Options, Phase, Piece, Stack, Work
-
-MOST_FAILURES = 3  # failed decompositions of one parameter in a row after which the step raises
 
 
 def take_step(work: list[Work], options: Options, memory: Memory, failures: dict[str, int]) -> None:
@@ -43,7 +43,8 @@ def take_step(work: list[Work], options: Options, memory: Memory, failures: dict
     errors: dict[str, Exception] = {}
     compute(work, options, memory, errors)
     write_back(work)
-    close(work, memory)
+    close(work, memory, options)
+    memory.watch.send()
     report(work, errors, failures)
 
 
@@ -51,28 +52,26 @@ def compute(work: list[Work], options: Options, memory: Memory, errors: dict[str
     """Make updates and new state; add failed decompositions to `errors`, by parameter."""
     # Sorted, because round-off within a batched product depends on the place in it, and the order of parameters must not matter.
     work = sorted(work, key=lambda item: item.key)
-    for stack in stacks(update_by_kernels(work), options, memory):
+    for stack in stacks(update_by_kernels(work, options), options, memory):
         _advance(stack, options, memory, errors)
 
 
-def count(name: str, state: dict[str, Any], memory: Memory) -> int:
-    """Updates made so far. The counter in the state is read only if it is new or was written to."""
-    step = state["step"]
-    known = memory.counts.get(name)
-    if known is None or known[0] is not step or known[1] != step._version:
-        known = memory.counts[name] = (step, step._version, int(step.item()))
-    return known[2]
-
-
-def close(work: list[Work], memory: Memory) -> None:
-    """Count the updates."""
-    counters = [item.state["step"] for item in work if item.count >= 0 and not item.held]
-    if counters:
+def close(work: list[Work], memory: Memory, options: Options | None = None) -> None:
+    """Count the updates. While a graph is captured nothing runs, so the counts that the host knows stay."""
+    moved = [item for item in work if item.count >= 0 and not item.held]
+    counters = [item.state["step"] for item in moved]
+    capturable = options is not None and options.capturable
+    gates = [item.gate for item in moved if item.gate is not None] if capturable else []
+    if gates:
+        torch._foreach_add_(counters, [gate.to(torch.float32) for gate in gates])
+    elif counters:
         torch._foreach_add_(counters, 1.0)
-    for item in work:
-        if item.count >= 0 and not item.held:
-            step = item.state["step"]
-            memory.counts[item.name] = (step, step._version, item.count + 1)
+    capturing = capturable and is_capturing()
+    for item in moved:
+        step = item.state["step"]
+        memory.counts[item.name] = (step, step._version, item.count + (0 if capturing else 1))
+    if capturing:
+        memory.captured = tuple(item.name for item in moved)
 
 
 def write_back(work: list[Work]) -> None:
@@ -88,7 +87,7 @@ def write_back(work: list[Work]) -> None:
 def report(work: list[Work], errors: dict[str, Exception], failures: dict[str, int]) -> None:
     """Count failures in a row, warn of each, and raise at `MOST_FAILURES`."""
     for item in work:
-        if item.name not in errors:
+        if item.name not in errors and item.gate is None:  # with a gate, the flags of this step decide
             failures.pop(item.name, None)
     for name, error in errors.items():
         failures[name] = failures.get(name, 0) + 1
@@ -130,13 +129,16 @@ class _Inputs:
     state: State
     step: Step
     sound: bool
+    checks: bool = False  # a decomposition may have failed, and no host waits to learn it: its flags gate the update
 
 
 def _advance(stack: Stack, options: Options, memory: Memory, errors: dict[str, Exception]) -> None:
     """Compute the update of a stack, update its weights, and store its state."""
     if stack.phase is Phase.WAITING:
+        stack = _gated(stack)
         update_stack(stack, _waiting(stack, options, memory) if stack.frame.pipeline.apply else None, options)
         return
+    stack = _gated(stack)
     given = _inputs(stack, options, memory)
     made: tuple[Linear | None, State] | None
     try:
@@ -144,27 +146,51 @@ def _advance(stack: Stack, options: Options, memory: Memory, errors: dict[str, E
     except (torch.linalg.LinAlgError, WeightError) as error:
         if len(stack.pieces) > 1:  # one by one, to find the matrix that fails and to spare the others
             for piece in stack.pieces:
-                _advance(replace(stack, pieces=[piece]), options, memory, errors)
+                _advance(replace(stack, pieces=[piece], gate=None), options, memory, errors)
             return
         if isinstance(error, WeightError):
             raise WeightError(f"'{stack.pieces[0].work.name}': {error}") from error
         made = _after_failure(stack, given, error, errors)
     if made is not None:
+        if given.checks and stack.gate is not None:
+            stack = _without_failed(stack, given, made[0], memory)
         _settle(stack, given, *made, options, memory)
+
+
+def _gated(stack: Stack) -> Stack:
+    """The stack with the gate of its parameters: one for all matrices if they share it, else one for each."""
+    gates = [piece.work.gate for piece in stack.pieces]
+    if stack.gate is not None or gates[0] is None:
+        return stack
+    first = gates[0]
+    return replace(stack, gate=first if all(gate is first for gate in gates) else spread([g for g in gates if g is not None], stack.sizes))
+
+
+def _without_failed(stack: Stack, given: _Inputs, update: Linear | None, memory: Memory) -> Stack:
+    """The stack with a closed gate for matrices whose decomposition failed. The flags are read at the next step."""
+    assert stack.gate is not None
+    count = sum(stack.sizes)
+    found = None if update is None else finite_matrices(update.unknown(given.grad), count)
+    if found is None:
+        return stack
+    names = [piece.work.name for piece in stack.pieces for _ in range(piece.size)]
+    memory.watch.failing(names, stack.gate & ~found)
+    return replace(stack, gate=stack.gate & found)
 
 
 def _inputs(stack: Stack, options: Options, memory: Memory) -> _Inputs:
     frame, pieces = stack.frame, stack.pieces
-    grad = _gradients(stack)
+    grad = _gradients(stack) if stack.gate is None else _guarded_gradients(stack, stack.gate)
     state, is_stored = gather(stack, memory)
     weight = _joined([_weights(p) for p in pieces], stack.dtype) if frame.needs_weight else None
     step = step_of(stack, options, memory.tables)
     sound = options.nonfinite != "propagate"
     # A CPU searches a new basis for NaN at once. Other devices search the update, when overwritten state could no longer be restored.
     restorable = grad.device.type == "cpu" or not (sound and step.refresh)
-    if is_stored and stack.phase is Phase.BEGUN and fails_first(frame, refresh=step.refresh) and restorable:
+    if is_stored and stack.gate is None and stack.phase is Phase.BEGUN and fails_first(frame, refresh=step.refresh) and restorable:
         step = step._replace(in_place=True)
-    return _Inputs(grad, weight, state, step, sound)
+    checks = stack.gate is not None and (step.refresh or decomposes(frame))
+    return _Inputs(grad, weight, state, step, sound and not checks, checks)
 
 
 def _waiting(stack: Stack, options: Options, memory: Memory) -> Linear:
@@ -236,7 +262,17 @@ def _settle(stack: Stack, given: _Inputs, update: Linear | None, new: State, opt
     if given.step.refresh and (stack.phase is Phase.BEGUN or not stack.pieces[0].work.count):
         for piece in stack.pieces:
             if "refreshed" in piece.work.state:
-                piece.work.state["refreshed"].fill_(given.step.t)
+                _mark(piece.work, given.step, memory, options)
+
+
+def _mark(work: Work, step: Step, memory: Memory, options: Options) -> None:
+    """Note the update of a refresh."""
+    mark = work.state["refreshed"]
+    if not options.capturable:
+        mark.fill_(step.t)
+        return
+    mark.copy_(step.t if work.gate is None else torch.where(work.gate, step.t.to(mark.device), mark))
+    memory.marks[work.name] = (mark, mark._version, work.count if work.splits[0][1].primes else work.count + 1)
 
 
 def _gradients(stack: Stack) -> Tensor:
@@ -245,6 +281,18 @@ def _gradients(stack: Stack) -> Tensor:
     if len(pieces) > 1 and all(p.work.is_matrix and p.work.scale == 1.0 for p in pieces):
         return _joined([torch.stack([p.work.grad for p in pieces])], stack.dtype)
     return _joined([_gradient(piece) for piece in pieces], stack.dtype)
+
+
+def _guarded_gradients(stack: Stack, gate: Tensor) -> Tensor:
+    """As `_gradients`, with scales that only the device knows. Before a decomposition, a gradient whose gate is closed becomes 0."""
+    pieces = stack.pieces
+    if len(pieces) > 1 and all(p.work.is_matrix for p in pieces):
+        raw = torch.stack([p.work.grad for p in pieces])
+    else:
+        raw = _joined([piece.of(piece.work.grads) for piece in pieces], stack.dtype)
+    scales = spread([torch.as_tensor(piece.work.scale) for piece in pieces], stack.sizes)
+    grad = raw.to(stack.dtype) * over(scales, 3)
+    return grad.masked_fill_(over(gate, 3).logical_not(), 0.0) if stack.refresh or decomposes(stack.frame) else grad
 
 
 def _gradient(piece: Piece) -> Tensor:

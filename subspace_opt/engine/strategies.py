@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -89,6 +90,13 @@ def fused(frame: Frame) -> tuple[str, Rule, Kernel] | None:
         return None
     kernel = p.complement[0].kernel()
     return None if kernel is None else ("complement", p.complement[0], kernel)
+
+
+@_once
+def can_be_blocked(frame: Frame) -> bool:
+    """True if the kernel takes `blocked`, a flag on the device with which it changes nothing."""
+    found = fused(frame)
+    return found is not None and "blocked" in inspect.signature(found[2]).parameters
 
 
 def part_of_rows(frame: Frame, key: str, first: int, beyond: int) -> slice | None:

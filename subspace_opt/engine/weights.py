@@ -8,6 +8,7 @@ Three ways compute the same: many weights in one operation, lifts multiplied str
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,9 @@ from .. import linalg
 from ..algebra.linear import Lift, Linear
 from ..algebra.pipeline import Pipeline
 from ..algebra.projection import one_sided, picks
+from .flags.gate import blocked, each, gated, silenced
 from .rounding import Rounding, rounding_draw, stochastic
+from .strategies import decomposes
 from .work import Options, Piece, Stack
 
 
@@ -40,18 +43,27 @@ class Rates(NamedTuple):
 def update_stack(stack: Stack, update: Linear | None, options: Options) -> None:
     """Decay and update the weights of a stack; without an update, decay alone."""
     if update is None:
-        for piece in stack.pieces:
-            _update_piece(piece, None, 1.0, options)
+        for piece, gate in zip(stack.pieces, _gates(stack), strict=True):
+            _update_piece(piece, None, 1.0, options, gate)
         return
+    if stack.gate is not None and update.number is not None:  # a number that a CPU reads must not be NaN
+        update = Linear(update.sum, update.factor, silenced(stack.gate, update.number))
     if _takes_lifts(stack, update):
-        _subtract_lifts(stack.pieces[0], update)
+        _subtract_lifts(stack, update)
         return
     entries, factor = _settled(update)
     if _update_together(stack, entries, factor, options):
         return
     parts = [entries] if len(stack.pieces) == 1 else entries.split(stack.sizes)
-    for piece, part in zip(stack.pieces, parts, strict=True):
-        _update_piece(piece, part, factor, options)
+    for piece, part, gate in zip(stack.pieces, parts, _gates(stack), strict=True):
+        _update_piece(piece, part, factor, options, gate)
+
+
+def _gates(stack: Stack) -> Sequence[Tensor | None]:
+    """The gate of every piece: 0-d, or one for each of its matrices."""
+    if stack.gate is None or stack.gate.dim() == 0:
+        return [stack.gate] * len(stack.pieces)
+    return list(stack.gate.split(stack.sizes))
 
 
 def _settled(update: Linear) -> tuple[Tensor, float]:
@@ -69,7 +81,7 @@ def _is_readable(number: Tensor) -> bool:
     return number.numel() == 1 and number.device.type == "cpu" and type(number) is Tensor
 
 
-def _update_piece(piece: Piece, part: Tensor | None, factor: float, options: Options) -> None:
+def _update_piece(piece: Piece, part: Tensor | None, factor: float, options: Options, gate: Tensor | None = None) -> None:
     work = piece.work
     if work.outbox is not None:  # the weights are on other ranks
         if part is not None:
@@ -84,7 +96,8 @@ def _update_piece(piece: Piece, part: Tensor | None, factor: float, options: Opt
         for i, one in enumerate(noise, piece.start):
             one.copy_(rounding_draw(work.key, piece.block, i, work.count, options.seed, one))
     compensation = piece.of(work.compensations) if work.compensations else None
-    update_weight(w, part, _rates(piece, factor), rounding=options.rounding, compensation=compensation, noise=noise)
+    rates = _rates(piece, factor)
+    update_weight(w, part, rates, rounding=options.rounding, compensation=compensation, noise=noise, gate=gate)
 
 
 def _rates(piece: Piece, factor: float = 1.0) -> Rates:
@@ -102,18 +115,23 @@ def update_weight(
     rounding: Rounding = "nearest",
     compensation: Tensor | None = None,
     noise: Tensor | None = None,
+    gate: Tensor | None = None,
 ) -> None:
-    """Decay and update one weight in place.
+    """Decay and update one weight `(..., rows, cols)`, or matrices `(B, rows, cols)`, in place.
 
     A weight of lower precision than the update is computed in the update's dtype and rounded once: to nearest, stochastically (`noise`:
-    uniform draws in [0, 1)), or with the rounding error carried to the next update (`compensation`).
+    uniform draws in [0, 1)), or with the rounding error carried to the next update (`compensation`). Where `gate` is closed, weight and
+    compensation stay.
     """
     same = w.dtype == update.dtype
     lr, decay, after, factor = rates
     if same and not isinstance(lr, Tensor):
-        update_weights([w], [update], rates)
+        if gate is None or gate.dim() == 0:
+            update_weights([w], [update], rates, gate)
+        else:
+            update_weights(list(w.unbind(0)), list(update.unbind(0)), rates, gate)
         return
-    y = w if same else w.to(update.dtype)
+    y = (w if gate is None else w.clone()) if same else w.to(update.dtype)
     if compensation is not None:
         y = y + compensation.to(update.dtype)
     if decay != 0 and not after:
@@ -121,23 +139,30 @@ def update_weight(
     y = y.sub_(update * (lr * factor)) if isinstance(lr, Tensor) else y.sub_(update, alpha=lr * factor)
     if decay != 0 and after:
         y = y.mul_(1 - lr * decay)
-    if same:
+    if same and gate is None:
         return
-    if rounding == "stochastic" and noise is not None:
-        w.copy_(stochastic(y, w.dtype, noise))
+    new = stochastic(y, w.dtype, noise) if not same and rounding == "stochastic" and noise is not None else y
+    if gate is None:
+        w.copy_(new)
+        if compensation is not None:
+            compensation.copy_(y - w.to(y.dtype))
         return
-    w.copy_(y)
     if compensation is not None:
-        compensation.copy_(y - w.to(y.dtype))
+        compensation.copy_(gated(gate, y - y.to(w.dtype).to(y.dtype), compensation))
+    w.copy_(gated(gate, new, w))
 
 
-def update_weights(weights: list[Tensor], updates: list[Tensor], rates: Rates) -> None:
+def update_weights(weights: list[Tensor], updates: list[Tensor], rates: Rates, gate: Tensor | None = None) -> None:
     """Decay and update weights of the updates' dtype in place.
 
     With decay, PyTorch's fused SGD on `U + (wd / factor) W` reads a weight once; decay and update apart read it twice.
     """
     lr, decay, after, factor = rates
     assert not isinstance(lr, Tensor)
+    if gate is not None and gate.dim():
+        for w, update, own in zip(weights, updates, each(gate, len(weights)), strict=True):
+            update_weights([w], [update], rates, own)
+        return
     kept = 1 - lr * decay
     rate = lr * factor * (kept if after else 1.0)
     if decay != 0 and rate != 0 and 1e-20 < abs(factor) < 1e20 and all(map(has_kernel, weights, updates)):
@@ -152,7 +177,15 @@ def update_weights(weights: list[Tensor], updates: list[Tensor], rates: Rates) -
             nesterov=False,
             maximize=False,
             is_first_step=False,
+            found_inf=None if gate is None else blocked(gate),
         )
+        return
+    if gate is not None and decay == 0:
+        updates = [silenced(gate, update) for update in updates]
+    elif gate is not None:
+        made = [w.clone() for w in weights]
+        update_weights(made, updates, rates)
+        torch._foreach_copy_(weights, [gated(gate, new, w) for new, w in zip(made, weights, strict=True)])
         return
     if decay != 0:
         torch._foreach_mul_(weights, kept)
@@ -182,11 +215,12 @@ def _update_together(stack: Stack, update: Tensor, factor: float, options: Optio
         return False
     weights = [p.work.param for p in pieces]
     if low:
-        together = torch.stack(weights).to(update.dtype)
+        before = torch.stack(weights)
+        together = before.to(update.dtype)
         update_weight(together, update, rates)
-        torch._foreach_copy_(weights, together.unbind(0))
+        torch._foreach_copy_(weights, (together if stack.gate is None else gated(stack.gate, together, before)).unbind(0))
     else:
-        update_weights(weights, list(update.unbind(0)), rates)
+        update_weights(weights, list(update.unbind(0)), rates, stack.gate)
     return True
 
 
@@ -204,21 +238,29 @@ def _takes_lifts(stack: Stack, update: Linear) -> bool:
     return numbers and (s.dense is None or not s.writable) and all(one_sided(part.basis) for part in s.lifts)
 
 
-def _subtract_lifts(piece: Piece, update: Linear) -> None:
+def _subtract_lifts(stack: Stack, update: Linear) -> None:
     """`W <- (1 - lr wd) W - lr (D + L(C, U) + ...)`, one pass over W for each term."""
-    s = update.sum
+    piece, gate, s = stack.pieces[0], stack.gate, update.sum
     factor = update.factor * (1.0 if update.number is None else update.number.item())
     lr, decay, after, _ = rates = _rates(piece)
     assert not isinstance(lr, Tensor)
-    weights = piece.of(piece.work.weights)
+    own = piece.of(piece.work.weights)
     kept = 1 - lr * decay
     alpha = -lr * factor * (kept if after else 1.0)
+    lifts = s.lifts
+    # Coordinates of 0 add nothing, unless the basis itself holds NaN. Then, and for the decay, a copy of the weight is updated.
+    apart = gate is not None and (kept != 1.0 or stack.refresh or decomposes(stack.frame))
+    weights = own.clone() if apart else own
+    if gate is not None and not apart:
+        lifts = tuple(part._replace(coords=silenced(gate, part.coords)) for part in lifts)
     if s.dense is not None:
-        update_weight(weights, s.dense, rates._replace(factor=factor * s.weight))
+        update_weight(weights, s.dense, rates._replace(factor=factor * s.weight), gate=None if apart else gate)
         kept = 1.0
-    for part in s.lifts:
+    for part in lifts:
         _add_lift(weights[0], part, alpha * part.weight, kept)
         kept = 1.0
+    if apart:
+        own.copy_(gated(gate, weights, own))
 
 
 def _add_lift(w: Tensor, part: Lift, alpha: float, kept: float) -> None:

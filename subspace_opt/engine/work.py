@@ -19,6 +19,7 @@ from ..algebra.pipeline import Values
 from ..plan import COUNTERS, Row, state_key
 from ..plan.views import Block
 from . import lowbit
+from .flags.gate import each, gated
 from .rounding import Rounding
 from .strategies import part_of_rows
 
@@ -35,6 +36,7 @@ class Options:
     stacking: Stacking = "auto"
     batch_bytes: int = 64 * 2**20
     seed: int = 0
+    capturable: bool = False  # counters are on the device, and no step between refreshes reads them
 
 
 @dataclass
@@ -47,9 +49,11 @@ class Work:
     lr: float | Tensor
     weight_decay: float
     state: dict[str, Any] = field(default_factory=dict)
-    scale: float = 1.0  # brings a gradient too large to be squared back into range
+    scale: float | Tensor = 1.0  # brings a gradient too large to be squared back into range
+    gate: Tensor | None = None  # 0-d bool on the device: the parameter is updated; None: it is, and the host knows it
     refresh: bool = False  # requested by a call, or repeated after a failure
     count: int = 0  # updates before this one; -1: all gradients so far were 0
+    last_refresh: int | None = None  # the update of the last refresh, if the counter of the state is on a device
     held: bool = False  # the first update failed and is not counted
     silent: set[int] = field(default_factory=set)  # matrices, or experts, that get neither update nor decay
     values: Values = ()  # numbers of the pipeline that the parameter's group sets
@@ -151,12 +155,18 @@ class Piece:
             value = value[..., part, :] if len(self.frame.slots[key].dims) > 1 else value[..., part]
         return value.unsqueeze(0) if self.block.count == 1 else value[self.start : self.stop]
 
-    def put(self, key: str, value: Tensor) -> None:
-        """Write the piece of a state tensor back to its storage, coded if it is stored as codes."""
-        if key in self.frame.codes:
-            lowbit.write(self.stored(key), self._entries(self.frame.slots[key].shape)[0], value.reshape(-1))
-        else:
-            self.slot(key).copy_(value)
+    def put(self, key: str, value: Tensor, gate: Tensor | None = None) -> None:
+        """Write the piece of a state tensor back to its storage, coded if it is stored as codes; only the matrices whose gate is open."""
+        if key not in self.frame.codes:
+            slot = self.slot(key)
+            slot.copy_(value if gate is None else gated(gate, value, slot))
+            return
+        first = self._entries(self.frame.slots[key].shape)[0]
+        if gate is None:
+            lowbit.write(self.stored(key), first, value.reshape(-1))
+            return
+        for i, (one, own) in enumerate(zip(value, each(gate, self.size), strict=True)):
+            lowbit.write(self.stored(key), first + i * one.numel(), one.reshape(-1), own)
 
     def _entries(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """Indices of the piece's first entry in the block's flat state tensor, and of the first entry after the piece."""
@@ -183,6 +193,7 @@ class Stack:
     phase: Phase
     refresh: bool
     pieces: list[Piece]
+    gate: Tensor | None = None  # bool on the device, for all matrices or `(B,)` for each: it is updated
 
     @property
     def sizes(self) -> list[int]:
@@ -193,9 +204,9 @@ class Stack:
         return self.pieces[0].work.row.compute_dtype
 
 
-def allocate(row: Row, param: Tensor, state: dict[str, Any]) -> None:
-    """Fill `state` with zeros as the plan declares it, each tensor in its own storage."""
+def allocate(row: Row, param: Tensor, state: dict[str, Any], *, capturable: bool = False) -> None:
+    """Fill `state` with zeros as the plan declares it, each tensor in its own storage; `capturable`: counters on the device too."""
     for key, (shape, dtype) in row.state.items():
-        device = torch.device("cpu") if key in COUNTERS else param.device
+        device = torch.device("cpu") if key in COUNTERS and not capturable else param.device
         how = row.codes.get(key)
         state[key] = torch.zeros(shape, dtype=dtype, device=device) if how is None else lowbit.zeros(shape, how, device)

@@ -7,6 +7,8 @@ neither transformers nor matplotlib.
     config, corpus, model    the run, its text, its model
     run                      the training loop: checkpoints, events, measurements
     comparison, report       several runs on one problem; table, JSON, picture
+    study                    a fair comparison: sweeps, seeds, statistics, report
+    searching                successive halving over the places of a pipeline
     verify                   the certificate
 """
 
@@ -24,8 +26,13 @@ if TYPE_CHECKING:
     from .report import table, to_json, write_picture
     from .run.events import Ended, Evaluated, Event, Result, Saved, Started, Stepped
     from .run.training import train
+    from .searching.run import SearchConfig, search
+    from .study.plan import Candidate, StudyConfig
+    from .study.records import Study
+    from .study.run import run_study
 
 _HOME = {
+    "Candidate": "study.plan",
     "Corpus": "corpus",
     "Ended": "run.events",
     "Evaluated": "run.events",
@@ -34,12 +41,17 @@ _HOME = {
     "Result": "run.events",
     "SIZES": "model",
     "Saved": "run.events",
+    "SearchConfig": "searching.run",
     "Started": "run.events",
     "Stepped": "run.events",
+    "Study": "study.records",
+    "StudyConfig": "study.plan",
     "TrainConfig": "config",
     "compare": "comparison",
     "make_model": "model",
     "meta_model": "model",
+    "run_study": "study.run",
+    "search": "searching.run",
     "table": "report",
     "to_json": "report",
     "train": "run.training",
@@ -48,6 +60,7 @@ _HOME = {
 
 __all__ = [
     "SIZES",
+    "Candidate",
     "Corpus",
     "Ended",
     "Evaluated",
@@ -55,12 +68,17 @@ __all__ = [
     "LabError",
     "Result",
     "Saved",
+    "SearchConfig",
     "Started",
     "Stepped",
+    "Study",
+    "StudyConfig",
     "TrainConfig",
     "compare",
     "make_model",
     "meta_model",
+    "run_study",
+    "search",
     "table",
     "to_json",
     "train",

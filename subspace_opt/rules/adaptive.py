@@ -70,9 +70,17 @@ class Adam(Rule):
         return self._update_in_place if self.debias and self.beta1 > 0 and self.eps >= linalg.SAFE and not self.eps_inside else None
 
     def _update_in_place(
-        self, weights: list[Tensor], grads: list[Tensor], states: dict[str, list[Tensor]], t: int, lr: float | Tensor, decay: float
+        self,
+        weights: list[Tensor],
+        grads: list[Tensor],
+        states: dict[str, list[Tensor]],
+        t: int | Tensor,
+        lr: float | Tensor,
+        decay: float,
+        blocked: Tensor | None = None,
     ) -> None:
-        count = torch.full((), float(t), dtype=torch.float32, device=weights[0].device)
+        device = weights[0].device
+        count = t.float() if isinstance(t, Tensor) else torch.full((), float(t), dtype=torch.float32, device=device)
         torch._fused_adamw_(
             weights,
             grads,
@@ -87,6 +95,7 @@ class Adam(Rule):
             eps=self.eps,
             amsgrad=self.amsgrad,
             maximize=False,
+            found_inf=blocked,
         )
 
     def apply(self, x: Tensor, grad: Tensor, state: State, step: Step) -> tuple[Tensor, State]:
@@ -114,7 +123,8 @@ class Adam(Rule):
         """The change that the kernel makes to a weight of 0 with lr -1. Without `debias`, t is so late that the correction is 1."""
         out = torch.zeros_like(x)
         new = state if step.in_place else {name: value.clone() for name, value in state.items()}
-        self._update_in_place([out], [x], {name: [v] for name, v in new.items()}, int(clock) if self.debias else FOREVER, -1.0, 0.0)
+        count = (clock if step.on_device else int(clock)) if self.debias else FOREVER
+        self._update_in_place([out], [x], {name: [v] for name, v in new.items()}, count, -1.0, 0.0)
         return out, new
 
 

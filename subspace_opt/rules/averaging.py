@@ -89,8 +89,8 @@ class HeavyBall(Rule):
         before = state["momentum_buffer"]
         if self.state == "int8":
             before = blocks.from_codes(before, state["scale"])
-        share = 1.0 if self._starts(step) else 1 - self.dampening
-        given = x if share == 1.0 else x * share
+        share = self._share(step)
+        given = x if isinstance(share, float) and share == 1.0 else x * share
         m = torch.add(given, before, alpha=self.beta, out=before if step.in_place and self.state == "float" else None)
         kept = {"momentum_buffer": m}
         if self.state == "int8":
@@ -102,10 +102,14 @@ class HeavyBall(Rule):
             out = out.div_(1 + self.beta * weights) if self.nesterov else out / weights  # with nesterov `out` is a new tensor
         return out, kept
 
-    def _starts(self, step: Step) -> bool:
-        """True at the first update of M, or if there is no dampening: the signal then has weight 1."""
+    def _share(self, step: Step) -> float | Tensor:
+        """The weight of the signal: 1 at the first update of M, or if there is no dampening."""
         anew = self.on_refresh == "reset" and step.refresh
-        return self.dampening == 0.0 or step.first or anew or float(step.t) == 1.0
+        if self.dampening == 0.0 or step.first or anew:
+            return 1.0
+        if step.on_device:
+            return torch.where(step.t == 1, 1.0, 1 - self.dampening)
+        return 1.0 if float(step.t) == 1.0 else 1 - self.dampening
 
 
 @register

@@ -39,7 +39,9 @@ class FactoredNorm(Rule):
 
     def apply(self, x: Tensor, grad: Tensor, state: State, step: Step) -> tuple[Tensor, State]:
         clock = step.age if self.on_refresh == "reset" else step.t
-        weight = float(clock) ** -self.decay if self.beta2 is None else 1.0 - self.beta2
+        weight: float | Tensor = 1.0 - (self.beta2 or 0.0)
+        if self.beta2 is None:
+            weight = (clock**-self.decay).to(grad.dtype) if step.on_device else float(clock) ** -self.decay
         row = state["row_sq"].lerp(torch.linalg.vector_norm(grad, dim=-1).square().div_(grad.size(-1)).add_(self.eps), weight)
         col = state["col_sq"].lerp(grad.square().mean(-2).add_(self.eps), weight)
         # Roots before the product: the product of two small means would underflow in single precision.

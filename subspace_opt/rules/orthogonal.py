@@ -84,7 +84,7 @@ class Orthogonalize(Rule):
         return self
 
     def traits(self, rows: Dim, cols: Dim) -> RuleTraits:
-        return RuleTraits(scale_free=True, decomposes=self.method == "svd", reads_grad=False)
+        return RuleTraits(scale_free=True, decomposes=self.method == "svd", reads_grad=False, waits=self.method == "svd")
 
     def flops(self, rows: Dim, cols: Dim) -> float:
         k, l = sorted((rows.size, cols.size))  # noqa: E741

@@ -37,7 +37,7 @@ class Retract(WeightRule):
 
     def traits(self, rows: Dim, cols: Dim) -> WeightTraits:
         own = self.by.traits(rows, cols)
-        return WeightTraits(decomposes=own.decomposes, elementwise=own.elementwise, by_rows=own.by_rows)
+        return WeightTraits(decomposes=own.decomposes, elementwise=own.elementwise, by_rows=own.by_rows, waits=own.waits)
 
     def flops(self, rows: Dim, cols: Dim) -> float:
         return self.by.flops(rows, cols)

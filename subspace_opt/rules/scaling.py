@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
+from torch import Tensor
 
 from .. import linalg
 from ..algebra import Dim, Rule, RuleTraits, Slot, State, Step, linear
@@ -131,6 +132,13 @@ class Debias(Rule):
         return RuleTraits(reads_grad=False, elementwise=True, by_rows=True, lazy=True)
 
     def apply(self, x: S, grad: S, state: State, step: Step) -> tuple[S, State]:
+        if step.on_device:
+            return x * self._on_device(step.t), {}
         t = float(step.t)
         root = 1.0 if self.beta2 is None else math.sqrt(1 - self.beta2**t)
         return x * (root if self.beta1 is None else root / (1 - self.beta1**t)), {}
+
+    def _on_device(self, t: Tensor) -> Tensor:
+        """The factor as a 0-d tensor."""
+        root = torch.ones_like(t) if self.beta2 is None else (1 - self.beta2**t).sqrt()
+        return root if self.beta1 is None else root / (1 - self.beta1**t)

@@ -40,7 +40,7 @@ class Shampoo(Rule):
         return out
 
     def traits(self, rows: Dim, cols: Dim) -> RuleTraits:
-        return RuleTraits(scale_free=True, decomposes=True)
+        return RuleTraits(scale_free=True, decomposes=True, waits=True)
 
     def flops(self, rows: Dim, cols: Dim) -> float:
         sides = self._sides(rows, cols).values()

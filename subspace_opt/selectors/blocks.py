@@ -24,7 +24,7 @@ class Blocks(Selector):
     order: Literal["ascending", "descending"] = Field("ascending", description="Begin with the first parameter, or with the last.")
 
     def traits(self) -> SelectorTraits:
-        return SelectorTraits(decomposes=False, gated=True)
+        return SelectorTraits(decomposes=False, gated=True, waits=True)
 
     def coords(self, rows: Dim, cols: Dim) -> tuple[Dim, Dim]:
         return rows, cols

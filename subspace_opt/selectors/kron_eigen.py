@@ -70,7 +70,7 @@ class KronEigen(Selector):
     merge: PositiveInt = Field(1, description="Merge neighbouring modes while their product is at most this.")
 
     def traits(self) -> SelectorTraits:
-        return SelectorTraits(primes=self.timing == "after" or self.skip_first)
+        return SelectorTraits(primes=self.timing == "after" or self.skip_first, waits=True)
 
     def modes(self, rows: Dim, cols: Dim) -> list[_Mode]:
         """The modes of a matrix, in the order of its sizes."""
@@ -155,8 +155,10 @@ class KronEigen(Selector):
 
     def _accumulated(self, x: Tensor, state: State, step: Step) -> State:
         """The covariances with the gradient added; with `debias`, weighted so that they are averages from the first update on."""
-        count = step.t.item() + (1 if self.traits().primes else 0)
-        weight = (1 - self.beta) / (1 - self.beta**count) if self.debias else 1 - self.beta
+        weight: float | Tensor = 1 - self.beta
+        if self.debias:
+            count = (step.t if step.on_device else step.t.item()) + (1 if self.traits().primes else 0)
+            weight = (1 - self.beta) / (1 - self.beta**count)
         new = dict(state)
         modes = self.modes(step.rows, step.cols)
         sizes = [mode.size for mode in modes]
@@ -167,7 +169,10 @@ class KronEigen(Selector):
                     seen, share = self._whitened(seen, mode, state, step), weight * mode.size / (x.size(-2) * x.size(-1))
                 unfolded = seen.movedim(1 + mode.axis, 1).reshape(x.size(0), mode.size, -1)
                 key = f"{mode.name}.covariance"
-                new[key] = linalg.symmetric(unfolded, unfolded.mT, state[key], beta=1 - weight, alpha=share, in_place=step.in_place)
+                if isinstance(weight, Tensor) or isinstance(share, Tensor):
+                    new[key] = state[key] * (1 - weight) + linalg.symmetric(unfolded, unfolded.mT) * share
+                else:
+                    new[key] = linalg.symmetric(unfolded, unfolded.mT, state[key], beta=1 - weight, alpha=share, in_place=step.in_place)
         return new
 
     def _whitened(self, x: Tensor, mode: _Mode, state: State, step: Step) -> Tensor:

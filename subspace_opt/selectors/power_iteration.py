@@ -27,6 +27,9 @@ class PowerIteration(LowRank):
         "randomized", description="First basis: a thin SVD, eigh of the smaller Gram matrix, or one power iteration on random draws."
     )
 
+    def traits(self) -> SelectorTraits:
+        return SelectorTraits(waits=self.method == "svd")
+
     def draws(self, rows: Dim, cols: Dim, t: int = 1, first: bool = True) -> tuple[int, ...] | None:
         return (cols.size, self.columns(rows, cols)) if first and self.init == "randomized" else None
 

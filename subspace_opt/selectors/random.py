@@ -35,7 +35,7 @@ class Random(LowRank):
         return Basis(right=state["index" if self.draw == "coordinates" else "basis"])
 
     def traits(self) -> SelectorTraits:
-        return SelectorTraits(orthonormal=self.draw != "gaussian")
+        return SelectorTraits(orthonormal=self.draw != "gaussian", waits=True)
 
     def draws(self, rows: Dim, cols: Dim, t: int = 1, first: bool = True) -> tuple[int, ...] | None:
         return (cols.size,) if self.draw == "coordinates" else (cols.size, self.columns(rows, cols))

@@ -9,7 +9,7 @@ from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from .. import linalg
-from ..algebra import Basis, Dim, LowRank, Refreshed, SelectorFlops, Slot, State, Step
+from ..algebra import Basis, Dim, LowRank, Refreshed, SelectorFlops, SelectorTraits, Slot, State, Step
 from ..registry import register
 
 
@@ -30,6 +30,9 @@ class Svd(LowRank):
     oversample: PositiveInt = Field(8, description="Additional columns that `randomized` works with.")
     iterations: PositiveInt = Field(1, description="Power iterations of `randomized` at a refresh.")
     sides: Literal["right", "both"] = Field("right", description="A basis of the columns, or one for each side.")
+
+    def traits(self) -> SelectorTraits:
+        return SelectorTraits(waits=True)
 
     def coords(self, rows: Dim, cols: Dim) -> tuple[Dim, Dim]:
         right = super().coords(rows, cols)[1]

@@ -41,7 +41,10 @@ class Switch(Selector):
         if a.primes or b.primes or not (a.keeps_basis and b.keeps_basis):
             raise ValueError("`switch` takes selectors that keep their basis and do not prime")
         return SelectorTraits(
-            decomposes=a.decomposes or b.decomposes, orthonormal=a.orthonormal and b.orthonormal, gated=a.gated or b.gated
+            decomposes=a.decomposes or b.decomposes,
+            orthonormal=a.orthonormal and b.orthonormal,
+            gated=a.gated or b.gated,
+            waits=True,
         )
 
     def coords(self, rows: Dim, cols: Dim) -> tuple[Dim, Dim]:
@@ -61,6 +64,8 @@ class Switch(Selector):
         return self._now(t).draws(rows, cols, t, first)
 
     def observe(self, x: Tensor, c: Tensor, state: State, step: Step) -> State:
+        if type(self.first).observe is Selector.observe and type(self.then).observe is Selector.observe:
+            return state
         return self._now(int(step.t)).observe(x, c, state, step)
 
     def refresh(self, x: Tensor, state: State, step: Step) -> Refreshed | tuple[State, Order | None]:

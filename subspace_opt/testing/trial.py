@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from ..algebra.pipeline import Pipeline
-from ..engine.gradients import NonFiniteGradient
+from ..engine.flags.watch import NonFiniteGradient
 from ..optimizer import SubspaceOptimizer, build
 from ..spec import Spec
 from .models import Shapes, Small, stack

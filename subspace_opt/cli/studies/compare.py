@@ -67,7 +67,7 @@ def compare(
     given = {key: value for key, value in context.params.items() if key in TrainConfig.model_fields and value not in (None, [])}
     problem = train_config({**given, "out": None})
     study = _study(
-        candidates=tuple(map(_candidate, specs)),
+        candidates=tuple(map(candidate, specs)),
         problem=problem,
         seeds=seeds,
         tune=tuple(word.strip() for word in tune.split(",") if word.strip()),
@@ -78,8 +78,8 @@ def compare(
         command=shlex.join(["subspace-opt", *sys.argv[1:]]),
         plugins=tuple(plugin),
     )
-    _check_report()
-    with _Shown(console(stderr=True)) as shown:
+    check_report()
+    with Shown(console(stderr=True)) as shown:
         try:
             found = run_study(study, on_event=shown.event, on_progress=shown.progress)
         except InterruptedStudyError as error:
@@ -90,10 +90,9 @@ def compare(
 
 def _show(study: Study, folder: Path, *, as_json: bool) -> None:
     """Write the report, and print what it says."""
-    from ...lab.study.report import write_report
     from ...lab.study.summary import summary
 
-    paths = write_report(study, folder)
+    paths = write_study(study, folder)
     if as_json:
         print_json(json.loads(paths["results.json"].read_text(encoding="utf-8")))
         return
@@ -104,14 +103,21 @@ def _show(study: Study, folder: Path, *, as_json: bool) -> None:
         typer.echo(f"{name}: {path}")
 
 
-def _check_report() -> None:
+def write_study(study: Study, folder: Path) -> dict[str, Path]:
+    """Write the report of a study, and return its files by name."""
+    from ...lab.study.report import write_report
+
+    return write_report(study, folder)
+
+
+def check_report() -> None:
     """Look for what the report needs before anything runs."""
     for package in ("matplotlib", "jinja2"):
         if find_spec(package) is None:
             raise LabError(f"the report needs {package}, which is not installed. Run: pip install 'subspace-opt[lab]'")
 
 
-def _candidate(given: str) -> Candidate:
+def candidate(given: str) -> Candidate:
     """Parse `NAME=SPEC,PATH=VALUE,...`. The name is optional; without it the spec's name or the file's stem names the optimizer."""
     head, *changes = given.split(",")
     name, equals, spec = head.partition("=")
@@ -130,7 +136,7 @@ def _study(**fields: Any) -> StudyConfig:
         raise LabError(f"--{str(wrong['loc'][0]).replace('_', '-')}: {wrong['msg']}, not {wrong['input']!r}") from None
 
 
-class _Shown:
+class Shown:
     """Progress of a study: a bar over all known runs on a terminal, and one line for each finished run."""
 
     def __init__(self, out: Console) -> None:
@@ -146,7 +152,7 @@ class _Shown:
         self._task = self._bar.add_task("runs", total=None, text="")
         self._last: StudyProgress | None = None
 
-    def __enter__(self) -> _Shown:
+    def __enter__(self) -> Shown:
         self._bar.start()
         return self
 

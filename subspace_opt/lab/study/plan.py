@@ -46,6 +46,7 @@ class StudyConfig(BaseModel):
     candidates: tuple[Candidate, ...] = Field(min_length=1, description="the optimizers")
     problem: TrainConfig = Field(description="model, text, updates, batch; its spec, name, seed, lr and out are not used")
     seeds: PositiveInt = Field(default=3, description="final runs of each optimizer")
+    first_seed: PositiveInt = Field(default=SWEEP_SEED + 1, description="seed of the first final run")
     tune: tuple[str, ...] = Field(
         default=("lr",), description="what the sweep varies: lr, weight_decay, rank, or a dotted path of the spec"
     )

@@ -70,6 +70,7 @@ class _Runner:
         self.tasks: dict[tuple[Any, ...], Task] = {}
         here = side_by_side(config.jobs, config.plugins) if config.jobs > 1 else one_by_one(self.corpus, on_event)
         self.execute: Executor = execute or here
+        self.seeds = range(config.first_seed, config.first_seed + config.seeds)
         self.axes = {candidate.label: axes(config, candidate) for candidate in config.candidates}
 
     def go(self) -> Study:
@@ -121,8 +122,7 @@ class _Runner:
 
     def final_tasks(self, candidate: Candidate, found: Search) -> list[Task]:
         values = _values(self.axes[candidate.label], found.best)
-        seeds = range(SWEEP_SEED + 1, SWEEP_SEED + 1 + self.config.seeds)
-        return [self.task(candidate, "final", seed, values) for seed in seeds]
+        return [self.task(candidate, "final", seed, values) for seed in self.seeds]
 
     def task(self, candidate: Candidate, stage: Stage, seed: int, values: dict[str, float]) -> Task:
         place = candidate.label, stage, seed, tuple(values.items())
@@ -163,7 +163,7 @@ class _Runner:
         return Study(
             title=config.title or f"{', '.join(candidate.label for candidate in config.candidates)} on {problem.model}",
             entries=tuple(self.entry(candidate) for candidate in config.candidates),
-            seeds=tuple(range(SWEEP_SEED + 1, SWEEP_SEED + 1 + config.seeds)),
+            seeds=tuple(self.seeds),
             problem=self.problem(),
             command=config.command,
             machine=machine(),
