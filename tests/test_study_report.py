@@ -159,6 +159,7 @@ ADAM = {"kind": "adam", "beta1": 0.9}
             True,
         ),
         ("mine", {"pipelines": {"all": {"complement": ADAM}, "b": {"complement": {"kind": "muon"}}}}, False),
+        ("mine", {"pipelines": {"all": {"complement": ADAM, "finish": [{"kind": "scale"}]}}}, False),
         ("mine", {"pipelines": {"all": {"complement": ADAM, "selector": {"kind": "svd"}, "inside": ADAM}}}, False),
         ("dct-adamw", {"name": "dct-adamw"}, False),
     ],
@@ -412,6 +413,7 @@ def test_a_report_that_cannot_be_made_is_said(tmp_path: Path, monkeypatch: pytes
         write_report(samples.study(), tmp_path)
     (tmp_path / "file").write_text("")
     small = samples.study(samples.Entry("a", {"name": "a"}, {}, (), ()))  # no pictures
+    assert "There are no final runs." in write_report(small, tmp_path / "empty")["report.html"].read_text(encoding="utf-8")
     with pytest.raises(LabError, match="cannot be written"):
         write_report(small, tmp_path / "file" / "folder")
     monkeypatch.setitem(sys.modules, "jinja2", None)

@@ -12,14 +12,11 @@ from .sweeps import swept_fields, tried_values
 
 def method(study: Study) -> list[str]:
     """What was tuned and how, and what is paired."""
-    finals = [record for entry in study.entries for record in entry.finals]
-    steps = _span(record.steps for record in finals)
     return [
         "Every run trains the same model on the same text. With one seed, all optimizers start from the same weights and see the same "
         "batches in the same order.",
         *_sweep(study),
-        f"The final runs make {steps} updates with the values that the sweep found, to the end of the learning-rate schedule, "
-        f"with {seeds_of(study.seeds)}." if study.seeds and finals else "There are no final runs.",
+        _finals(study),
         "Differences are paired: for each seed, the loss of one optimizer minus the loss of the other. An interval is the mean over seeds "
         "plus and minus Student's t at 95 % times the standard error. A diverged run counts as above every finished run and has no part in "
         "means.",
@@ -28,6 +25,16 @@ def method(study: Study) -> list[str]:
         "seeds; the first update, with allocation and first basis, is left out. The optimizer's share is its mean time divided by the mean "
         "time of the step.",
     ]  # fmt: skip
+
+
+def _finals(study: Study) -> str:
+    steps = [record.steps for entry in study.entries for record in entry.finals]
+    if not steps:
+        return "There are no final runs."
+    return (
+        f"The final runs make {_span(steps)} updates with the values that the sweep found, to the end of the learning-rate schedule, with "
+        f"{seeds_of(study.seeds)}."
+    )
 
 
 def _sweep(study: Study) -> list[str]:
