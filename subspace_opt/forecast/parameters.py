@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..arguments import named_parameters
 from ..plan import Entry
@@ -79,7 +79,7 @@ def entries_of(model: nn.Module, dtype: torch.dtype | None = None) -> tuple[Entr
             frozen=not p.requires_grad,
             role=known["model_roles"][name],
         )
-        for name, p in cast("Iterable[tuple[str, torch.Tensor]]", params)
+        for name, p in cast(Iterable[tuple[str, Tensor]], params)
     )
 
 
