@@ -20,7 +20,7 @@ from ..algebra.frame import Frame
 from ..algebra.linear import Linear
 from ..algebra.weight_rule import WeightError
 from ..registry import kind_of
-from .compiled import Update, update_of
+from .compiled.update import Update, update_of
 from .fused import update_by_kernels
 from .homes import Memory, gather, scatter
 from .moment import step_of
