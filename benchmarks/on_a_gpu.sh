@@ -31,7 +31,7 @@ part() { # name, seconds at most, command
   echo "=== $name"
   printf '%q ' "$@" >>"$out/commands.txt"
   echo >>"$out/commands.txt"
-  timeout "$most" "$@" 2>&1 | tee "$out/$name.txt" || status=${PIPESTATUS[0]}
+  timeout "$most" "$@" 2>&1 | sed -u '/^USDT:/d' | tee "$out/$name.txt" || status=${PIPESTATUS[0]}
   [ "$status" = 0 ] && return
   [ "$status" = 124 ] && echo "--- stopped after $most s" | tee -a "$out/$name.txt"
   failed+=("$name")

@@ -126,10 +126,7 @@ class Step(NamedTuple):
 
 
 class RuleTraits(NamedTuple):
-    """The declarations of a rule about its `apply`. Every default is safe: a rule that declares nothing is correct.
-
-    The first three change the result, the others only the speed.
-    """
+    """The declarations of a rule about its `apply`: three that change the result, then those for speed. Every default is safe."""
 
     scale_free: bool = False  # the size of the output does not depend on the size of the input
     takes_whole: bool = False  # as the first rule of a complement, it starts from `step.whole`, not from the residual

@@ -20,7 +20,7 @@ from ..algebra.linear import Linear
 from ..algebra.weight_rule import WeightError
 from ..registry import kind_of
 from .capture.clock import is_capturing
-from .compiled import Update, update_of
+from .compiled.update import Update, update_of
 from .flags.gate import finite_matrices, over, spread
 from .flags.watch import MOST_FAILURES
 from .fused import update_by_kernels

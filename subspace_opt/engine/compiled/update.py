@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..algebra.core import State, Step
-from ..algebra.frame import Frame
-from ..algebra.linear import Lift, Linear, Sum
-from ..linalg import polar
-from .strategies import has_host_clock
-from .work import Options, Phase, Stack
+from ...algebra.core import State, Step
+from ...algebra.frame import Frame
+from ...algebra.linear import Lift, Linear, Sum
+from ...linalg import polar
+from ..strategies import has_host_clock
+from ..work import Options, Phase, Stack
 
 Update = Callable[[Tensor, Tensor | None, State, Step], tuple[Linear, State]]
 SIZES = 4  # sizes of stacks that are compiled for a pipeline and shape; refreshes spread over the steps make more, which run plain
