@@ -1,5 +1,8 @@
 """Subspace optimizers for PyTorch from one declarative spec."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from .algebra import (
     Basis,
     Change,
@@ -23,7 +26,6 @@ from .algebra import (
     WeightTraits,
 )
 from .checkpoint import CheckpointError
-from .conversion import ConversionError, Converted, convert
 from .engine.flags.watch import NonFiniteGradient
 from .engine.lowbit import LowBitError
 from .in_backward import BackwardOptimizer, step_in_backward
@@ -31,6 +33,9 @@ from .optimizer import SubspaceOptimizer, build
 from .plan import Entry, Plan, make_plan
 from .registry import RegistryError, load_plugin, register
 from .spec import Spec, SpecError, load_spec
+
+if TYPE_CHECKING:
+    from .conversion import ConversionError, Converted, convert
 
 __version__ = "0.1.0"
 
@@ -75,3 +80,9 @@ __all__ = [
     "register",
     "step_in_backward",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("ConversionError", "Converted", "convert"):  # imported late: most runs convert nothing
+        return getattr(import_module(".conversion", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
