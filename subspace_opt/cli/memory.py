@@ -68,7 +68,7 @@ def plan(
     plugin: Plugins = [],  # noqa: B006
     as_json: AsJson = False,
 ) -> None:
-    """Show the costs of an optimizer: state, temporaries, operations.
+    """Show state, temporaries and operations of an optimizer.
 
     The bytes of state equal those that a run allocates; the table shows AdamW's too. No weights are allocated, so 70b takes seconds.
     With --fit, find the spec that fits a budget.

@@ -23,7 +23,7 @@ def inspect(
     plugin: Plugins = [],  # noqa: B006
     as_json: AsJson = False,
 ) -> None:
-    """Show spectra, energies and bytes of a saved optimizer state.
+    """Show spectra, energies and bytes of a saved state.
 
     No model is needed. Layers are named whose rank is too small (the spectrum has not decayed where it is cut) or wasted (few directions
     hold the energy). For checkpoints of several ranks, save a snapshot, which holds whole tensors.

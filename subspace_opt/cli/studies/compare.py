@@ -57,7 +57,7 @@ def compare(
     plugin: Plugins = [],  # noqa: B006
     as_json: AsJson = False,
 ) -> None:
-    """Compare optimizers: a sweep for each, then runs over seeds, then a report.
+    """Compare optimizers fairly: sweeps, then runs over seeds.
 
     All optimizers start from the same weights and see the same batches in the same order. Each gets its own learning rate from a sweep by
     factors of two, which widens until the best rate has a worse one on each side. Final runs are paired by seed.

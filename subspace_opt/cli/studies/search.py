@@ -55,7 +55,7 @@ def search(
     plugin: Plugins = [],  # noqa: B006
     as_json: AsJson = False,
 ) -> None:
-    """Search for a pipeline by successive halving, and confirm it.
+    """Search for a pipeline within budgets, and confirm it.
 
     Candidates take one part for each place of the pipeline. Those within the budgets run for a few updates; a quarter of them go on, with
     twice the updates and three learning rates each, until two are left.
