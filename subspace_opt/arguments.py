@@ -77,7 +77,6 @@ SIDES = {
 NOT_NEEDED = {
     "fused": "PyTorch's fused kernels are used for every parameter that they can update",
     "foreach": "matrices of one shape are computed together; the option `stacking` controls that",
-    "capturable": "torch.compile needs no such option",
     "differentiable": "a step cannot be differentiated",
 }
 

@@ -405,7 +405,7 @@ def test_every_translation_is_accepted_by_its_spec(preset: str, given: dict[str,
         load_spec(preset, found)
 
 
-@pytest.mark.parametrize("word", ["fused", "foreach", "capturable", "differentiable"])
+@pytest.mark.parametrize("word", ["fused", "foreach", "differentiable"])
 def test_options_that_are_not_needed_are_said_so(word: str) -> None:
     assert said(**{word: True}).startswith(f"'{word}' is not needed, leave it out: ")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import signal
@@ -48,20 +49,20 @@ def one_by_one(corpus: Corpus, on_event: OnEvent | None) -> Executor:
 
 
 def side_by_side(jobs: int, plugins: Sequence[Path]) -> Executor:
-    """An executor with `jobs` processes, which share the cores between them."""
+    """An executor with `jobs` processes, which share the cores between them and live as long as this process."""
     threads = max(1, (os.cpu_count() or 1) // jobs)
+    context = torch.multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(jobs, context, _begin, (threads, tuple(plugins)))  # starts a process when there is a task for it
 
     def execute(tasks: Sequence[Task]) -> Iterator[Record]:
-        context = torch.multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(jobs, len(tasks)), context, _begin, (threads, tuple(plugins))) as pool:
-            try:
-                for future in as_completed([pool.submit(_run_here, task) for task in tasks]):
-                    yield future.result()
-            except KeyboardInterrupt:
-                pool.shutdown(wait=False, cancel_futures=True)
-                for process in list((pool._processes or {}).values()):
-                    process.terminate()
-                raise InterruptedStudyError("the comparison was interrupted") from None
+        try:
+            for future in as_completed([pool.submit(_run_here, task) for task in tasks]):
+                yield future.result()
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in list((pool._processes or {}).values()):
+                process.terminate()
+            raise InterruptedStudyError("the comparison was interrupted") from None
 
     return execute
 
@@ -145,6 +146,8 @@ def _cpu_name() -> str:
 
 def _begin(threads: int, plugins: Sequence[Path]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its processes
+    for package in ("torchao", "torch.utils._pytree"):  # imported by transformers; logs warnings about unused kernels
+        logging.getLogger(package).setLevel(logging.ERROR)
     torch.set_num_threads(threads)
     for plugin in plugins:
         load_plugin(plugin)
