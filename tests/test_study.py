@@ -312,10 +312,18 @@ def test_the_command_compares_reports_and_runs_nothing_twice(
     said = capsys.readouterr()
     assert "[8/8] final low, lr 0.01, seed 1" in said.err
     assert "has the lowest final validation loss" in said.out
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"runs.jsonl", "report.html", "results.csv", "results.json"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "runs.jsonl", "turns.json", "report.html", "results.csv", "results.json"
+    }  # fmt: skip
+    timed = (tmp_path / "out" / "turns.json").read_bytes()
     assert call(*arguments, "--json") == 0
     again = capsys.readouterr()
     assert "[" not in again.err
+    assert (tmp_path / "out" / "turns.json").read_bytes() == timed
+    (turns,) = json.loads(timed).values()
+    assert {one["label"]: one["costs"]["step_median"] for one in json.loads(again.out)["optimizers"]} == {
+        label: whole["median"] for label, (whole, _) in turns.items()
+    }
     assert {one["label"] for one in json.loads(again.out)["optimizers"]} == {"adamw", "low"}
 
 

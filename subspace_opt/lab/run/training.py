@@ -31,7 +31,7 @@ from .interrupt import interruptible
 from .journal import Journal
 from .measure import measured_bytes, planned_bytes
 
-__all__ = ["OptimizerFactory", "TrainConfig", "spec_optimizer", "train"]
+__all__ = ["OptimizerFactory", "Run", "TrainConfig", "spec_optimizer", "train"]
 
 OptimizerFactory = Callable[[nn.Module, TrainConfig], Optimizer]
 
@@ -56,7 +56,7 @@ def train(
         LabError: data, model, device or checkpoint cannot be used.
         DivergedError: a loss or a gradient norm is not finite.
     """
-    run = _Run(config, corpus or Corpus.load(config.data, max_bytes=config.max_bytes), on_event, make_optimizer)
+    run = Run(config, corpus or Corpus.load(config.data, max_bytes=config.max_bytes), on_event, make_optimizer)
     run.begin(resume)
     return run.go()
 
@@ -76,7 +76,9 @@ class _Clocks:
     optimizer: list[float] = field(default_factory=list)
 
 
-class _Run:
+class Run:
+    """The state of a run, and the moves of its loop."""
+
     def __init__(self, config: TrainConfig, corpus: Corpus, on_event: OnEvent | None, make_optimizer: OptimizerFactory | None) -> None:
         self.config, self.corpus = config, corpus
         self.emit = Journal(config.out, on_event)

@@ -9,7 +9,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 
 from ... import Spec, __version__, load_spec
 from ..config import TrainConfig
@@ -52,6 +52,7 @@ class StudyConfig(BaseModel):
     )
     sweep_steps: PositiveInt = Field(description="updates of each run of the sweep")
     jobs: PositiveInt = Field(default=1, description="runs side by side, each in its own process")
+    turns: NonNegativeInt = Field(default=40, description="updates of each optimizer that are timed by turns; 0: the times of the runs")
     out: Path = Field(description="folder for records and report")
     title: str = Field(default="", description="title of the report")
     command: str = Field(default="", description="the command that makes this study again, for the report")

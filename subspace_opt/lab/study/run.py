@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..corpus import Corpus
@@ -14,6 +14,7 @@ from .plan import SWEEP_SEED, Candidate, StudyConfig, Task, axes, task
 from .records import Entry, Record, Stage, Study
 from .store import Store
 from .sweep import Axis, Point, Search, search
+from .turns import by_turns, timed
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class _Runner:
         self.tasks: dict[tuple[Any, ...], Task] = {}
         here = side_by_side(config.jobs, config.plugins) if config.jobs > 1 else one_by_one(self.corpus, on_event)
         self.execute: Executor = execute or here
+        self.turns = config.turns if execute is None and self.ranks.rank == 0 else 0
         self.seeds = range(config.first_seed, config.first_seed + config.seeds)
         self.axes = {candidate.label: axes(config, candidate) for candidate in config.candidates}
 
@@ -160,9 +162,14 @@ class _Runner:
 
     def study(self) -> Study:
         config, problem = self.config, self.config.problem
+        entries = tuple(self.entry(candidate) for candidate in config.candidates)
+        if self.turns:
+            firsts = [self.final_tasks(candidate, self.searched(candidate))[0] for candidate in config.candidates]
+            times = by_turns(firsts, self.corpus, self.turns, config.out)
+            entries = tuple(replace(one, finals=tuple(timed(record, times[one.label]) for record in one.finals)) for one in entries)
         return Study(
             title=config.title or f"{', '.join(candidate.label for candidate in config.candidates)} on {problem.model}",
-            entries=tuple(self.entry(candidate) for candidate in config.candidates),
+            entries=entries,
             seeds=tuple(self.seeds),
             problem=self.problem(),
             command=config.command,
@@ -181,6 +188,7 @@ class _Runner:
             "sweep_steps": config.sweep_steps,
             "sweep_seed": SWEEP_SEED,
             "jobs": config.jobs,
+            "turns": self.turns,
         }
 
     def entry(self, candidate: Candidate) -> Entry:

@@ -21,10 +21,21 @@ def method(study: Study) -> list[str]:
         "plus and minus Student's t at 95 % times the standard error. A diverged run counts as above every finished run and has no part in "
         "means.",
         *_reference(study),
-        "A step is one update: forward, backward, clipping and optimizer. Median and 95 % are medians over seeds, the worst is that of all "
-        "seeds; the first update, with allocation and first basis, is left out. The optimizer's share is its mean time divided by the mean "
-        "time of the step.",
+        _times(study),
     ]  # fmt: skip
+
+
+def _times(study: Study) -> str:
+    text = (
+        "A step is one update: forward, backward, clipping and optimizer. The first update, with allocation and first basis, is left out. "
+        "The optimizer's share is its mean time divided by the mean time of the step."
+    )
+    if turns := study.problem.get("turns"):
+        return (
+            f"{text} Times were measured by turns, after the runs: all optimizers made one update each, in a new order in each of {turns} "
+            "rounds, so other load on the machine slowed all of them alike. Seconds of training are updates times the mean of these."
+        )
+    return f"{text} Times are those of the final runs: median and 95 % are medians over seeds, the worst is that of all seeds."
 
 
 def _finals(study: Study) -> str:
