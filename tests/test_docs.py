@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import json
 import re
 import warnings
 from collections.abc import Iterator
@@ -80,3 +81,12 @@ def test_specs_in_pages_parse_and_plan(page: str) -> None:
 
 def test_the_citation_names_this_version() -> None:
     assert f"\nversion: {subspace_opt.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+
+
+def test_the_evidence_has_the_numbers_of_its_results() -> None:
+    text = (ROOT / "docs/evidence.md").read_text(encoding="utf-8")
+    for study in ("main", "claims"):
+        results = json.loads((ROOT / f"benchmarks/convergence/results/{study}/results.json").read_text(encoding="utf-8"))
+        for one in results["optimizers"]:
+            loss = one["loss"]
+            assert f"| {one['label']} | {one['tuned']['lr']:g} | {loss['mean']:.3f} ± {loss['half']:.3f} |" in text

@@ -70,7 +70,7 @@ class KronEigen(Selector):
     merge: PositiveInt = Field(1, description="Merge neighbouring modes while their product is at most this.")
 
     def traits(self) -> SelectorTraits:
-        return SelectorTraits(primes=self.timing == "after" or self.skip_first, waits=True)
+        return SelectorTraits(primes=self.timing == "after" or self.skip_first, waits=True, host_clock=self.debias)
 
     def modes(self, rows: Dim, cols: Dim) -> list[_Mode]:
         """The modes of a matrix, in the order of its sizes."""
