@@ -246,6 +246,7 @@ def run_and_list(config: StudyConfig, ran: Formula) -> list[Task]:
     return list(ran.ran)
 
 
+@pytest.mark.slow
 def test_ranks_divide_the_runs_and_end_with_the_same_study(config: StudyConfig) -> None:
     alone = formula()
     study = run_study(with_(config, out=config.out / "alone"), execute=alone)
@@ -302,6 +303,7 @@ def call(*arguments: object) -> int:
     return code
 
 
+@pytest.mark.slow
 def test_the_command_compares_reports_and_runs_nothing_twice(
     text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
