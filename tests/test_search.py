@@ -168,6 +168,15 @@ def test_without_a_confirmation_no_winner_is_claimed(config: SearchConfig) -> No
     assert verdict(found).startswith("No winner is claimed. fft4-adam-muon was best in the search, but")
 
 
+def test_a_confirmation_that_is_shorter_than_the_search_decides_nothing(config: SearchConfig) -> None:
+    found = search(with_(config, budget=1.0), execute=Formula(good("whole-muon", everywhere=True)))
+    assert found.pairing is not None
+    assert found.pairing.below == 3
+    assert found.updates[1] < found.updates[0]
+    assert found.winner is None
+    assert "so it decides nothing" in verdict(found)
+
+
 def test_the_same_search_again_runs_nothing(config: SearchConfig) -> None:
     first, again = Formula(good("whole-adam", everywhere=True)), Formula(good("whole-adam", everywhere=True))
     assert search(config, execute=first) == search(config, execute=again)

@@ -61,7 +61,8 @@ def search(
     twice the updates and three learning rates each, until two are left.
 
     The best then meets the references on another text, a model of twice the size and new seeds, each with its own sweep. Only if it is
-    below the best reference for every seed is it called a winner and written to winner.yaml.
+    below the best reference for every seed, in runs at least as long as those of the search, is it called a winner and written to
+    winner.yaml.
     """
     given = {key: value for key, value in context.params.items() if key in TrainConfig.model_fields and value not in (None, [])}
     if not confirm_data:
@@ -127,6 +128,12 @@ def verdict(found: Found) -> str:
         return "No winner: no candidate met both budgets with a finite loss. Allow more bytes or more time."
     assert found.pairing is not None
     words = f"on another text, another model and other seeds: {difference(found.pairing)}"
+    searched, confirmed = found.updates
+    if confirmed < searched:
+        return (
+            f"No winner is claimed. {found.finalist.label} was best in the search. --budget left {confirmed} updates for each run of the "
+            f"confirmation, fewer than the {searched} of the search, so it decides nothing; {words}. Give more time, or fewer --steps."
+        )
     if found.winner is None:
         return f"No winner is claimed. {found.finalist.label} was best in the search, but {words}."
     return f"{found.finalist.label} wins: {words}."

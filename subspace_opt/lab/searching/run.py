@@ -77,6 +77,7 @@ class Found:
     confirmation: Study | None
     pairing: Pairing | None  # of the finalist and the best reference, in the confirmation
     winner: Candidate | None  # the finalist with its learning rate, if the confirmation holds
+    updates: tuple[int, int] = (0, 0)  # of a run in the last rung, and of a final run in the confirmation
 
 
 def search(
@@ -223,9 +224,11 @@ class _Search:
         entries = {entry.label: entry for entry in study.entries}
         best = next(entry for entry in ranking(study.entries) if entry.label != finalist.label)
         pairing = pair(entries[finalist.label], best)
-        holds = pairing.below == len(pairing.seeds) and pairing.difference.excludes_zero and pairing.difference.mean < 0
+        updates = (last, self.confirm_steps())
+        is_below = pairing.below == len(pairing.seeds) and pairing.difference.excludes_zero and pairing.difference.mean < 0
+        holds = is_below and updates[1] >= updates[0]  # a shorter confirmation would ask another question than the search
         winner = _with_rate(finalist, entries[finalist.label].best["lr"]) if holds else None
-        return Found(**outcome, finalist=finalist, confirmation=study, pairing=pairing, winner=winner)
+        return Found(**outcome, finalist=finalist, confirmation=study, pairing=pairing, winner=winner, updates=updates)
 
     def confirm(self, finalist: Candidate) -> Study:
         config, problem = self.config, self.config.problem
