@@ -85,7 +85,7 @@ def test_the_citation_names_this_version() -> None:
 
 def test_the_evidence_has_the_numbers_of_its_results() -> None:
     text = (ROOT / "docs/evidence.md").read_text(encoding="utf-8")
-    for study in ("main", "claims"):
+    for study in ("main", "claims", "longer"):
         results = json.loads((ROOT / f"benchmarks/convergence/results/{study}/results.json").read_text(encoding="utf-8"))
         for one in results["optimizers"]:
             loss = one["loss"]
