@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from subspace_opt import Dim, NonFiniteGradient, SubspaceOptimizer, load_spec
 from subspace_opt.engine import step as engine
-from subspace_opt.engine.flags.watch import MOST_FAILURES
+from subspace_opt.engine.flags.failures import MOST_FAILURES
 from subspace_opt.engine.rounding import FORMATS, stochastic
 from subspace_opt.engine.weights import Rates, update_weight
 from subspace_opt.plan import COUNTERS

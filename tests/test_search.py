@@ -19,11 +19,12 @@ from subspace_opt.cli import main
 from subspace_opt.cli.studies.search import verdict
 from subspace_opt.lab import LabError, TrainConfig
 from subspace_opt.lab.run.events import Times
-from subspace_opt.lab.searching.halving import FINALISTS, affordable, pareto, rungs, survivors, updates
+from subspace_opt.lab.searching.halving import FINALISTS, affordable, rungs, survivors, updates
 from subspace_opt.lab.searching.run import CONFIRM_SEED, SearchConfig, next_size, search
 from subspace_opt.lab.searching.space import Space
 from subspace_opt.lab.study.plan import Candidate, Task
 from subspace_opt.lab.study.records import Record
+from subspace_opt.lab.study.statistics import pareto_front
 
 SPACE = """
 selector: [none, {kind: fft, rank: 4}, {kind: fft, rank: 0.5}]
@@ -110,7 +111,7 @@ def test_as_many_candidates_as_the_budget_holds(budget: float, most: int) -> Non
 
 def test_survivors_are_finite_and_the_front_is_not_beaten() -> None:
     assert survivors({"a": 2.0, "b": math.inf, "c": 1.0, "d": 2.0}, 3) == ["c", "a", "d"]
-    assert pareto({"a": (1.0, 3.0), "b": (2.0, 2.0), "c": (2.0, 4.0), "d": (1.0, 3.0)}) == ["a", "b", "d"]
+    assert pareto_front([(2.0, 2.0, 1.0), (1.0, 3.0, 1.0), (2.0, 4.0, 1.0), (1.0, 3.0, 1.0), (2.0, 4.0, 0.5)]) == [1, 0, 4]
 
 
 # ------------------------------------------------------------------------------------------------------------------------ space

@@ -70,9 +70,7 @@ def convert(
     chosen, remarks = new_options(saved, spec, lr, weight_decay)
     groups = [{"params": _pairs(group), **own} for group, own in zip(saved, chosen, strict=True)]
     target = SubspaceOptimizer(groups, spec, seed=seed, **{**implied, **options})
-    for group, own in zip(saved, target.param_groups, strict=True):
-        if group.keys is not None and "param_names" in own:
-            own |= differing(own["param_names"], group.keys)
+    _keep_keys(saved, target)
     plan = target.explain()  # anew, with the saved keys
     state: dict[int, dict[str, Any]] = {}
     rows: list[ReportRow] = []
@@ -83,6 +81,13 @@ def convert(
             if made.state:
                 state[index] = made.state
     return Converted({**target.state_dict(), "state": state}, Report(tuple(rows), tuple(remarks)))
+
+
+def _keep_keys(saved: Sequence[SavedGroup], target: SubspaceOptimizer) -> None:
+    """Give the new optimizer's parameters the keys that their random draws and refresh offsets depended on."""
+    for group, own in zip(saved, target.param_groups, strict=True):
+        if group.keys is not None and "param_names" in own:
+            own |= differing(own["param_names"], group.keys)
 
 
 def _pairs(group: SavedGroup) -> list[Any]:

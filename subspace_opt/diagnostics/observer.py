@@ -80,15 +80,20 @@ def observe(
         raise ValueError(f"every is {every!r}; give the number of steps between two samples, 1 or more")
     if isinstance(spectrum, bool) or not isinstance(spectrum, int) or spectrum < 0:
         raise ValueError(f"spectrum is {spectrum!r}; give the longest side whose singular values are computed, or 0 for none")
-    sinks = [sink] if callable(sink) else list(sink)
-    for each in sinks:
-        if not callable(each):
-            raise TypeError(f"a sink takes one sample and must be callable; {each!r} is not")
+    sinks = _listed(sink)
     globs = (names,) if isinstance(names, str) else tuple(names)
     observer = Observer(optimizer, every, sinks, globs, Limits(spectrum))
     observer.start()
     optimizer.diagnostics = observer
     return observer
+
+
+def _listed(sink: Sink | Iterable[Sink]) -> list[Sink]:
+    sinks = [sink] if callable(sink) else list(sink)
+    for each in sinks:
+        if not callable(each):
+            raise TypeError(f"a sink takes one sample and must be callable; {each!r} is not")
+    return sinks
 
 
 @dataclass(eq=False)

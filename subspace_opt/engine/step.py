@@ -8,7 +8,6 @@ If a decomposition fails, its matrix gets no refresh, or no update, in this step
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,8 +20,8 @@ from ..algebra.weight_rule import WeightError
 from ..registry import kind_of
 from .capture.clock import is_capturing
 from .compiled.update import Update, update_of
+from .flags.failures import Failure, count_failures
 from .flags.gate import finite_matrices, over, spread
-from .flags.watch import MOST_FAILURES
 from .fused import update_by_kernels
 from .homes import Memory, gather, scatter
 from .moment import step_of
@@ -86,23 +85,11 @@ def write_back(work: list[Work]) -> None:
 
 
 def report(work: list[Work], errors: dict[str, Exception], failures: dict[str, int]) -> None:
-    """Count failures in a row, warn of each, and raise at `MOST_FAILURES`."""
-    for item in work:
-        if item.name not in errors and item.gate is None:  # with a gate, the flags of this step decide
-            failures.pop(item.name, None)
+    """Count failed decompositions in a row. With a gate, the flags of this step decide whether a parameter succeeded."""
+    found: dict[str, Failure | None] = {item.name: None for item in work if item.name not in errors and item.gate is None}
     for name, error in errors.items():
-        failures[name] = failures.get(name, 0) + 1
-        if failures[name] < MOST_FAILURES:
-            warnings.warn(
-                f"a decomposition for '{name}' failed; its basis is kept and the next update tries again: {error}",
-                RuntimeWarning,
-                stacklevel=5,
-            )
-    for name, error in errors.items():
-        if failures[name] >= MOST_FAILURES:
-            raise torch.linalg.LinAlgError(
-                f"the decomposition for '{name}' failed {failures[name]} times in a row; its basis is unchanged: {error}"
-            ) from error
+        found[name] = Failure(f"failed; its basis is kept and the next update tries again: {error}", error)
+    count_failures(found, failures)
 
 
 def update_coordinates(work: Work, c: Tensor, options: Options, memory: Memory) -> Tensor:

@@ -91,7 +91,7 @@ def compare(
 
 
 def _show(study: Study, folder: Path, *, as_json: bool) -> None:
-    """Write the report, and print what it says."""
+    """Write the report, and print its table and verdict."""
     from ...lab.study.summary import summary
 
     paths = write_study(study, folder)

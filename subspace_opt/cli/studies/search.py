@@ -123,7 +123,7 @@ def _show(found: Found, config: SearchConfig, *, as_json: bool) -> None:
 
 
 def verdict(found: Found) -> str:
-    """Whether there is a winner, and why."""
+    """Say whether there is a winner, and why."""
     if found.finalist is None:
         return "No winner: no candidate met both budgets with a finite loss. Allow more bytes or more time."
     assert found.pairing is not None

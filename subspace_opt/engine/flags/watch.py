@@ -7,7 +7,6 @@ step k + 1    settle    the host reads the flags of step k: it raises, or counts
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -16,13 +15,16 @@ import torch
 from torch import Tensor
 
 from ..capture.clock import is_capturing
+from .failures import Failure, count_failures
 from .gate import listed
 
 if TYPE_CHECKING:
     from ..work import Nonfinite, Work
 
 ALSO_ON_CPU = False  # a CPU never waits for itself, so it inspects gradients at once; tests set this to exercise the flags
-MOST_FAILURES = 3  # failed decompositions of one parameter in a row after which the step raises
+
+
+_FAILED = Failure("gave NaN or infinity in an earlier step, which left its weight and its basis unchanged; the next update tries again")
 
 
 class NonFiniteGradient(FloatingPointError):  # noqa: N818  the gradient is what is wrong
@@ -228,7 +230,7 @@ class Watch:
                 f"the gradient of {listed(raising)} held NaN or infinity in an earlier step; nothing has been changed since. Look for its "
                 "cause, lower lr, clip, or build with nonfinite='skip' to leave such parameters alone for the step"
             )
-        _report(failed, failures)
+        count_failures({name: _FAILED if has_failed else None for name, has_failed in failed.items()}, failures)
 
 
 def _by_device(work: Sequence[Work]) -> dict[torch.device, list[Work]]:
@@ -265,22 +267,3 @@ def _failed(record: Record, unmoved: set[str], state: Any) -> dict[str, bool]:
             if flag and item.alone and item.count <= 0 and item.name not in unmoved:
                 item.taken_back(state[item.param])
     return found
-
-
-def _report(failed: dict[str, bool], failures: dict[str, int]) -> None:
-    """Count failed decompositions in a row, warn of each, and raise at `MOST_FAILURES`."""
-    for name, has_failed in failed.items():
-        if not has_failed:
-            failures.pop(name, None)
-            continue
-        failures[name] = failures.get(name, 0) + 1
-        if failures[name] < MOST_FAILURES:
-            warnings.warn(
-                f"a decomposition for '{name}' gave NaN or infinity in an earlier step, which left its weight and its basis unchanged; the "
-                "next update tries again",
-                RuntimeWarning,
-                stacklevel=5,
-            )
-    for name, has_failed in failed.items():
-        if has_failed and failures[name] >= MOST_FAILURES:
-            raise torch.linalg.LinAlgError(f"the decomposition for '{name}' failed {failures[name]} times in a row; its basis is unchanged")

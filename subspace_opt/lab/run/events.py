@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from statistics import mean, median
 from typing import Any, Literal
 
@@ -79,7 +79,9 @@ OnEvent = Callable[[Event], None]
 
 
 def finite(value: Any) -> Any:
-    """Plain data for JSON: tuples become lists, and numbers that are not finite become None."""
+    """Plain data for JSON: dataclasses become dicts, tuples lists, and numbers that are not finite None."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {one.name: finite(getattr(value, one.name)) for one in fields(value)}
     if isinstance(value, dict):
         return {key: finite(one) for key, one in value.items()}
     if isinstance(value, list | tuple):

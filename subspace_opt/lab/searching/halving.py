@@ -46,12 +46,3 @@ def survivors(losses: Mapping[str, float], count: int) -> list[str]:
     """The `count` names with the lowest finite losses, best first; of equal losses the first name."""
     finite = [name for name, loss in losses.items() if math.isfinite(loss)]
     return sorted(finite, key=lambda name: (losses[name], name))[:count]
-
-
-def pareto(points: Mapping[str, tuple[float, ...]]) -> list[str]:
-    """The names that no other point beats: none is at most as large in every coordinate and smaller in one."""
-
-    def beats(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
-        return a != b and all(x <= y for x, y in zip(a, b, strict=True))
-
-    return [name for name, point in points.items() if not any(beats(other, point) for other in points.values())]

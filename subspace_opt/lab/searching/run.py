@@ -21,9 +21,9 @@ from ..study.execute import Executor, InterruptedStudyError, one_by_one, side_by
 from ..study.plan import SWEEP_SEED, Candidate, StudyConfig, Task, task
 from ..study.records import Record, Study
 from ..study.run import OnProgress, Progress, run_study
-from ..study.statistics import Pairing, pair, ranking
+from ..study.statistics import Pairing, pair, pareto_front, ranking
 from ..study.store import Store
-from .halving import affordable, pareto, rungs, survivors
+from .halving import affordable, rungs, survivors
 from .space import Space
 
 UNIT = Candidate(label="adamw", spec="adamw")  # bytes and times are relative to it
@@ -213,7 +213,8 @@ class _Search:
         last = max(max(one.losses) for one in trials)
         trials.sort(key=lambda one: (-max(one.losses), one.losses[max(one.losses)]))
         reached = {one.candidate.label: one for one in trials if last in one.losses}
-        front = pareto({name: (one.losses[last], one.bytes, one.time) for name, one in reached.items()})
+        names = list(reached)
+        front = [names[i] for i in pareto_front([(one.losses[last], one.bytes, one.time) for one in reached.values()])]
         own = [one for name, one in reached.items() if name not in self.references and name in state.alive]
         outcome: dict[str, Any] = {"trials": tuple(trials), "front": tuple(front), "too_large": too_large, "too_slow": too_slow}
         outcome["not_tried"] = not_tried

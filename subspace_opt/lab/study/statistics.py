@@ -296,11 +296,14 @@ def summarize(study: Study) -> list[Line]:
     ]
 
 
-def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Positions of the points (cost, loss) that no other beats or equals in both, from the cheapest on. Leaves out points with `nan`."""
+def pareto_front(points: Sequence[tuple[float, ...]]) -> list[int]:
+    """Positions of the points that no other beats or equals in every coordinate, the cheapest first. Leaves out points with `nan`.
+
+    Of equal points the first one stays.
+    """
     order = sorted((i for i, point in enumerate(points) if all(map(math.isfinite, point))), key=lambda i: points[i])
     front: list[int] = []
-    for i in order:
-        if not front or points[i][1] < points[front[-1]][1]:
+    for i in order:  # a point that beats this one is smaller in this order, so it comes before
+        if not any(all(a <= b for a, b in zip(points[j], points[i], strict=True)) for j in front):
             front.append(i)
     return front

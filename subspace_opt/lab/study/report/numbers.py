@@ -10,8 +10,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from ...run.events import finite
 from ..records import Record, Study
-from ..statistics import CONFIDENCE, Estimate, Line, find_reference, pair
+from ..statistics import CONFIDENCE, Line, find_reference, pair
 from ..words import difference, verdict, warnings
 
 _TIMES = ("first", "median", "p95", "worst", "mean")
@@ -75,7 +76,7 @@ def to_json(study: Study, lines: Sequence[Line]) -> str:
         "machine": study.machine,
         "versions": study.versions,
     }
-    return json.dumps(_plain(data), indent=1, allow_nan=False) + "\n"
+    return json.dumps(finite(data), indent=1, allow_nan=False) + "\n"
 
 
 def _line(line: Line) -> dict[str, Any]:
@@ -103,17 +104,3 @@ def _runs(study: Study) -> Iterator[dict[str, Any]]:
                 "seconds_at": record.seconds_at,
                 "captured_energy": record.captured_energy,
             }
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Estimate):
-        return {"mean": _plain(value.mean), "half": _plain(value.half), "count": value.count}
-    if hasattr(value, "__dataclass_fields__"):
-        return {name: _plain(getattr(value, name)) for name in value.__dataclass_fields__}
-    if isinstance(value, dict):
-        return {str(key): _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, str | int) else str(value)
